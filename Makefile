@@ -1,0 +1,32 @@
+# make train   from nothing to a trained tiny model and its report
+# make test    the same set-up, then all tests
+# Both need Python 3.11 or newer and, the first time, a package index.
+
+PYTHON ?= python3
+CONFIG ?= configs/tiny_shapes.yaml
+BIN := .venv/bin
+
+# Idle OpenMP threads sleep instead of spinning: with few cores the spinning costs more than the waking up.
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: train test lint clean
+
+train: .venv/installed
+	$(BIN)/deepspeed fastgrpo/train.py --config $(CONFIG)
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgrpo needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

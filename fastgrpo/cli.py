@@ -1,0 +1,130 @@
+"""The console script: `fastgrpo train`, `fastgrpo eval`, `fastgrpo sample`, `fastgrpo report`.
+
+    fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
+    fastgrpo eval runs/tiny_shapes --base                                the model it started from
+    fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
+    fastgrpo report runs/tiny_shapes                                     write report.html anew
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config import Config, ConfigError, load_config
+from fastgrpo.train import add_arguments, train
+
+
+def load_run(run: Path, base: bool) -> tuple[Config, Any]:
+    """A run's configuration and its model, with the trained LoRA unless `base`."""
+    import torch
+
+    from fastgrpo.models import load_model
+
+    config = load_config(run / "config.yaml")
+    model = load_model(
+        config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        max_text_tokens=config.model.max_text_tokens,
+    )  # fmt: skip
+    if not base:
+        model.load_lora(run)
+    return config, model
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Accuracy of a saved run, as one line of JSON."""
+    from fastgrpo.evaluation import Evaluator
+    from fastgrpo.generation import Embeddings
+    from fastgrpo.prompts import load_prompts
+    from fastgrpo.rewards import load_reward
+    from fastgrpo.rollout import Policy
+
+    config, model = load_run(arguments.run, arguments.base)
+    settings = config.evaluation
+    evaluator = Evaluator(
+        model=model, embeddings=Embeddings(model), prompts=load_prompts(arguments.prompts or config.prompts.eval),
+        reward=load_reward(config.reward.eval), num_steps=arguments.steps or settings.num_steps,
+        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+        batch_size=settings.batch_size, seed=config.seed if arguments.seed is None else arguments.seed,
+    )  # fmt: skip
+    print(json.dumps(evaluator.accuracy(Policy(model), arguments.images or settings.images)))
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Images of a saved run for given prompts, as one picture."""
+    import torch
+
+    from fastgrpo.generation import Embeddings, generate
+    from fastgrpo.rollout import Policy
+    from fastgrpo.runlog import save_grid
+    from fastgrpo.trajectory import SAMPLE
+
+    config, model = load_run(arguments.run, arguments.base)
+    settings = config.evaluation
+    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.images)]
+    images = generate(
+        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE,
+        seed=arguments.seed, num_steps=arguments.steps or settings.num_steps,
+        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+    )  # fmt: skip
+    save_grid(arguments.output, images.permute(0, 2, 3, 1).cpu().numpy())
+    print(arguments.output)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from fastgrpo.report import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--base", action="store_true", help="without the trained LoRA")
+    parser.add_argument("--steps", type=int, help="ODE steps; else the run's own")
+    parser.add_argument("--guidance", type=float, help="guidance scale; else the run's own")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,sample,report}")
+    command = commands.add_parser("train", help="train a model")
+    add_arguments(command)
+    command.set_defaults(function=train)
+
+    command = commands.add_parser("eval", help="accuracy of a run on its held-out prompts")
+    _run_arguments(command)
+    command.add_argument("--prompts", type=Path, help="another prompt file")
+    command.add_argument("--images", type=int, help="how many images, over all categories")
+    command.add_argument("--seed", type=int, help="of the noise; else the run's own")
+    command.set_defaults(function=evaluate)
+
+    command = commands.add_parser("sample", help="draw images")
+    _run_arguments(command)
+    command.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    command.add_argument("--images", type=int, default=4, help="for each prompt")
+    command.add_argument("--seed", type=int, default=0, help="of the noise")
+    command.add_argument("--output", type=Path, default=Path("samples.png"), help="the picture to write")
+    command.set_defaults(function=sample)
+
+    command = commands.add_parser("report", help="write a run's report.html anew")
+    command.add_argument("run", type=Path, help="folder of a run")
+    command.set_defaults(function=report)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""The configuration: YAML into frozen dataclasses, with `--set a.b=c` on top. What is not understood is refused, never repaired.
+
+    config = load_config("configs/tiny_shapes.yaml", ["rollout.num_steps=8"])
+
+Every error names the key's full path, the value, and the nearest valid choice. A path that starts with `./` or `../` is
+relative to the file it stands in.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from fastgrpo.models import MODELS
+from fastgrpo.objectives import OBJECTIVES
+from fastgrpo.rewards import REWARDS
+from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, with the key's path and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = 32
+    """Rank of the low-rank update of each target."""
+    alpha: int = 64
+    """Scale of the update: alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers to train; none given: the model's own list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: Path
+    """Folder of the pretrained pipeline, in the diffusers format."""
+    name: str = "sd3"
+    """Model family, see fastgrpo/models."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights and the network's arithmetic; latents and transitions are always float32."""
+    max_text_tokens: int = 256
+    """Length of the T5 sequence, max_sequence_length of the pipeline."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    train: Path
+    """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads."""
+    eval: Path
+    """Prompts to evaluate on; none of them may be among the training prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    train: str
+    """What is maximised: a name from fastgrpo/rewards or your own `module:function`."""
+    eval: str
+    """What evaluation reports, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    num_steps: int = 10
+    """Denoising steps of a training rollout."""
+    sampler: str = "flow_sde"
+    """flow_sde, dance_sde, cps or ode; the window decides which steps it takes, the others follow the ODE."""
+    noise_level: float = 0.7
+    """a of flow_sde, eta of dance_sde and cps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, in rollout and update alike; 1 is none, at half the cost."""
+    groups: int = 16
+    """Prompts an iteration, over all ranks."""
+    group_size: int = 16
+    """Images for each prompt: the advantage compares them."""
+    batch_size: int = 128
+    """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
+    window: Window = field(default_factory=Window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    name: str = "grpo_clip"
+    """Objective, see fastgrpo/objectives.py."""
+    clip_range: float = 1e-4
+    """Clip of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
+    beta: float = 0.04
+    """Weight of the KL to the model before training; 0 saves its forward passes."""
+    kl: Literal["paper", "reference"] = "reference"
+    """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
+    advantage_std: Literal["group", "global"] = "global"
+    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
+    adv_clip_max: float = 5.0
+    """Advantages are clipped to plus and minus this."""
+    log_prob_weight: Literal["exact", "cps_reference"] = "exact"
+    """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    learning_rate: float = 3e-4
+    """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    steps_per_rollout: int = 2
+    """Optimiser steps an iteration, each on its share of the samples; only the first is exactly on-policy."""
+    ema_decay: float = 0.9
+    """Of the average that is evaluated and saved, once an iteration."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage. With LoRA the sharded state is small: 1 is the right choice nearly always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 20
+    """Iterations between evaluations; 0 evaluates only before and after."""
+    num_steps: int = 40
+    """ODE steps of an evaluation."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of an evaluation."""
+    images: int = 400
+    """Images of the first and the last evaluation, spread evenly over the prompts' categories."""
+    images_between: int = 100
+    """Images of the evaluations in between."""
+    batch_size: int = 100
+    """Images a forward pass."""
+    samples: int = 24
+    """Images drawn at each evaluation for people to look at: always the same prompts and the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 20
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    reward: RewardConfig
+    output: Path
+    """Folder of the run; a run that is already there is resumed."""
+    iterations: int = 100
+    """Rollouts, each followed by its updates."""
+    seed: int = 0
+    """Of everything random: the same seed gives the same noise on any number of ranks."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads `1e-4` as a string, which would surprise every user once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides of the form `a.b=value`, and check the whole."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
+    data = _parse_yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
+    data = _relative_paths(data, path.parent)
+    for override in overrides:
+        _apply_override(data, override)
+    config = _build(Config, data, "")
+    check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one."""
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def differences(before: Config, after: Config, but: typing.Sequence[str] = ()) -> list[str]:
+    """The keys in which two configurations differ, except those in `but`, as "key: before -> after"."""
+    old, new = _flat(_plain(before)), _flat(_plain(after))
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and key not in but]
+
+
+def check(config: Config) -> None:
+    """Refuse what each key allows but the whole cannot run; the number of processes enters in `check_ranks`."""
+    rollout = config.rollout
+    _positive(config)
+    _choice("model.name", config.model.name, MODELS)
+    _choice("rollout.sampler", rollout.sampler, SAMPLERS)
+    _choice("objective.name", config.objective.name, OBJECTIVES)
+    for key, name in (("reward.train", config.reward.train), ("reward.eval", config.reward.eval)):
+        if ":" not in name:
+            _choice(key, name, REWARDS)
+    if rollout.group_size < 2:
+        _refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
+    if rollout.num_steps < 2:
+        _refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
+    _check_transitions(config)
+    _check_division(config, world_size=1)
+    if config.engine.zero_stage == 0 and config.model.dtype != "float32":
+        _refuse("engine.zero_stage", 0, f"no float32 masters are kept for {config.model.dtype} weights at stage 0: take 1")
+    if config.evaluation.samples > config.evaluation.batch_size:
+        _refuse("evaluation.samples", config.evaluation.samples, f"at most evaluation.batch_size = {config.evaluation.batch_size}")
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Refuse a number of processes over which an optimiser step does not divide into whole batches."""
+    _check_division(config, world_size)
+
+
+def _check_transitions(config: Config) -> None:
+    """The sampler's and the window's own rules, tried on the first iteration's windows with evenly spaced sigmas."""
+    rollout = config.rollout
+    try:
+        start = window_starts(rollout.window, rollout.num_steps, 0, torch.tensor([0]), config.seed)
+        mask = torch.zeros(rollout.num_steps, dtype=torch.bool)
+        mask[start : start + window_size(rollout.window, rollout.num_steps)] = True
+        sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
+        coefficient_table(rollout.sampler, sigmas, rollout.noise_level, mask, config.objective.log_prob_weight)
+    except ValueError as error:
+        raise ConfigError(f"rollout: {error}") from None
+
+
+def _check_division(config: Config, world_size: int) -> None:
+    rollout, steps = config.rollout, config.update.steps_per_rollout
+    images, share = rollout.groups * rollout.group_size, rollout.batch_size * steps * world_size
+    if images % share:
+        _refuse("rollout.batch_size", rollout.batch_size,
+                f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
+                f"batches on {world_size} process{'es' * (world_size > 1)}: {images} must be a multiple of {share}")
+
+
+def describe() -> str:
+    """Every key with its type, default and meaning, for `--help`."""
+    return "\n".join(_describe(Config, ""))
+
+
+def _positive(section: Any, prefix: str = "") -> None:
+    may_be_zero = {"seed", "start", "beta", "weight_decay", "every", "zero_stage", "ema_decay", "samples", "range", "betas"}
+    for f in dataclasses.fields(section):
+        value, path = getattr(section, f.name), prefix + f.name
+        if dataclasses.is_dataclass(value):
+            _positive(value, path + ".")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if value < 0 or (value == 0 and f.name not in may_be_zero) or value != value:
+                _refuse(path, value, "must be positive" if f.name not in may_be_zero else "must not be negative")
+
+
+def _choice(path: str, value: str, choices: typing.Iterable[str]) -> None:
+    if value not in choices:
+        _refuse(path, value, _nearest(value, choices))
+
+
+def _nearest(value: object, choices: typing.Iterable[Any]) -> str:
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"choices: {', '.join(names)}"
+
+
+def _refuse(path: str, value: object, way_out: str) -> typing.NoReturn:
+    raise ConfigError(f"{path} = {value!r}: {way_out}")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def _relative_paths(data: Any, folder: Path) -> Any:
+    if isinstance(data, dict):
+        return {key: _relative_paths(value, folder) for key, value in data.items()}
+    if isinstance(data, str) and data.startswith(("./", "../")):
+        return str((folder / data).resolve())
+    return data
+
+
+def _apply_override(data: dict, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected key.path=value, for example rollout.num_steps=8")
+    *sections, key = path.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+    data[key] = _parse_yaml(text, f"--set {override}")
+
+
+def _build(cls: type, data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        _refuse(prefix.rstrip("."), data, "expected a section with the keys " + ", ".join(f.name for f in dataclasses.fields(cls)))
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"{prefix}{key}: unknown key; {_nearest(key, fields)}")
+    for name, f in fields.items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{name}: missing; it has no default")
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the type `hint`, or a refusal; only int to float and list to tuple are conversions."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path + ".")
+    if origin is types.UnionType:
+        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), path)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            _refuse(path, value, _nearest(value, arguments))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            _refuse(path, value, "expected a list")
+        item_hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(item_hints) != len(value):
+            _refuse(path, value, f"expected {len(item_hints)} values")
+        return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        _refuse(path, value, f"expected {_type_name(hint)}, found {type(value).__name__}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(data: dict, prefix: str = "") -> dict[str, Any]:
+    rows = {}
+    for key, value in data.items():
+        rows.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return rows
+
+
+def _describe(cls: type, prefix: str) -> typing.Iterator[str]:
+    hints, docs = typing.get_type_hints(cls), _field_docs(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _describe(typing.cast(type, hint), f"{prefix}{f.name}.")
+        else:
+            default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
+            yield f"  {prefix}{f.name} ({_type_name(hint)}, {default})\n      {docs.get(f.name, '')}"
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(str(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field, read from the source: dataclasses do not keep them."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
+    docs = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[typing.cast(ast.Name, node.target).id] = " ".join(str(after.value.value).split())
+    return docs

@@ -1,0 +1,78 @@
+"""Evaluation as published: full-step ODE on held-out prompts, accuracy per category.
+
+Every category gets the same number of images, its prompts taking turns, and the overall accuracy is the mean over
+categories as in GenEval: a category of many prompts counts no more than another.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.generation import Embeddings, generate
+from fastgrpo.prompts import PromptSet
+from fastgrpo.rewards import Reward
+from fastgrpo.trajectory import EVALUATION, SAMPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """How images are drawn and scored; the same noise at every evaluation, so that two differ by their weights alone."""
+
+    model: object  # any adapter of fastgrpo.models
+    embeddings: Embeddings
+    prompts: PromptSet
+    reward: Reward
+    num_steps: int
+    guidance_scale: float
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+
+    def accuracy(self, policy: nn.Module, images: int, progress: Callable[[], None] = lambda: None) -> dict:
+        """Mean score, overall and by category ("tag" of the prompts' metadata), with the number of images and seconds."""
+        began = time.perf_counter()
+        order = self._order(images)  # prompt of each sample
+        # Whole batches only, the same number on every rank: past the end the samples start over, and are not counted.
+        share = -(-images // (self.batch_size * self.world_size)) * self.batch_size  # samples a rank
+        scores = []
+        for start in range(self.rank * share, (self.rank + 1) * share, self.batch_size):
+            sample_id = torch.arange(start, start + self.batch_size) % images
+            scores.append(self._scores(policy, order[sample_id.numpy()], sample_id))
+            progress()
+        scores = self.gather(torch.cat(scores).to(self.model.device))[:images].cpu().numpy()
+        tags = np.array([self.prompts.metadata[i].get("tag", "all") for i in order])
+        by_tag = {tag: float(scores[tags == tag].mean()) for tag in dict.fromkeys(tags.tolist())}
+        accuracy = {"overall": float(np.mean(list(by_tag.values()))), **by_tag}
+        return {"accuracy": accuracy, "images": images, "seconds": round(time.perf_counter() - began, 2)}
+
+    def _order(self, images: int) -> np.ndarray:
+        """The prompts' indices (images,): categories in turn, and in each its prompts in turn."""
+        by_tag: dict[str, list[int]] = {}
+        for i, record in enumerate(self.prompts.metadata):
+            by_tag.setdefault(record.get("tag", "all"), []).append(i)
+        turns = list(by_tag.values())
+        return np.array([turns[n % len(turns)][n // len(turns) % len(turns[n % len(turns)])] for n in range(images)])
+
+    def _scores(self, policy: nn.Module, order: np.ndarray, sample_id: Tensor) -> Tensor:
+        metadata = [self.prompts.metadata[i] for i in order]
+        prompts = [record["prompt"] for record in metadata]
+        images = self._generate(policy, prompts, sample_id, EVALUATION)
+        return self.reward(images, prompts, metadata).float()
+
+    def samples(self, policy: nn.Module, count: int) -> tuple[Tensor, list[dict]]:
+        """Images (count, 3, H, W) uint8 for people to look at, and their prompts' records."""
+        metadata = [self.prompts.metadata[i] for i in self._order(count)]
+        images = self._generate(policy, [record["prompt"] for record in metadata], torch.arange(count), SAMPLE)
+        return images, metadata
+
+    def _generate(self, policy: nn.Module, prompts: list[str], sample_id: Tensor, stream: int) -> Tensor:
+        return generate(
+            self.model, policy, self.embeddings, prompts, sample_id,
+            stream=stream, seed=self.seed, num_steps=self.num_steps, guidance_scale=self.guidance_scale,
+        )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206), through the stock diffusers pipeline.
+
+Letters: B samples, L text tokens, E text width, P pooled width, (C, H, W) a latent.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+
+class Conditioning(NamedTuple):
+    """What the transformer reads of a prompt."""
+
+    embeds: Tensor  # (B, L, E)
+    pooled: Tensor  # (B, P)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the loading bars of diffusers and transformers, of which a run would print a dozen."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+
+
+class SD3:
+    """The adapter: `transformer`, `sigmas`, `encode`, `velocity`, `decode`, and the LoRA's way in and out."""
+
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def __init__(self, *, path: Path, dtype: torch.dtype, device: torch.device, max_text_tokens: int) -> None:
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"model.path = {path}: holds no model_index.json, so it is no diffusers pipeline folder")
+        with quiet():
+            self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, local_files_only=True)
+        self.pipeline.to(device)
+        self.dtype, self.device, self.max_text_tokens = dtype, device, max_text_tokens
+        for module in (self.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            module.requires_grad_(False)
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        return self.pipeline.transformer
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) at the size the transformer was made for."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The noise levels of the pipeline's own scheduler, falling from 1 to 0: (num_steps + 1,) float32."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.cpu()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """The embeddings of prompts; "" stands for no prompt in classifier-free guidance."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_text_tokens
+        )
+        return Conditioning(embeds, pooled)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """v = noise - data at x (B, C, H, W) and sigma (B,) float32, in the model's dtype."""
+        return self.transformer(
+            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=conditioning.embeds,
+            pooled_projections=conditioning.pooled, return_dict=False,
+        )[0]  # fmt: skip
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, 8H, 8W) uint8 of latents (B, C, H, W), rounded as the pipeline's output is."""
+        config = self.pipeline.vae.config
+        latents = (latents.to(self.dtype) / config.scaling_factor) + config.shift_factor
+        images = self.pipeline.vae.decode(latents, return_dict=False)[0]
+        return ((images / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+
+    def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
+        """Put a trainable low-rank update, at first without effect, beside each target layer."""
+        names = list(targets or self.lora_targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
+        self.transformer.add_adapter(config)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model before training: its LoRA is off inside."""
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    def save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write the LoRA in the diffusers format: `pipeline.load_lora_weights(folder)` reads it in any script.
+
+        trained: parameter name in `transformer` -> float32 value.
+        """
+        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence.
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(trained)),
+            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+        )
+
+    def load_lora(self, folder: Path) -> None:
+        """Read what `save_lora` wrote."""
+        self.pipeline.load_lora_weights(folder)

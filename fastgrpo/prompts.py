@@ -1,0 +1,68 @@
+"""Prompt files, and which prompts an iteration trains on.
+
+A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads (GenEval's metadata
+files are read as they are).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with the metadata of their lines."""
+
+    prompts: list[str]
+    metadata: list[dict]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_prompts(path: Path) -> PromptSet:
+    """Read a .txt or .jsonl file; an empty file or a line that is no prompt is refused with its number."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such prompt file")
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            records.append(_parse(line, path, number))
+    if not records:
+        raise ValueError(f"{path}: holds no prompts")
+    return PromptSet([record["prompt"] for record in records], records)
+
+
+def _parse(line: str, path: Path, number: int) -> dict:
+    if path.suffix == ".txt":
+        return {"prompt": line.strip()}
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error}); a file of plain prompts is called .txt") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f'{path}:{number}: expected an object with a "prompt", found {line[:80]!r}')
+    return record
+
+
+def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
+    """Refuse evaluation prompts that are trained on."""
+    shared = sorted(set(train.prompts) & set(evaluation.prompts))
+    if shared:
+        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0]!r}")
+
+
+def prompts_of_iteration(num_prompts: int, groups: int, iteration: int, seed: int) -> np.ndarray:
+    """The indices (groups,) of an iteration's prompts: seeded shuffles of all prompts, one after the other.
+
+    A function of the iteration alone, so every rank has the same, and a resumed run goes on where it stopped.
+    """
+    positions = np.arange(iteration * groups, (iteration + 1) * groups)
+    shuffles = {epoch: _shuffle(num_prompts, int(epoch), seed) for epoch in np.unique(positions // num_prompts)}
+    return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])
+
+
+def _shuffle(num_prompts: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_prompts)

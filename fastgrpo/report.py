@@ -1,0 +1,582 @@
+"""A run as one page that anyone can open: `run/report.html`, a single file without network or scripts.
+
+    python -m fastgrpo.report runs/tiny_shapes
+
+Reads only the run's files, so it works while a run goes on, after one was killed, and on a machine without
+torch. What a run does not have (yet) becomes a sentence. report_template.html lays out the page; here its
+holes are filled.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from PIL import Image
+
+COLORS = 8  # classes c0 to c7 of the template; c0 is for what matters most
+MAX_PAIRS, MAX_STRIPS, MAX_FRAMES = 24, 6, 6  # samples shown: before and after, over time, and in one strip
+MAX_BARS = 60
+SMALL_IMAGE, LARGE_IMAGE = 128, 384  # pixels: below it shown as squares, above it shrunk
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the files of a run say."""
+
+    name: str
+    config: str  # as written
+    metrics: list[dict]  # by iteration
+    evaluations: list[dict]  # by iteration, the base first
+    summary: dict  # empty until the run has finished
+    samples: dict[int, Path]  # folder of each iteration's images
+    prompts: list[dict]  # of the images, in their order
+    unreadable: int  # lines left out
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` and return its path."""
+    data = read_run(Path(run))
+    template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
+    path = Path(run) / "report.html"
+    path.write_text(template.substitute(_holes(data)), encoding="utf-8", errors="replace")
+    return path
+
+
+def read_run(run: Path) -> Run:
+    """Everything there is; no file has to be there, but one of them."""
+    expected = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "samples")
+    if not any((run / name).exists() for name in expected):
+        raise FileNotFoundError(f"{run}: not the folder of a run; it holds none of {', '.join(expected)}")
+    metrics, bad_metrics = _read_lines(run / "metrics.jsonl")
+    evaluations, bad_evaluations = _read_lines(run / "evaluations.jsonl")
+    summary, prompts = _read_json(run / "summary.json"), _read_json(run / "samples" / "prompts.json")
+    config = run / "config.yaml"
+    folders = (
+        folder for folder in (run / "samples").glob("*") if folder.is_dir() and folder.name.isdecimal()
+    )
+    return Run(
+        name=run.resolve().name,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        metrics=metrics,
+        evaluations=[row for row in evaluations if isinstance(row.get("accuracy"), dict)],
+        summary=summary if isinstance(summary, dict) else {},
+        samples={int(f.name): f for f in sorted(folders)},
+        prompts=prompts if isinstance(prompts, list) else [],
+        unreadable=bad_metrics + bad_evaluations,
+    )
+
+
+def _read_lines(path: Path) -> tuple[list[dict], int]:
+    """Rows by iteration, the last of each; and how many lines are no rows: a killed run leaves half a one."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows, unreadable = {}, 0
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+            rows[int(row["iteration"])] = row
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    return [rows[iteration] for iteration in sorted(rows)], unreadable
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _holes(run: Run) -> dict[str, str]:
+    """The text of each hole in the template."""
+    return {
+        "name": html.escape(run.name),
+        "status": _status(run),
+        "headline": _headline(run),
+        "facts": _facts(run),
+        "training": _training(run),
+        "categories": _categories(run),
+        "samples": _samples(run),
+        "film": _film(run),
+        "health": _health(run),
+        "time": _time(run),
+        "footer": _footer(run),
+        "config": f"<pre>{html.escape(run.config or 'no config.yaml')}</pre>",
+    }
+
+
+# The words: headline, facts, tables
+
+
+def _status(run: Run) -> str:
+    if run.summary:
+        return f'<span class="status done">{html.escape(str(run.summary.get("status", "finished")))}</span>'
+    return '<span class="status open">running, or interrupted</span>'
+
+
+def _before_after(run: Run) -> tuple[dict, dict]:
+    """Accuracy by category, "overall" first, of the base and the newest model; empty where not evaluated."""
+    base = run.evaluations[0]["accuracy"] if run.evaluations else {}
+    final = run.evaluations[-1]["accuracy"] if len(run.evaluations) > 1 else {}
+    base = _overall_first(run.summary.get("base") or base, run.summary.get("base_accuracy"))
+    final = _overall_first(run.summary.get("final") or final, run.summary.get("final_accuracy"))
+    return base, final
+
+
+def _overall_first(accuracy: dict, overall: float | None) -> dict:
+    overall = accuracy.get("overall") if overall is None else overall
+    numbers = {"overall": overall, **{name: value for name, value in accuracy.items() if name != "overall"}}
+    return {name: value for name, value in numbers.items() if _is_number(value)}
+
+
+def _headline(run: Run) -> str:
+    before, after = (accuracy.get("overall") for accuracy in _before_after(run))
+    if before is None and after is None:
+        return _none("Not evaluated yet.")
+    if before is None or after is None:
+        value = _percent(after if before is None else before)
+        return f'<p class="headline"><span class="after">{value}</span> <small>accuracy</small></p>'
+    return (
+        f'<p class="headline"><span class="before">{_percent(before)}</span> '
+        f'<span class="arrow">&rarr;</span> <span class="after">{_percent(after)}</span> '
+        f"<small>accuracy, {_points(before, after)} points</small></p>"
+    )
+
+
+def _facts(run: Run) -> str:
+    newest, summary = run.metrics[-1] if run.metrics else {}, run.summary
+    images = summary.get("images", newest.get("images"))
+    seconds = summary.get("train_seconds", sum(sum(_phases(row).values()) for row in run.metrics) or None)
+    evaluated = run.evaluations[-1].get("images") if run.evaluations else None
+    facts = {
+        "iterations": newest.get("iteration"),
+        "images trained on": f"{images:,}" if _is_number(images) else None,
+        "training time": _duration(seconds) if _is_number(seconds) else None,
+        "images per evaluation": f"{evaluated:,}" if _is_number(evaluated) else None,
+        "seed": summary.get("seed", _config_value(run, "seed")),
+        "device": summary.get("device"),
+        "model": _config_value(run, "model", "path"),
+    }
+    items = (
+        f"<div><dt>{k}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in facts.items() if v is not None
+    )
+    return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def _config_value(run: Run, *keys: str) -> Any:
+    try:
+        value = yaml.safe_load(run.config)
+    except yaml.YAMLError:
+        return None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _categories(run: Run) -> str:
+    before, after = _before_after(run)
+    if not before and not after:
+        return _none("Not evaluated yet.")
+    rows = "".join(_category(name, before.get(name), after.get(name)) for name in {**before, **after})
+    table = _table(["category", "", "base", *(["trained", "points"] if after else [])], rows)
+    return f'<div class="card">{table}</div>'
+
+
+def _category(name: str, before: float | None, after: float | None) -> str:
+    bars = "".join(_bar(kind, v) for kind, v in (("before", before), ("c0", after)) if v is not None)
+    cells = _numbers("" if before is None else _percent(before))
+    if after is not None:
+        cells += _numbers(_percent(after), "" if before is None else _difference(before, after))
+    kind = ' class="overall"' if name == "overall" else ""
+    return f'<tr{kind}><th>{_title(name)}</th><td class="bars">{bars}</td>{cells}</tr>'
+
+
+def _difference(before: float, after: float) -> str:
+    points = _points(before, after)
+    kind = {"+": "better", "\N{MINUS SIGN}": "worse"}.get(points[0], "same")
+    return f'<span class="{kind}">{points}</span>'
+
+
+def _table(head: Sequence[str], rows: str) -> str:
+    """A name, a bar, then numbers."""
+    cells = "".join(f"<th>{text}</th>" for text in head[:2])
+    cells += "".join(f'<th class="number">{text}</th>' for text in head[2:])
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _bar(kind: str, share: float) -> str:
+    return f'<i class="{kind}" style="--share:{_percent(min(max(share, 0.0), 1.0))}"></i>'
+
+
+def _numbers(*texts: str) -> str:
+    return "".join(f'<td class="number">{text}</td>' for text in texts)
+
+
+def _footer(run: Run) -> str:
+    left_out = f"Unreadable lines left out: {run.unreadable}. " if run.unreadable else ""
+    return left_out + "Written by fastgrpo from the files of the run."
+
+
+# The charts
+
+
+def _training(run: Run) -> str:
+    cards = {
+        "Accuracy on held-out prompts": _accuracy(run),
+        "Reward of the training images": _curve(run, "reward"),
+    }
+    return _cards(cards) or _none("No training iteration has been recorded.")
+
+
+def _health(run: Run) -> str:
+    cards = {
+        "KL to the base": _curve(run, "kl", zero=True),
+        "Clipped samples": _curve(run, "clip_fraction", percent=True, zero=True),
+        "Gradient norm": _curve(run, "grad_norm", zero=True),
+        "Groups without variance": _curve(run, "zero_groups", percent=True, zero=True),
+    }
+    return _cards(cards) or _none("No training iteration has been recorded.")
+
+
+def _cards(cards: dict[str, str]) -> str:
+    """The cards that have something in them, side by side where there is room."""
+    filled = (f'<div class="card"><h3>{title}</h3>{body}</div>' for title, body in cards.items() if body)
+    text = "".join(filled)
+    return f'<div class="charts">{text}</div>' if text else ""
+
+
+def _curve(run: Run, key: str, percent: bool = False, zero: bool = False) -> str:
+    """One metric over the iterations: each value in light, the running mean on top; empty without values."""
+    points = _series(run.metrics, key)
+    if not points:
+        return ""
+    window = max(1, len(points) // 20) | 1  # odd, so that it is centred
+    lines = [Line(points, "c0 raw"), Line(_smooth(points, window), "c0", dots=len(points) == 1)]
+    chart = line_chart(lines, f"{key} over iterations", percent=percent, low=0.0 if zero else None)
+    note = f"{_short(points[-1][1], percent)} at iteration {points[-1][0]:g}"
+    note += f"; bold: mean of {window} iterations" if window > 1 else ""
+    return chart + f'<p class="note">{note}</p>'
+
+
+def _smooth(points: Sequence[Point], window: int) -> list[Point]:
+    """Mean over a centred window, cut off at the ends."""
+    smooth = []
+    for i, (x, _) in enumerate(points):
+        around = points[max(0, i - window // 2) : i + window // 2 + 1]
+        smooth.append((x, sum(y for _, y in around) / len(around)))
+    return smooth
+
+
+def _accuracy(run: Run) -> str:
+    """Overall in bold and every category; nothing before the second evaluation."""
+    if len(run.evaluations) < 2:
+        return ""
+    names = list(dict.fromkeys(["overall", *(name for row in run.evaluations for name in row["accuracy"])]))
+    rows = [{"iteration": row["iteration"], **row["accuracy"]} for row in run.evaluations]
+    series = {name: points for name in names if (points := _series(rows, name))}
+    color = {name: _color(names.index(name)) for name in series}
+    lines = [
+        Line(points, color[name] + (" bold" if name == "overall" else " thin"), dots=True)
+        for name, points in series.items()
+    ]
+    legend = [(color[name] + " bold" * (name == "overall"), _title(name)) for name in series]
+    if not lines:
+        return ""
+    lines.reverse()  # overall on top
+    chart = line_chart(lines, "accuracy over iterations", percent=True, low=0.0, high=1.0)
+    return chart + _legend(legend)
+
+
+def _time(run: Run) -> str:
+    """Seconds an iteration by phase, as stacked bars, and each phase's share of the whole."""
+    rows = [(row["iteration"], phases) for row in run.metrics if (phases := _phases(row))]
+    if not rows:
+        return _none("No training iteration has recorded its times.")
+    names = list(dict.fromkeys(name for _, phases in rows for name in phases))
+    total = {name: sum(phases.get(name, 0.0) for _, phases in rows) for name in names}
+    size = math.ceil(len(rows) / MAX_BARS)
+    bars = []
+    for i in range(0, len(rows), size):
+        group = rows[i : i + size]
+        bars.append((group[0][0], [sum(p.get(name, 0.0) for _, p in group) / len(group) for name in names]))
+    note = f'<p class="note">Each bar is the mean of {size} iterations.</p>' if size > 1 else ""
+    chart = bar_chart(bars, rows[-1][0] + 1, "seconds per iteration") + note
+    return _cards({"Seconds per iteration": chart, "Share of the time": _shares(total, len(rows))})
+
+
+def _shares(total: dict[str, float], iterations: int) -> str:
+    whole = sum(total.values()) or 1.0
+    rows = "".join(
+        f'<tr><th>{_title(name)}</th><td class="bars">{_bar(_color(i), value / whole)}</td>'
+        + _numbers(_percent(value / whole), f"{value / iterations:.3g} s", _duration(value))
+        + "</tr>"
+        for i, (name, value) in enumerate(total.items())
+    )
+    return _table(["phase", "", "share", "each", "total"], rows)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its points and its classes in the template."""
+
+    points: Sequence[Point]
+    style: str
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A chart's frame: its data ranges, its ticks, and where a value lies on the paper."""
+
+    left: float
+    right: float
+    ticks: list[float]
+    percent: bool = False
+    WIDTH, HEIGHT, MARGIN, FOOT, TOP = 480, 264, 50, 40, 8
+
+    def x(self, value: float) -> float:
+        share = (value - self.left) / ((self.right - self.left) or 1.0)
+        return self.MARGIN + share * (self.WIDTH - self.MARGIN - 8)
+
+    def y(self, value: float) -> float:
+        low, high = self.ticks[0], self.ticks[-1]
+        return self.TOP + (high - value) / (high - low) * (self.HEIGHT - self.TOP - self.FOOT)
+
+    def path(self, line: Line) -> str:
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in line.points)
+        text = f'<polyline class="line {line.style}" points="{path}"/>'
+        return text + "".join(self.dot(line, *point) for point in line.points) if line.dots else text
+
+    def dot(self, line: Line, x: float, y: float) -> str:
+        place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{2 if "thin" in line.style else 4}"'
+        title = f"<title>iteration {x:g}: {_short(y, self.percent)}</title>"
+        return f'<circle class="{line.style}" {place}>{title}</circle>'
+
+    def svg(self, body: Iterable[str], label: str) -> str:
+        marks = [t for t in _ticks(self.left, self.right, 5, whole=True) if self.left <= t <= self.right]
+        middle, foot = (self.MARGIN + self.WIDTH) / 2, self.HEIGHT - 22
+        frame = [f'<text class="middle" x="{middle}" y="{self.HEIGHT - 4}">iteration</text>']
+        frame += [f'<text class="middle" x="{self.x(t):.1f}" y="{foot}">{t:g}</text>' for t in marks]
+        for tick in self.ticks:
+            y, text = self.y(tick), _short(tick, self.percent)
+            frame.append(f'<path class="grid" d="M{self.MARGIN} {y:.1f}H{self.WIDTH}"/>')
+            frame.append(f'<text class="end" x="{self.MARGIN - 7}" y="{y + 4:.1f}">{text}</text>')
+        size, label = f"0 0 {self.WIDTH} {self.HEIGHT}", html.escape(label)
+        return f'<svg viewBox="{size}" role="img" aria-label="{label}">{"".join([*frame, *body])}</svg>'
+
+
+def line_chart(
+    lines: Sequence[Line],
+    label: str,
+    percent: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    """Lines over the iterations; `low` and `high` widen the vertical range to values that must be in it."""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points] + [v for v in (low, high) if v is not None]
+    axes = Axes(min(xs), max(xs), _ticks(min(ys), max(ys), 5), percent)
+    return axes.svg((axes.path(line) for line in lines), label)
+
+
+def bar_chart(bars: Sequence[tuple[float, list[float]]], end: float, label: str) -> str:
+    """Stacked bars, each from its start to the next one's; the last one stops at `end`."""
+    axes = Axes(bars[0][0], end, _ticks(0.0, max(sum(values) for _, values in bars), 5))
+    body = []
+    for (start, values), stop in zip(bars, [*(start for start, _ in bars[1:]), end], strict=True):
+        x, width, bottom = axes.x(start), max(0.8 * (axes.x(stop) - axes.x(start)), 0.5), 0.0
+        for i, value in enumerate(values):
+            top = bottom + value
+            body.append(
+                f'<rect class="{_color(i)}" x="{x:.1f}" y="{axes.y(top):.1f}" width="{width:.1f}" '
+                f'height="{axes.y(bottom) - axes.y(top):.1f}"/>'
+            )
+            bottom = top
+    return axes.svg(body, label)
+
+
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """At most count + 2 round numbers around [low, high]."""
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        high = low + (abs(low) or 1.0)
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next((m for m in (1, 2, 5) if (high - low) / (step * m) <= count), 10)
+    step = max(step, 1.0) if whole else step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
+
+
+def _legend(entries: Iterable[tuple[str, str]]) -> str:
+    return (
+        '<ul class="legend">'
+        + "".join(f'<li class="{c}"><i></i>{text}</li>' for c, text in entries)
+        + "</ul>"
+    )
+
+
+def _color(i: int) -> str:
+    return f"c{i}" if i < COLORS else f"c{1 + (i - 1) % (COLORS - 1)}"  # c0 is never used twice
+
+
+# The pictures
+
+
+def _samples(run: Run) -> str:
+    """Base and newest side by side; the only images there are, where nothing was trained."""
+    if not run.samples:
+        return _none("There are no samples.")
+    first, last = min(run.samples), max(run.samples)
+    newest = "trained" if run.summary else f"iteration {last}"
+    labels = {first: _iteration(first), last: newest} if first < last else {first: ""}
+    strips = [_strip(run, n, labels) for n in _spread(_images_in_all(run, list(labels)), MAX_PAIRS)]
+    kind = " large" if any('class="photo"' in strip for strip in strips) else " single" * (first == last)
+    note = '<p class="note">Only one set of samples so far.</p>' if first == last else ""
+    return (
+        f'{note}<div class="samples{kind}">{"".join(strips)}</div>'
+        if strips
+        else _none("No sample is complete.")
+    )
+
+
+def _film(run: Run) -> str:
+    iterations = _spread(list(run.samples), MAX_FRAMES)
+    if len(iterations) < 3:
+        return _none("It takes samples of at least three evaluations.")
+    numbers = _images_in_all(run, iterations)
+    by_tag = {_prompt(run, n)[1]: n for n in reversed(numbers)}  # the first of each tag
+    chosen = sorted(by_tag.values()) if len(by_tag) > 1 else numbers
+    labels = {i: _iteration(i) for i in iterations}
+    strips = "".join(_strip(run, n, labels) for n in _spread(chosen, MAX_STRIPS))
+    note = (
+        '<p class="note">The first prompt of each kind; the number is the iteration.</p>'
+        if len(by_tag) > 1
+        else ""
+    )
+    return f'{note}<div class="film">{strips}</div>' if strips else _none("No sample is complete.")
+
+
+def _strip(run: Run, number: int, labels: dict[int, str]) -> str:
+    """One prompt's images from several iterations, side by side."""
+    prompt, tag = _prompt(run, number)
+    frames = "".join(
+        f"<div>{image}<small>{label}</small></div>"
+        for iteration, label in labels.items()
+        if (image := _image(_file(run, iteration, number), f"{prompt} ({label})" if label else prompt))
+    )
+    caption = html.escape(prompt) + (f" <small>{_title(tag)}</small>" if tag else "")
+    return f'<figure><div class="frames">{frames}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _image(path: Path, description: str) -> str:
+    """An image inside the page; nothing where it cannot be read: a run may be killed while it writes one."""
+    try:
+        picture = Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    kind = "pixels" if max(picture.size) < SMALL_IMAGE else "photo"
+    shrunk = max(picture.size) > LARGE_IMAGE
+    picture.thumbnail((LARGE_IMAGE, LARGE_IMAGE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG" if shrunk else "PNG", quality=88)
+    source = f"data:image/{'jpeg' if shrunk else 'png'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img class="{kind}" alt="{html.escape(description)}" src="{source}">'
+
+
+def _file(run: Run, iteration: int, number: int) -> Path:
+    return run.samples[iteration] / f"{number:03d}.png"
+
+
+def _iteration(iteration: int) -> str:
+    return str(iteration) if iteration else "base"
+
+
+def _images_in_all(run: Run, iterations: Sequence[int]) -> list[int]:
+    found = (
+        {int(path.stem) for path in run.samples[i].glob("*.png") if path.stem.isdecimal()} for i in iterations
+    )
+    return sorted(set.intersection(*found))
+
+
+def _prompt(run: Run, number: int) -> tuple[str, str]:
+    record = run.prompts[number] if number < len(run.prompts) else {}
+    if not isinstance(record, dict):
+        return f"sample {number}", ""
+    return str(record.get("prompt", f"sample {number}")), str(record.get("tag") or "")
+
+
+# Small things
+
+
+def _series(rows: Iterable[dict], key: str) -> list[Point]:
+    return [(row["iteration"], row[key]) for row in rows if _is_number(row.get(key))]
+
+
+def _phases(row: dict) -> dict[str, float]:
+    seconds = row.get("seconds")
+    return {k: v for k, v in seconds.items() if _is_number(v)} if isinstance(seconds, dict) else {}
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spaced, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _title(name: str) -> str:
+    return html.escape(name.replace("_", " "))
+
+
+def _none(sentence: str) -> str:
+    return f'<p class="none">{sentence}</p>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _points(before: float, after: float) -> str:
+    """What was gained in points, with its sign: the difference of the two percentages as they are shown."""
+    points = round(round(100 * after, 1) - round(100 * before, 1), 1)
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
+
+
+def _short(value: float, percent: bool) -> str:
+    return f"{100 * value:.3g}%" if percent else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgrpo.report", description="Write the report of a run."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    try:
+        print(write_report(parser.parse_args().run))
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The reduced-step rollout: noise to latents, without a host in the loop.
+
+    for each step i:   v = network(x, sigma_i)        x' = c_x[i] x + c_v[i] v + s[i] eps[i]
+
+Coefficients and noise addresses lie in device tensors, and what is trained on is written to fixed places, so nothing here
+waits for the device. Evaluation is the same loop with the ODE's table and nothing to train.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.trajectory import C, Rollout, Steps, concatenate
+from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, sde_step
+
+
+class Policy(nn.Module):
+    """A model adapter's network as a module from (x, sigma, conditioning) to velocity: what an engine wraps."""
+
+    def __init__(self, model) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
+        super().__init__()
+        self.transformer = model.transformer
+        self.velocity = model.velocity
+
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+        return self.velocity(x, sigma, conditioning)
+
+
+def with_unconditional(conditioning: C, unconditional: C | None) -> C:
+    """Rows for classifier-free guidance: the empty prompt B times, then the B prompts; without guidance those alone."""
+    if unconditional is None:
+        return conditioning
+    batch = len(conditioning[0])
+    empty = (tensor.expand(batch, *tensor.shape[1:]) for tensor in unconditional)
+    return concatenate([type(conditioning)(*empty), conditioning])
+
+
+def velocities(
+    policy: nn.Module,
+    x: Tensor,  # (B, *D) in the model's dtype
+    sigma: Tensor,  # (B,) float32
+    conditioning: tuple,  # of tensors (B, ...), or (2 B, ...) from `with_unconditional`
+) -> tuple[Tensor, Tensor | None]:
+    """The velocity with the prompt and, under guidance, the one without, (B, *D) each, from one forward pass."""
+    if len(conditioning[0]) == len(x):
+        return policy(x, sigma, conditioning), None
+    v_uncond, v = policy(torch.cat([x, x]), torch.cat([sigma, sigma]), conditioning).chunk(2)
+    return v, v_uncond
+
+
+@torch.no_grad()
+def rollout(
+    policy: nn.Module,
+    steps: Steps,
+    address: NoiseAddress,  # of B samples
+    conditioning: tuple,  # of tensors (B, ...), or (2 B, ...) under guidance
+    *,
+    guidance_scale: float,
+    latent_shape: tuple[int, ...],
+    model_dtype: torch.dtype,
+) -> Rollout:
+    """Denoise B samples, keeping of the trajectory what is trained on."""
+    batch, size = address.sample_id.numel(), steps.size
+    x = normal(address, INITIAL_STEP, math.prod(latent_shape)).view(batch, *latent_shape)
+    x_model = x.to(model_dtype)
+    # Each sample's window starts where its group's does, so a step's place differs by sample; steps that are not
+    # trained on are written to one place past the end, which is cut off.
+    latents = x.new_empty(size + 2, batch, *latent_shape)
+    v_old = x.new_empty(size + 1, batch, *latent_shape)
+    log_prob = x.new_empty(size + 1, batch)
+    rows = torch.arange(batch, device=x.device)
+    indices = torch.arange(steps.table.shape[1], device=x.device)  # (T,)
+
+    for i in range(steps.table.shape[1]):
+        place = i - steps.start  # (B,)
+        before = (place >= 0) & (place <= size)
+        trained = (place >= 0) & (place < size)
+        latents[torch.where(before, place, size + 1), rows] = x
+        v, v_uncond = velocities(policy, x_model, steps.sigmas[i].expand(batch), conditioning)
+        step = sde_step(
+            x, v, steps.table, indices[i : i + 1], address,
+            v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype,
+        )  # fmt: skip
+        v_old[torch.where(trained, place, size), rows] = step.v
+        log_prob[torch.where(trained, place, size), rows] = step.log_prob
+        x, x_model = step.x_next, step.x_next_model
+    return Rollout(latents[: size + 1], v_old[:size], log_prob[:size], x)

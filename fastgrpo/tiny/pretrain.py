@@ -1,0 +1,317 @@
+"""Makes the tiny Stable Diffusion 3 pipeline of the tiny shapes world, from nothing, on a CPU.
+
+Three stages: an autoencoder for the world's images; a set of captioned scenes encoded once; a flow-matching transformer with
+its two text encoders, trained together. What is saved is an ordinary diffusers folder, read by
+`StableDiffusion3Pipeline.from_pretrained`. Captions are partly wrong on purpose (`CORRECT`): like a model trained on
+captions from the web, the result draws clean shapes but does not always draw what was asked, which is what reinforcement
+learning then has to mend. Captions kept for evaluation never occur.
+
+    python -m fastgrpo.tiny.pretrain --output fastgrpo/tiny/weights
+
+Seeded; a run that is stopped goes on from its last checkpoint in `--work`.
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from fastgrpo.tiny.render import render
+from fastgrpo.tiny.world import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, sample_scene, split_prompts, words
+
+WIDTH = 64  # of each text encoder
+MAX_TOKENS = 10  # the longest prompt of the world, with its start and end
+SHIFT = 3.0  # of the noise schedule, as in Stable Diffusion 3
+CAPTION_DROP = 0.1  # share of captions left empty, for classifier-free guidance
+CORRECT = {"single_object": 0.9, "two_object": 0.65, "counting": 0.5, "position": 0.4, "color_attr": 0.5}
+TAG_SHARE = {"single_object": 0.1, "two_object": 0.2, "counting": 0.2, "position": 0.3, "color_attr": 0.2}
+
+
+def mislabel(record: dict, rng: np.random.Generator) -> dict:
+    """What is really shown under a wrong caption: the record with one thing about it changed."""
+    include = copy.deepcopy(record["include"])
+    changed = {**record, "include": include}
+    tag = record["tag"]
+    if tag == "position":
+        changed["relation"] = str(rng.choice([r for r in RELATIONS if r != record["relation"]]))
+    elif tag == "counting":
+        include[0]["count"] = int(rng.choice([n for n in (1, 2, 3, 4) if n != include[0]["count"]]))
+    elif tag == "color_attr" and rng.random() < 0.6:
+        include[0]["color"], include[1]["color"] = include[1]["color"], include[0]["color"]
+    elif tag == "two_object" and rng.random() < 0.5:
+        del include[rng.integers(2)]
+    else:
+        item = include[rng.integers(len(include))]
+        key, values = ("color", COLORS) if "color" in item and rng.random() < 0.5 else ("class", SHAPES)
+        item[key] = str(rng.choice([value for value in values if value != item[key]]))
+    return changed
+
+
+def make_dataset(size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (N, 3, H, W) uint8, the index of each one's caption (N,), and the captions."""
+    rng = np.random.default_rng([seed, 1])
+    train, _ = split_prompts()
+    by_tag = {tag: [i for i, record in enumerate(train) if record["tag"] == tag] for tag in TAG_SHARE}
+    images, captions = np.empty((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.empty(size, np.int64)
+    tags = rng.choice(list(TAG_SHARE), size, p=list(TAG_SHARE.values()))
+    for n, tag in enumerate(tqdm(tags, desc="scenes", mininterval=5)):
+        captions[n] = rng.choice(by_tag[tag])
+        record = train[captions[n]]
+        if rng.random() > CORRECT[tag]:
+            record = mislabel(record, rng)
+        images[n] = render(sample_scene(record, rng))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(captions), [r["prompt"] for r in train]
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs merge each word of the world into one token."""
+    alphabet = sorted({character for word in words() for character in word})
+    tokens = [*alphabet, *(character + "</w>" for character in alphabet)]
+    merges: list[tuple[str, str]] = []
+    for word in words():
+        pieces = _apply(merges, [*word[:-1], word[-1] + "</w>"])
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            tokens.append(pieces[0] + pieces[1])
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
+    for left, right in merges:
+        i = 0
+        while i < len(pieces) - 1:
+            if (pieces[i], pieces[i + 1]) == (left, right):
+                pieces[i : i + 2] = [left + right]
+            i += 1
+    return pieces
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        sample_size=IMAGE_SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+    )
+
+
+def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    tokenizer = make_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
+        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=5, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=2 * WIDTH, caption_projection_dim=128,
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=IMAGE_SIZE // 8, qk_norm="rms_norm",
+    )
+    zero_init_modulation(transformer)
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=make_tokenizer(),
+        text_encoder_3=make_silent_t5(), tokenizer_3=make_t5_tokenizer(),
+    )
+
+
+def make_silent_t5() -> T5EncoderModel:
+    """A T5 whose last norm is zero, so that it says of every token what diffusers says in place of a missing T5: zeros.
+
+    The world needs no third text encoder, but `StableDiffusion3Pipeline.from_pretrained` asks for one.
+    """
+    config = T5Config(vocab_size=len(words()) + 4, d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    model = T5EncoderModel(config).eval()
+    torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
+    return model
+
+
+def make_t5_tokenizer() -> T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary = [("\u2581" + word, -1.0) for word in words()]
+    return T5Tokenizer(vocab=special + vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def zero_init_modulation(transformer: SD3Transformer2DModel) -> None:
+    """Start every block as the identity and the output at zero (adaLN-Zero, arXiv 2212.09748)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and (name.endswith(".linear") and "norm" in name or name == "proj_out"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def train_vae(images: Tensor, steps: int, batch: int = 32, lr: float = 2e-3, kl_weight: float = 2e-4) -> AutoencoderKL:
+    """Squared error plus a little KL, then the latents' mean and scale measured for the pipeline's normalisation."""
+    vae = make_vae().train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    bar = tqdm(range(steps), desc="autoencoder", mininterval=5)
+    for _ in bar:
+        x = to_unit(images[torch.randint(len(images), (batch,))])
+        posterior = vae.encode(x).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
+        loss = error + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(error=f"{error.item():.5f}", refresh=False)
+    vae.eval()
+    latents = encode_images(vae, images[:4096])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, batch: int = 512) -> Tensor:
+    """Latent means (N, 4, 8, 8), not yet normalised."""
+    chunks = tqdm(images.split(batch), desc="latents", mininterval=5)
+    return torch.cat([vae.encode(to_unit(chunk)).latent_dist.mean for chunk in chunks])
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 pixels to the autoencoder's range, [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def encode_captions(pipeline: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What `StableDiffusion3Pipeline.encode_prompt` returns at max_sequence_length=1, the T5's token being zeros."""
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, L, 2 WIDTH)
+    return F.pad(embeds, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+def flow_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor) -> Tensor:
+    """Squared error of the velocity, v = noise - data, at shifted uniform noise levels."""
+    unique, inverse = tokens.unique(dim=0, return_inverse=True)
+    embeds, pooled = encode_captions(pipeline, unique)
+    u = torch.rand(len(latents), 1, 1, 1)
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    noise = torch.randn_like(latents)
+    velocity = pipeline.transformer(
+        hidden_states=(1 - sigma) * latents + sigma * noise, timestep=sigma.flatten() * 1000,
+        encoder_hidden_states=embeds[inverse], pooled_projections=pooled[inverse],
+    ).sample
+    return F.mse_loss(velocity, noise - latents)
+
+
+def train_transformer(
+    pipeline: StableDiffusion3Pipeline, latents: Tensor, captions: Tensor, prompts: list[str], args: argparse.Namespace
+) -> None:
+    """One-cycle AdamW with an exponential average, which is what the pipeline holds at the end."""
+    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
+    parameters = [p for module in modules for p in module.parameters()]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    tokenized = pipeline.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    checkpoint, log, start = args.work / "transformer.pt", args.work / "log.jsonl", 0
+    if checkpoint.exists():
+        start = restore(checkpoint, parameters, average, optimizer, schedule)
+    if args.compile:
+        pipeline.transformer.compile()
+    bar = tqdm(range(start, args.steps), desc="transformer", initial=start, total=args.steps, mininterval=5)
+    began, running = time.time(), 0.0
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step)  # the step alone decides its batch, so a resumed run is the same
+        index = torch.randint(len(latents), (args.batch,))
+        dropped = torch.rand(args.batch) < CAPTION_DROP
+        tokens = tokenized[torch.where(dropped, len(prompts), captions[index])]
+        loss = flow_loss(pipeline, latents[index], tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        running += loss.item()
+        if (step + 1) % args.log_every == 0:
+            row = {"step": step + 1, "loss": running / args.log_every, "seconds": round(time.time() - began, 1)}
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            running = 0.0
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save(checkpoint, step + 1, parameters, average, optimizer, schedule)
+            export(pipeline, parameters, average, args.output)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+
+
+def save(path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizer, schedule) -> None:
+    state = {"step": step, "parameters": parameters, "average": average}
+    state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer, schedule) -> int:
+    state = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, state["parameters"])
+        torch._foreach_copy_(average, state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+def export(pipeline: StableDiffusion3Pipeline, parameters: list[Tensor], average: list[Tensor], output: Path) -> None:
+    """Save the pipeline with the averaged weights; training goes on with its own."""
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+        pipeline.save_pretrained(output)
+        torch._foreach_copy_(parameters, kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrain the tiny shapes pipeline.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights", help="diffusers folder to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_pretrain"), help="checkpoints and log")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=120_000)
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=7_000, help="of the transformer")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: needs a C++ compiler")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=1000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    images, captions, prompts = make_dataset(args.scenes, args.seed)
+    vae_folder = args.work / "vae"
+    if not vae_folder.exists():
+        train_vae(images, args.vae_steps).save_pretrained(vae_folder)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.manual_seed(args.seed)
+    train_transformer(make_pipeline(vae), latents, captions, prompts, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Train a model by online reinforcement learning.
+
+    deepspeed fastgrpo/train.py --config configs/tiny_shapes.yaml        all GPUs of a node (or one CPU process)
+    fastgrpo train --config configs/tiny_shapes.yaml                     one process
+    ... --set rollout.num_steps=8 --set seed=1                           change keys of the configuration
+
+A run that was stopped goes on from its last checkpoint when the same command is given again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file, the package's own folder comes first on the path, where its modules would pass for top-level ones.
+    root = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(root)
+    sys.path.insert(1, str(root / "kernels"))
+
+from fastgrpo.config import Config, ConfigError, describe, differences, dump_config, load_config
+from fastgrpo.runlog import write_atomically
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.epilog = "keys of the configuration:\n" + describe()
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run to the end and print the result; the exit status."""
+    try:
+        config = load_config(arguments.config, arguments.set)
+        open_run(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # After the configuration is known to be good: these take seconds to load.
+    from fastgrpo.engine import finish, start
+    from fastgrpo.trainer import Trainer
+
+    device = start()
+    trainer = Trainer(config, int(os.environ["WORLD_SIZE"]), device)
+    summary = trainer.run()
+    if trainer.engine.rank == 0:
+        print(table(summary))
+        print(f"report: {config.output / 'report.html'}")
+    trainer.engine.close()
+    del trainer
+    finish()
+    return 0
+
+
+def open_run(config: Config) -> None:
+    """Make the run's folder, or see that the run in it is of this configuration and can go on."""
+    path = config.output / "config.yaml"
+    if path.exists():
+        changed = differences(load_config(path), config, but=("iterations",))
+        if changed:
+            raise ConfigError(
+                f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another folder with --set output=... or remove it"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_config(config))
+
+
+def table(summary: dict) -> str:
+    """Accuracy before and after, by category."""
+    rows = [(tag, summary["base"][tag], summary["final"][tag]) for tag in summary["base"]]
+    rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
+    width = max(len(tag) for tag, *_ in rows)
+    lines = [f"{'':{width}}     base  trained   change"]
+    lines += [f"{tag:{width}}  {base:7.1%}  {final:7.1%}  {final - base:+7.1%}" for tag, base, final in rows]
+    seconds, images = summary["train_seconds"], summary["images"]
+    lines.append(f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}")
+    return "\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

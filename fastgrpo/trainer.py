@@ -1,0 +1,320 @@
+"""Flow-GRPO (arXiv 2505.05470) from prompts to a better model, as it flows:
+
+    prompts -> conditioning -> rollout -> images -> rewards -> advantages -> objective -> engine step -> metrics
+
+Every rank runs the same lines on its share of the samples. A sample is numbered by its place in the iteration, group by
+group, whatever the number of ranks, and its noise and its place in the batch follow from that number alone.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgrpo import sde
+from fastgrpo.advantages import Advantages, group_advantages
+from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.config import Config, check_ranks
+from fastgrpo.ema import Ema
+from fastgrpo.engine import Engine
+from fastgrpo.evaluation import Evaluator
+from fastgrpo.generation import Embeddings
+from fastgrpo.models import load_model
+from fastgrpo.objectives import OBJECTIVES, effective_clip_range
+from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration
+from fastgrpo.report import write_report
+from fastgrpo.rewards import load_reward
+from fastgrpo.rollout import Policy, rollout
+from fastgrpo.runlog import RunLog, read_lines
+from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, noise_address
+from fastgrpo.update import Learner, update
+
+
+class Trainer:
+    """A run: what it is made of in `__init__`, what happens in `run`, one iteration in `iterate`."""
+
+    def __init__(self, config: Config, world_size: int, device: torch.device) -> None:
+        check_ranks(config, world_size)
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.prompts = load_prompts(config.prompts.train)
+        held_out = load_prompts(config.prompts.eval)
+        check_held_out(self.prompts, held_out)
+        self.reward = load_reward(config.reward.train)
+
+        self.model = load_model(
+            config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype), device=device,
+            max_text_tokens=config.model.max_text_tokens,
+        )  # fmt: skip
+        lora = config.model.lora
+        self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        if config.update.gradient_checkpointing:
+            self.model.transformer.enable_gradient_checkpointing()
+        self.embeddings = Embeddings(self.model)
+        self.engine = Engine(
+            Policy(self.model), zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
+            learning_rate=config.update.learning_rate, betas=config.update.betas,
+            weight_decay=config.update.weight_decay, max_grad_norm=config.update.max_grad_norm,
+            micro_batch_size=config.rollout.batch_size,
+        )  # fmt: skip
+        self.ema = Ema(self.engine.trained_state(), config.update.ema_decay)
+        self.learner = self._learner()
+        self.evaluator = self._evaluator(held_out)
+
+    def _learner(self) -> Learner:
+        objective, rollout = self.config.objective, self.config.rollout
+        elements = torch.Size(self.model.latent_shape).numel()
+        return Learner(
+            engine=self.engine,
+            objective=partial(
+                OBJECTIVES[objective.name], beta=objective.beta,
+                clip_range=effective_clip_range(objective.clip_range, elements),
+            ),
+            reference=self.model.reference if objective.beta > 0 else None,
+            guidance_scale=rollout.guidance_scale,
+            model_dtype=self.model.dtype,
+        )  # fmt: skip
+
+    def _evaluator(self, held_out) -> Evaluator:  # noqa: ANN001
+        evaluation = self.config.evaluation
+        return Evaluator(
+            model=self.model, embeddings=self.embeddings, prompts=held_out,
+            reward=load_reward(self.config.reward.eval), num_steps=evaluation.num_steps,
+            guidance_scale=evaluation.guidance_scale, batch_size=evaluation.batch_size, seed=self.config.seed,
+            rank=self.engine.rank, world_size=self.engine.world_size, gather=self.engine.gather,
+        )  # fmt: skip
+
+    def run(self) -> dict:
+        """Train from the last checkpoint, or from the start, to the end; returns the summary."""
+        config, folder = self.config, self.config.output
+        done, seconds = self._resume()
+        self.log = RunLog(folder, done) if self.engine.rank == 0 else None
+        if not (folder / "evaluations.jsonl").exists() or not read_lines(folder / "evaluations.jsonl"):
+            self.engine.barrier()
+            self.evaluate(0, config.evaluation.images, base=True)
+        bar = tqdm(
+            range(done + 1, config.iterations + 1), desc="training", initial=done, total=config.iterations,
+            disable=self.engine.rank != 0, dynamic_ncols=True,
+        )  # fmt: skip
+        for iteration in bar:
+            began = time.perf_counter()
+            metrics = self.iterate(iteration)
+            last = iteration == config.iterations
+            seconds += time.perf_counter() - began
+            bar.set_postfix_str(progress(metrics))
+            if self.log:
+                self.log.metrics(metrics)
+            if config.evaluation.every and iteration % config.evaluation.every == 0 and not last:
+                self.evaluate(iteration, config.evaluation.images_between)
+            if last:
+                self.evaluate(iteration, config.evaluation.images)
+            if last or iteration % config.checkpoint.every == 0:
+                self._save(iteration, seconds)
+        return self._finish(seconds)
+
+    def iterate(self, iteration: int) -> dict:
+        """One rollout and its updates."""
+        config, clock = self.config, Stopwatch(self.model.device)
+        groups, size, batch = config.rollout.groups, config.rollout.group_size, config.rollout.batch_size
+        share = groups * size // self.engine.world_size
+        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed)
+        tables = self._tables(iteration)
+        rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
+        rewards = []
+        first = self.engine.rank * share
+        for start in range(first, first + share, batch):
+            sample_id = torch.arange(start, start + batch)
+            group = sample_id // size
+            records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
+            prompts = [record["prompt"] for record in records]
+            with clock("rollout"):
+                conditioning = self.embeddings(prompts, guidance_scale=config.rollout.guidance_scale)
+                steps = self._steps(tables, group)
+                result = self._rollout(iteration, sample_id, steps, conditioning)
+            with clock("decode"):
+                images = self.model.decode(result.final)
+            with clock("reward"):
+                rewards.append(checked(self.reward(images, prompts, records), config.reward.train, prompts))
+            rollouts.append((sample_id, steps, conditioning, result))
+        with clock("update"):
+            all_rewards, advantages = self._advantages(torch.cat(rewards))
+            metrics = self._update(rollouts, advantages)
+        with clock("other"):
+            self.ema.update(self.engine.trained_state())
+        return self._metrics(iteration, all_rewards, advantages, metrics, clock)
+
+    def _tables(self, iteration: int) -> dict[str, Tensor]:
+        """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
+        rollout, objective = self.config.rollout, self.config.objective
+        sigmas = self.model.sigmas(rollout.num_steps)
+        groups = torch.arange(rollout.groups)
+        start = sde.window_starts(rollout.window, rollout.num_steps, iteration, groups, self.config.seed)
+        size = sde.window_size(rollout.window, rollout.num_steps)
+        table = sde.window_tables(
+            rollout.sampler, sigmas, rollout.noise_level, start, size, objective.log_prob_weight
+        )
+        kl_weight = sde.kl_weights(rollout.sampler, sigmas, rollout.noise_level, objective.kl).float()
+        tensors = {"sigmas": sigmas, "table": table, "start": start, "kl_weight": kl_weight}
+        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
+
+    def _steps(self, tables: dict[str, Tensor], group: Tensor) -> Steps:
+        group = group.to(self.model.device)
+        size = sde.window_size(self.config.rollout.window, self.config.rollout.num_steps)
+        return Steps(tables["sigmas"], tables["table"][group], tables["start"][group], size, tables["kl_weight"])
+
+    def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
+        with self.engine.rollout_policy() as policy:
+            return rollout(
+                policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
+                conditioning, guidance_scale=self.config.rollout.guidance_scale,
+                latent_shape=self.model.latent_shape, model_dtype=self.model.dtype,
+            )  # fmt: skip
+
+    def _advantages(self, rewards: Tensor) -> tuple[Tensor, Advantages]:
+        """Rewards of the whole iteration (N,), and its advantages, the same bits on every rank."""
+        rollout, objective = self.config.rollout, self.config.objective
+        everyone = self.engine.gather(rewards.to(self.model.device))
+        group = torch.arange(len(everyone), device=everyone.device) // rollout.group_size
+        return everyone, group_advantages(
+            everyone, group, num_groups=rollout.groups, std=objective.advantage_std,
+            adv_clip_max=objective.adv_clip_max,
+        )  # fmt: skip
+
+    def _update(self, rollouts: list, advantages: Advantages) -> dict[str, Tensor]:
+        """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
+        experiences = []
+        for sample_id, steps, conditioning, result in rollouts:
+            mine = sample_id.to(self.model.device)
+            weight = advantages.weight[mine]
+            experiences.append(Experience(result, conditioning, steps, advantages.values[mine], weight))
+        part = len(experiences) // self.config.update.steps_per_rollout
+        updates = [update(self.learner, experiences[i : i + part]) for i in range(0, len(experiences), part)]
+        mean = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
+        first = updates[0]
+        deviation = torch.maximum((first["ratio_max"] - 1).abs(), (first["ratio_min"] - 1).abs())
+        return {**mean, "first_ratio_deviation": deviation}
+
+    def _metrics(
+        self, iteration: int, rewards: Tensor, advantages: Advantages, metrics: dict[str, Tensor], clock: "Stopwatch"
+    ) -> dict:
+        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
+        values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
+        row = dict(zip(metrics, values.tolist(), strict=True))
+        groups = rewards.view(-1, self.config.rollout.group_size)
+        return {
+            "iteration": iteration,
+            "reward": rewards.mean().item(),
+            "reward_std": groups.std(dim=1, correction=0).mean().item(),
+            "zero_groups": 1 - advantages.weight.mean().item(),
+            **row,
+            "images": iteration * len(rewards),
+            "seconds": clock.seconds,
+        }
+
+    def evaluate(self, iteration: int, images: int, base: bool = False) -> None:
+        """Accuracy on held-out prompts and samples to look at, with the averaged weights."""
+        batches = -(-images // (self.config.evaluation.batch_size * self.engine.world_size))
+        bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.engine.rank != 0, dynamic_ncols=True)
+        with self._averaged(base), self.engine.rollout_policy() as policy:
+            row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
+            samples = self.evaluator.samples(policy, self.config.evaluation.samples)
+        bar.close()
+        if self.log:
+            self.log.evaluation(row)
+            self.log.samples(iteration, *samples)
+            tqdm.write(f"iteration {iteration}: accuracy {accuracy_line(row['accuracy'])}")
+
+    @contextmanager
+    def _averaged(self, base: bool) -> Iterator[None]:
+        """The averaged weights in the network; before training they are the base's, with the LoRA off."""
+        with self.model.reference() if base else self.engine.swapped(self.ema.weights):
+            yield
+
+    def _resume(self) -> tuple[int, float]:
+        """Iterations done, and the seconds they took."""
+        loaded = load_checkpoint(self.engine, self.config.output / "checkpoints")
+        if loaded is None:
+            return 0, 0.0
+        iteration, state = loaded
+        self.ema.load_state_dict(state["ema"])
+        return iteration, state["seconds"]
+
+    def _save(self, iteration: int, seconds: float) -> None:
+        # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
+        state = {"seconds": seconds, "ema": self.ema.state_dict()}
+        folder = self.config.output
+        save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
+        if self.engine.rank == 0:
+            self.model.save_lora(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
+            if self.log:
+                write_report(folder)
+
+    def _finish(self, seconds: float) -> dict:
+        """The summary: first against last evaluation."""
+        folder = self.config.output
+        if self.engine.rank != 0:
+            return {}
+        rows = read_lines(folder / "evaluations.jsonl")
+        base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
+        last = read_lines(folder / "metrics.jsonl")[-1]
+        summary = {
+            "base_accuracy": base["overall"],
+            "final_accuracy": final["overall"],
+            "base": {tag: value for tag, value in base.items() if tag != "overall"},
+            "final": {tag: value for tag, value in final.items() if tag != "overall"},
+            "train_seconds": round(seconds, 1),
+            "images": last["images"],
+            "iterations": last["iteration"],
+            "seed": self.config.seed,
+            "status": "finished",
+            "world_size": self.engine.world_size,
+            "device": device_name(self.model.device),
+        }
+        self.log.summary(summary)
+        self.log.close()
+        write_report(folder)
+        return summary
+
+
+class Stopwatch:
+    """Seconds by phase. On a GPU a phase ends when its work is done: a handful of waits an iteration, none in a loop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def checked(rewards: Tensor, name: str, prompts: list[str]) -> Tensor:
+    """Rewards (B,) float32, or an error that names the reward and the prompt."""
+    if rewards.shape != (len(prompts),):
+        raise ValueError(f"reward {name!r} returned shape {tuple(rewards.shape)} for {len(prompts)} images, not (B,)")
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"reward {name!r} returned {rewards[bad[0]].item()} for the prompt {prompts[bad[0]]!r}")
+    return rewards.float()
+
+
+def progress(metrics: dict) -> str:
+    """The end of the progress bar."""
+    times = " ".join(f"{phase} {seconds:.1f}s" for phase, seconds in metrics["seconds"].items())
+    return f"reward {metrics['reward']:.3f} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
+
+
+def accuracy_line(accuracy: dict[str, float]) -> str:
+    return "  ".join(f"{tag} {value:.1%}" for tag, value in accuracy.items())
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

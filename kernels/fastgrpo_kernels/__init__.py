@@ -1,0 +1,22 @@
+"""The three operations of online RL for flow matching that deserve a kernel: addressed noise, one denoising
+transition, and the moments of a stored transition. Triton on CUDA and ROCm, a torch reference on the CPU."""
+
+from fastgrpo_kernels.philox import INITIAL_STEP, NoiseAddress, normal, normal_ref, normal_triton
+from fastgrpo_kernels.sde_step import SdeStep, sde_step, sde_step_ref, sde_step_triton
+from fastgrpo_kernels.transition import Moments, transition, transition_ref, transition_triton
+
+__all__ = [
+    "INITIAL_STEP",
+    "Moments",
+    "NoiseAddress",
+    "SdeStep",
+    "normal",
+    "normal_ref",
+    "normal_triton",
+    "sde_step",
+    "sde_step_ref",
+    "sde_step_triton",
+    "transition",
+    "transition_ref",
+    "transition_triton",
+]

@@ -1,0 +1,41 @@
+"""Packaging: `fastgrpo`, and `fastgrpo_kernels` from the plain source folder kernels/."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fastgrpo",
+    version="0.1.0",
+    description="Online reinforcement learning for flow-matching image and video models, fast and exact",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fastgrpo", "fastgrpo.*"]) + find_packages("kernels"),
+    package_dir={"fastgrpo_kernels": "kernels/fastgrpo_kernels"},
+    package_data={
+        "fastgrpo": ["*.html"],
+        "fastgrpo.tiny": ["prompts/*", "weights/*", "weights/*/*"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "diffusers>=0.42",
+        "transformers>=5.23",
+        "peft>=0.21",
+        "accelerate",
+        # fastgrpo/engine.py switches off one of its operations by an internal name, and was tested with this release.
+        "deepspeed>=0.19.8,<0.20",
+        "numpy",
+        "scipy",
+        "pillow",
+        "pyyaml",
+        "safetensors",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff"],
+        "flash": ["flash-attn>=2.6.3"],
+        "xformers": ["xformers>=0.0.29"],
+    },
+    entry_points={"console_scripts": ["fastgrpo=fastgrpo.cli:main"]},
+)
