@@ -1,9 +1,9 @@
 """The console script: `fastgrpo train`, `fastgrpo eval`, `fastgrpo sample`, `fastgrpo report`.
 
-    fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
-    fastgrpo eval runs/tiny_shapes --base                                the model it started from
-    fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
-    fastgrpo report runs/tiny_shapes                                     write report.html anew
+fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
+fastgrpo eval runs/tiny_shapes --base                                the model it started from
+fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
+fastgrpo report runs/tiny_shapes                                     write report.html anew
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""The configuration: YAML into frozen dataclasses, with `--set a.b=c` on top. What is not understood is refused, never repaired.
+"""The configuration: YAML into frozen dataclasses, with `--set a.b=c` on top.
+
+What is not understood is refused, never repaired.
 
     config = load_config("configs/tiny_shapes.yaml", ["rollout.num_steps=8"])
 
@@ -230,9 +232,15 @@ def check(config: Config) -> None:
     _check_transitions(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        _refuse("engine.zero_stage", 0, f"no float32 masters are kept for {config.model.dtype} weights at stage 0: take 1")
+        _refuse(
+            "engine.zero_stage", 0, f"no float32 masters are kept for {config.model.dtype} weights at stage 0: take 1"
+        )
     if config.evaluation.samples > config.evaluation.batch_size:
-        _refuse("evaluation.samples", config.evaluation.samples, f"at most evaluation.batch_size = {config.evaluation.batch_size}")
+        _refuse(
+            "evaluation.samples",
+            config.evaluation.samples,
+            f"at most evaluation.batch_size = {config.evaluation.batch_size}",
+        )
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -257,9 +265,12 @@ def _check_division(config: Config, world_size: int) -> None:
     rollout, steps = config.rollout, config.update.steps_per_rollout
     images, share = rollout.groups * rollout.group_size, rollout.batch_size * steps * world_size
     if images % share:
-        _refuse("rollout.batch_size", rollout.batch_size,
-                f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
-                f"batches on {world_size} process{'es' * (world_size > 1)}: {images} must be a multiple of {share}")
+        _refuse(
+            "rollout.batch_size",
+            rollout.batch_size,
+            f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
+            f"batches on {world_size} process{'es' * (world_size > 1)}: {images} must be a multiple of {share}",
+        )
 
 
 def describe() -> str:
@@ -268,7 +279,18 @@ def describe() -> str:
 
 
 def _positive(section: Any, prefix: str = "") -> None:
-    may_be_zero = {"seed", "start", "beta", "weight_decay", "every", "zero_stage", "ema_decay", "samples", "range", "betas"}
+    may_be_zero = {
+        "seed",
+        "start",
+        "beta",
+        "weight_decay",
+        "every",
+        "zero_stage",
+        "ema_decay",
+        "samples",
+        "range",
+        "betas",
+    }
     for f in dataclasses.fields(section):
         value, path = getattr(section, f.name), prefix + f.name
         if dataclasses.is_dataclass(value):
@@ -322,7 +344,11 @@ def _apply_override(data: dict, override: str) -> None:
 
 def _build(cls: type, data: Any, prefix: str) -> Any:
     if not isinstance(data, dict):
-        _refuse(prefix.rstrip("."), data, "expected a section with the keys " + ", ".join(f.name for f in dataclasses.fields(cls)))
+        _refuse(
+            prefix.rstrip("."),
+            data,
+            "expected a section with the keys " + ", ".join(f.name for f in dataclasses.fields(cls)),
+        )
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:

@@ -1,7 +1,7 @@
 """Prompt files, and which prompts an iteration trains on.
 
-A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads (GenEval's metadata
-files are read as they are).
+A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads.
+GenEval's metadata files are read as they are.
 """
 
 import json

@@ -1,12 +1,12 @@
 """What a run leaves in its folder for people and for `fastgrpo.report`. Rank 0 writes; the files say everything there is.
 
-    config.yaml                         the whole configuration, every path absolute
-    metrics.jsonl   tensorboard/        a line an iteration
-    evaluations.jsonl                   a line an evaluation; the first is the base model
-    samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
-    checkpoints/                        see `fastgrpo.checkpoint`
-    pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
-    summary.json   report.html          at the end
+config.yaml                         the whole configuration, every path absolute
+metrics.jsonl   tensorboard/        a line an iteration
+evaluations.jsonl                   a line an evaluation; the first is the base model
+samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
+checkpoints/                        see `fastgrpo.checkpoint`
+pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
+summary.json   report.html          at the end
 """
 
 import json
@@ -73,7 +73,9 @@ def save_grid(path: Path, images: np.ndarray, gap: int = 2) -> None:
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = (place * (side + gap) + gap for place, side in zip(divmod(i, columns), (height, width), strict=True))
+        top, left = (
+            place * (side + gap) + gap for place, side in zip(divmod(i, columns), (height, width), strict=True)
+        )
         sheet[top : top + height, left : left + width] = image
     factor = max(1, SCALE_BELOW // max(height, width))
     Image.fromarray(sheet.repeat(factor, 0).repeat(factor, 1)).save(path)

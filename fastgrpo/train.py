@@ -36,7 +36,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Run to the end and print the result; the exit status."""
     try:
         config = load_config(arguments.config, arguments.set)
-        open_run(config)
+        check_folder(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +45,14 @@ def train(arguments: argparse.Namespace) -> int:
     from fastgrpo.trainer import Trainer
 
     device = start()
-    trainer = Trainer(config, int(os.environ["WORLD_SIZE"]), device)
+    try:
+        trainer = Trainer(config, int(os.environ["WORLD_SIZE"]), device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if trainer.engine.rank == 0:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.output / "config.yaml", dump_config(config))
     summary = trainer.run()
     if trainer.engine.rank == 0:
         print(table(summary))
@@ -56,19 +63,15 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def open_run(config: Config) -> None:
-    """Make the run's folder, or see that the run in it is of this configuration and can go on."""
+def check_folder(config: Config) -> None:
+    """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
     path = config.output / "config.yaml"
-    if path.exists():
-        changed = differences(load_config(path), config, but=("iterations",))
-        if changed:
-            raise ConfigError(
-                f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
-                "choose another folder with --set output=... or remove it"
-            )
-    if os.environ.get("RANK", "0") == "0":
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_config(config))
+    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
+    if changed:
+        raise ConfigError(
+            f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
+            "choose another folder with --set output=... or remove it"
+        )
 
 
 def table(summary: dict) -> str:
@@ -79,7 +82,9 @@ def table(summary: dict) -> str:
     lines = [f"{'':{width}}     base  trained   change"]
     lines += [f"{tag:{width}}  {base:7.1%}  {final:7.1%}  {final - base:+7.1%}" for tag, base, final in rows]
     seconds, images = summary["train_seconds"], summary["images"]
-    lines.append(f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}")
+    lines.append(
+        f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}"
+    )
     return "\n" + "\n".join(lines)
 
 

@@ -93,8 +93,8 @@ class Trainer:
         config, folder = self.config, self.config.output
         done, seconds = self._resume()
         self.log = RunLog(folder, done) if self.engine.rank == 0 else None
-        if not (folder / "evaluations.jsonl").exists() or not read_lines(folder / "evaluations.jsonl"):
-            self.engine.barrier()
+        # Rank 0 looks for all: the others could see the file appear.
+        if self.engine.broadcast_object(not read_lines(folder / "evaluations.jsonl")):
             self.evaluate(0, config.evaluation.images, base=True)
         bar = tqdm(
             range(done + 1, config.iterations + 1), desc="training", initial=done, total=config.iterations,
@@ -154,9 +154,7 @@ class Trainer:
         groups = torch.arange(rollout.groups)
         start = sde.window_starts(rollout.window, rollout.num_steps, iteration, groups, self.config.seed)
         size = sde.window_size(rollout.window, rollout.num_steps)
-        table = sde.window_tables(
-            rollout.sampler, sigmas, rollout.noise_level, start, size, objective.log_prob_weight
-        )
+        table = sde.window_tables(rollout.sampler, sigmas, rollout.noise_level, start, size, objective.log_prob_weight)
         kl_weight = sde.kl_weights(rollout.sampler, sigmas, rollout.noise_level, objective.kl).float()
         tensors = {"sigmas": sigmas, "table": table, "start": start, "kl_weight": kl_weight}
         return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """One optimiser step on stored transitions: velocity, moments, objective, gradients.
 
-    for each batch and each trained step:   moments(v_new, v_old) -> loss -> backward
-    then one step of the optimiser
+for each batch and each trained step:   moments(v_new, v_old) -> loss -> backward
+then one step of the optimiser
 """
 
 from collections.abc import Callable, Sequence

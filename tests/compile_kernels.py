@@ -15,11 +15,12 @@ from collections import Counter
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fastgrpo_kernels.philox import BLOCK, THREADS, normal_fwd_kernel
 from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel
 from fastgrpo_kernels.transition import moments_fwd_kernel, transition_bwd_kernel, transition_fwd_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # What no driver tells is read from the files: resources from the cubin or the assembly, widths from the text.
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

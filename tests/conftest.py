@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +26,32 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+TINY_WEIGHTS = Path(__file__).resolve().parent.parent / "fastgrpo" / "tiny" / "weights"
+
+
+def load_tiny_model():  # noqa: ANN201 (an adapter of fastgrpo.models)
+    """The embedded pipeline, through the adapter that loads SD3.5."""
+    from fastgrpo.models import load_model
+
+    return load_model("sd3", path=TINY_WEIGHTS, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():  # noqa: ANN201
+    """For tests that only look at it."""
+    return load_tiny_model()
+
+
+@pytest.fixture
+def tuned_model():  # noqa: ANN201
+    """One of a test's own, with a LoRA that has an effect."""
+    model = load_tiny_model()
+    torch.manual_seed(1)
+    model.add_lora(rank=4, alpha=8)
+    with torch.no_grad():
+        for name, parameter in model.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model

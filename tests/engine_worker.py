@@ -132,6 +132,7 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
     checks = {}
     batch = {name: tensor.to(engine.device) for name, tensor in make_batch(99, 0).items()}
     through_engine = velocity(engine, batch, engine.dtype)
+    held = [p.numel() for p in policy.parameters()]  # stage 3 gives the weights of a block back after it
 
     def sample(times: int = 1) -> Tensor:
         with engine.rollout_policy() as module:
@@ -149,6 +150,7 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
         pass
     again = velocity(engine, batch, engine.dtype)
     checks["rollout_policy after an exception"] = torch.equal(again, through_engine)
+    checks["split again after an exception"] = held == [p.numel() for p in policy.parameters()]
     before = engine.trained_state()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     policy.disable_adapters()

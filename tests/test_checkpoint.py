@@ -69,7 +69,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(state["ema"].pop("w"), STATE["ema"]["w"])
     assert state == STATE | {"ema": {}}
     record = json.loads((tmp_path / "new" / "00012" / MARKER).read_text())
-    assert record["world_size"] == 1 and record["files"].keys() == {"state.pt", "engine/shard0", "engine/shard1"}
+    assert record["world_size"] == 1
+    assert record["files"].keys() == {"state.pt", "engine/shard0", "engine/shard1"}
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -184,7 +185,8 @@ def test_another_rank_writes_only_its_part(tmp_path: Path) -> None:
     save_checkpoint(engine, tmp_path, 3, STATE)
     assert names(tmp_path) == ["00003.partial"] and names(tmp_path / "00003.partial") == ["engine"]
     assert engine.barriers == 3
-    assert load_checkpoint(engine, tmp_path) is None  # what rank 0 sent
+    save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
+    assert load_checkpoint(engine, tmp_path) is None  # what rank 0 sent, not what this one sees
 
 
 def test_refused(tmp_path: Path) -> None:

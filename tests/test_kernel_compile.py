@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastgrpo_kernels
 import pytest
+
+import fastgrpo_kernels
 
 TESTS = Path(__file__).parent
 PACKAGES = Path(fastgrpo_kernels.__file__).parents[1]

@@ -5,10 +5,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, normal_ref, normal_triton
-from fastgrpo_kernels.philox import BLOCK, _box_muller_ref, box_muller, philox_ref
 from helpers import DEVICE, NoSync
 from scipy import stats
+
+from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, normal_ref, normal_triton
+from fastgrpo_kernels.philox import BLOCK, _box_muller_ref, box_muller, philox_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

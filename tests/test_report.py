@@ -121,6 +121,14 @@ def test_headline_and_facts_are_those_of_the_summary(run: Path) -> None:
     assert "device" not in text
 
 
+def test_summary_has_the_last_word(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"final_accuracy": 0.987, "final": {**FINAL, "overall": 0.987, "counting": 0.432}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run))
+    assert "98.7%" in page.text["header"] and "43.2%" in page.text["categories"]
+
+
 def test_device_is_named_where_the_summary_knows_it(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "device": "one <fast> device"}))

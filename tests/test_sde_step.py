@@ -3,6 +3,8 @@ hold of any sampler's table."""
 
 import pytest
 import torch
+from helpers import DEVICE, NoSync
+
 from fastgrpo_kernels import (
     NoiseAddress,
     SdeStep,
@@ -13,7 +15,6 @@ from fastgrpo_kernels import (
     sde_step_triton,
 )
 from fastgrpo_kernels.philox import BLOCK
-from helpers import DEVICE, NoSync
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,4 +1,4 @@
-"""The verifier: what is right passes, what is wrong in any one thing does not, and there is nothing to exploit."""
+"""The verifier: what is right passes, what is wrong in one thing does not, and nothing can be exploited."""
 
 import copy
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_true_scenes_pass(tag: str) -> None:
     ids=["noise", "blur", "blur and noise", "less contrast"],
 )
 def test_small_disturbances_do_no_harm(disturb: Callable) -> None:
-    """Such as an autoencoder makes: its mean squared error on these scenes is about 3 levels of 255, squared."""
+    """More than an autoencoder does: the root of its mean squared error is about 3 of 255 levels."""
     rng = np.random.default_rng(7)
     for record in PROMPTS:
         image = disturb(render(sample_scene(record, rng)).astype(np.float64), rng)

@@ -87,7 +87,7 @@ def leaks() -> set[str]:
 
 
 def test_no_evaluation_combination_is_trained_on() -> None:
-    """But for a count of one, which "a red circle" and "one red circle" share, nothing held out is trained on."""
+    """Except a count of one, which "a red circle" and "one red circle" share."""
     assert all(len(parse(prompt)[0]) == 1 and parse(prompt)[0][0][2] == 1 for prompt in leaks())
 
 

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from helpers import DEVICE, NoSync
+
 from fastgrpo_kernels import (
     Moments,
     NoiseAddress,
@@ -15,7 +17,6 @@ from fastgrpo_kernels import (
     transition_triton,
 )
 from fastgrpo_kernels.philox import BLOCK
-from helpers import DEVICE, NoSync
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -5,6 +5,7 @@ An adapter is a class of six members, see `fastgrpo.models.sd3`: `transformer`, 
 """
 
 import importlib
+import logging
 from typing import Any
 
 MODELS = {
@@ -14,5 +15,7 @@ MODELS = {
 
 def load_model(name: str, **arguments: Any) -> Any:
     """The adapter called `name`, loaded with its class's own arguments."""
+    # diffusers asks transformers for image processors that no text-to-image model needs, which says so at every start.
+    logging.getLogger("transformers.utils.import_utils").addFilter(lambda r: "requires torchvision" not in r.getMessage())
     module, _, attribute = MODELS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)(**arguments)

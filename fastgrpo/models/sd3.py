@@ -113,11 +113,14 @@ class SD3:
 
         trained: parameter name in `transformer` -> float32 value.
         """
-        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence.
+        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets are sorted, so
+        # that the same weights make the same file.
+        metadata = self.transformer.peft_config["default"].to_dict()
+        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
         StableDiffusion3Pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(trained)),
-            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+            transformer_lora_adapter_metadata=metadata,
         )
 
     def load_lora(self, folder: Path) -> None:

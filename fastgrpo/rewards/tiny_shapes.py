@@ -1,4 +1,4 @@
-"""Rewards of the tiny shapes world, from its exact verifier: see `fastgrpo.tiny.verify`. Both lie in [0, 1], more is better."""
+"""Rewards of the tiny shapes world, from its exact verifier `fastgrpo.tiny.verify`. Both lie in [0, 1], more is better."""
 
 import torch
 from torch import Tensor

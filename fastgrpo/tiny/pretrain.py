@@ -2,7 +2,7 @@
 
 Three stages: an autoencoder for the world's images; a set of captioned scenes encoded once; a flow-matching transformer with
 its two text encoders, trained together. What is saved is an ordinary diffusers folder, read by
-`StableDiffusion3Pipeline.from_pretrained`. Captions are partly wrong on purpose (`CORRECT`): like a model trained on
+`StableDiffusion3Pipeline.from_pretrained`. Captions are partly wrong on purpose (`STAGES`): like a model trained on
 captions from the web, the result draws clean shapes but does not always draw what was asked, which is what reinforcement
 learning then has to mend. Captions kept for evaluation never occur.
 
@@ -16,21 +16,26 @@ import copy
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
 from fastgrpo.tiny.render import render
@@ -39,9 +44,26 @@ from fastgrpo.tiny.world import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, sample_sc
 WIDTH = 64  # of each text encoder
 MAX_TOKENS = 10  # the longest prompt of the world, with its start and end
 SHIFT = 3.0  # of the noise schedule, as in Stable Diffusion 3
+LOG_EVERY = 100  # steps
 CAPTION_DROP = 0.1  # share of captions left empty, for classifier-free guidance
-CORRECT = {"single_object": 0.9, "two_object": 0.65, "counting": 0.5, "position": 0.4, "color_attr": 0.5}
 TAG_SHARE = {"single_object": 0.1, "two_object": 0.2, "counting": 0.2, "position": 0.3, "color_attr": 0.2}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own captions and its own one-cycle schedule."""
+
+    steps: int
+    horizon: int  # steps of the schedule, of which only `steps` are run
+    lr: float
+    correct: dict[str, float]  # share of right captions by category
+
+
+# First the web: most captions of relations are wrong. Then a smaller, better set, as generators are given at the end.
+STAGES = (
+    Stage(5000, 7000, 1.5e-3, dict(single_object=0.9, two_object=0.65, counting=0.5, position=0.4, color_attr=0.5)),
+    Stage(4000, 4000, 1.0e-3, dict(single_object=0.95, two_object=0.8, counting=0.75, position=0.7, color_attr=0.75)),
+)
 
 
 def mislabel(record: dict, rng: np.random.Generator) -> dict:
@@ -64,9 +86,9 @@ def mislabel(record: dict, rng: np.random.Generator) -> dict:
     return changed
 
 
-def make_dataset(size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+def make_dataset(size: int, seed: int, stage: int) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, H, W) uint8, the index of each one's caption (N,), and the captions."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, stage + 1])
     train, _ = split_prompts()
     by_tag = {tag: [i for i, record in enumerate(train) if record["tag"] == tag] for tag in TAG_SHARE}
     images, captions = np.empty((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.empty(size, np.int64)
@@ -74,7 +96,7 @@ def make_dataset(size: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
     for n, tag in enumerate(tqdm(tags, desc="scenes", mininterval=5)):
         captions[n] = rng.choice(by_tag[tag])
         record = train[captions[n]]
-        if rng.random() > CORRECT[tag]:
+        if rng.random() > STAGES[stage].correct[tag]:
             record = mislabel(record, rng)
         images[n] = render(sample_scene(record, rng))
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(captions), [r["prompt"] for r in train]
@@ -107,30 +129,58 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
 
 def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16, 32), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        sample_size=IMAGE_SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+        block_out_channels=(8, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=IMAGE_SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
     )
 
 
 def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     tokenizer = make_tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
-        num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     transformer = SD3Transformer2DModel(
-        sample_size=IMAGE_SIZE // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=5, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=2 * WIDTH, caption_projection_dim=128,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=IMAGE_SIZE // 8, qk_norm="rms_norm",
+        sample_size=IMAGE_SIZE // 4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=IMAGE_SIZE // 8,
+        qk_norm="rms_norm",
     )
     zero_init_modulation(transformer)
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=vae,
-        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=make_tokenizer(),
-        text_encoder_3=make_silent_t5(), tokenizer_3=make_t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=make_silent_t5(),
+        tokenizer_3=make_silent_tokenizer(),
     )
 
 
@@ -139,16 +189,20 @@ def make_silent_t5() -> T5EncoderModel:
 
     The world needs no third text encoder, but `StableDiffusion3Pipeline.from_pretrained` asks for one.
     """
-    config = T5Config(vocab_size=len(words()) + 4, d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    config = T5Config(vocab_size=2, d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     model = T5EncoderModel(config).eval()
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model
 
 
-def make_t5_tokenizer() -> T5Tokenizer:
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    vocabulary = [("\u2581" + word, -1.0) for word in words()]
-    return T5Tokenizer(vocab=special + vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
+def make_silent_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads every prompt as its end alone: one token, so that nothing is ever cut off."""
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
+    tokenizer.normalizer = Replace(Regex("(.|\\n)+"), "")
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="</s>", model_max_length=MAX_TOKENS
+    )
 
 
 def zero_init_modulation(transformer: SD3Transformer2DModel) -> None:
@@ -196,7 +250,9 @@ def to_unit(images: Tensor) -> Tensor:
 
 def encode_captions(pipeline: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What `StableDiffusion3Pipeline.encode_prompt` returns at max_sequence_length=1, the T5's token being zeros."""
-    outputs = [encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    outputs = [
+        encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
+    ]
     embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, L, 2 WIDTH)
     return F.pad(embeds, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
@@ -209,31 +265,38 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tenso
     sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
     noise = torch.randn_like(latents)
     velocity = pipeline.transformer(
-        hidden_states=(1 - sigma) * latents + sigma * noise, timestep=sigma.flatten() * 1000,
-        encoder_hidden_states=embeds[inverse], pooled_projections=pooled[inverse],
+        hidden_states=(1 - sigma) * latents + sigma * noise,
+        timestep=sigma.flatten() * 1000,
+        encoder_hidden_states=embeds[inverse],
+        pooled_projections=pooled[inverse],
     ).sample
     return F.mse_loss(velocity, noise - latents)
 
 
 def train_transformer(
-    pipeline: StableDiffusion3Pipeline, latents: Tensor, captions: Tensor, prompts: list[str], args: argparse.Namespace
+    pipeline: StableDiffusion3Pipeline,
+    latents: Tensor,
+    captions: Tensor,
+    prompts: list[str],
+    stage: int,
+    args: argparse.Namespace,
 ) -> None:
     """One-cycle AdamW with an exponential average, which is what the pipeline holds at the end."""
+    plan = STAGES[stage]
     modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [p for module in modules for p in module.parameters()]
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=plan.horizon, pct_start=0.05)
     tokenized = pipeline.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
-    checkpoint, log, start = args.work / "transformer.pt", args.work / "log.jsonl", 0
+    checkpoint, start = args.work / f"stage{stage}.pt", 0
     if checkpoint.exists():
         start = restore(checkpoint, parameters, average, optimizer, schedule)
-    if args.compile:
-        pipeline.transformer.compile()
-    bar = tqdm(range(start, args.steps), desc="transformer", initial=start, total=args.steps, mininterval=5)
+    bar = tqdm(range(start, plan.steps), desc=f"stage {stage}", initial=start, total=plan.steps, mininterval=5)
     began, running = time.time(), 0.0
     for step in bar:
-        torch.manual_seed(args.seed * 1_000_003 + step)  # the step alone decides its batch, so a resumed run is the same
+        # The step alone decides its batch, so a resumed run is the same.
+        torch.manual_seed((args.seed * len(STAGES) + stage) * 1_000_003 + step)
         index = torch.randint(len(latents), (args.batch,))
         dropped = torch.rand(args.batch) < CAPTION_DROP
         tokens = tokenized[torch.where(dropped, len(prompts), captions[index])]
@@ -246,13 +309,14 @@ def train_transformer(
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         running += loss.item()
-        if (step + 1) % args.log_every == 0:
-            row = {"step": step + 1, "loss": running / args.log_every, "seconds": round(time.time() - began, 1)}
-            with log.open("a") as file:
+        if (step + 1) % LOG_EVERY == 0:
+            row = {"stage": stage, "step": step + 1, "loss": round(running / LOG_EVERY, 5)}
+            row["seconds"] = round(time.time() - began, 1)
+            with (args.work / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            bar.set_postfix(loss=row["loss"], refresh=False)
             running = 0.0
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == plan.steps:
             save(checkpoint, step + 1, parameters, average, optimizer, schedule)
             export(pipeline, parameters, average, args.output)
     with torch.no_grad():
@@ -288,29 +352,30 @@ def export(pipeline: StableDiffusion3Pipeline, parameters: list[Tensor], average
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the tiny shapes pipeline.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights", help="diffusers folder to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "weights", help="diffusers folder to write"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_pretrain"), help="checkpoints and log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=120_000)
     parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=7_000, help="of the transformer")
     parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: needs a C++ compiler")
-    parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=1000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    images, captions, prompts = make_dataset(args.scenes, args.seed)
-    vae_folder = args.work / "vae"
-    if not vae_folder.exists():
-        train_vae(images, args.vae_steps).save_pretrained(vae_folder)
-    vae = AutoencoderKL.from_pretrained(vae_folder)
-    latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
-    torch.manual_seed(args.seed)
-    train_transformer(make_pipeline(vae), latents, captions, prompts, args)
+    pipeline = None
+    for stage in range(len(STAGES)):
+        images, captions, prompts = make_dataset(args.scenes, args.seed, stage)
+        vae_folder = args.work / "vae"
+        if not vae_folder.exists():
+            train_vae(images, args.vae_steps).save_pretrained(vae_folder)
+        vae = AutoencoderKL.from_pretrained(vae_folder)
+        latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
+        torch.manual_seed(args.seed)
+        pipeline = pipeline or make_pipeline(vae)
+        train_transformer(pipeline, latents, captions, prompts, stage, args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Decides whether an image of the tiny shapes world shows what its prompt asked for.
 
-Pixels are unmixed into background and the nearest colour, each colour is split into connected components, and a
-component is the shape whose ideal drawing, placed by the component's area and centroid, overlaps it best. No learned
-part, so no reward to hack by confusing a detector: what is not clearly one of the world's shapes, in one of its
-colours, counts as an unknown object, and fails the image.
+Pixels are unmixed into background and the nearest colour, each colour is split into connected components,
+and a component is the shape whose ideal drawing, placed by the component's area and centroid, overlaps it
+best. No learned part, so no reward to hack by confusing a detector: what is not clearly one of the world's
+shapes, in one of its colours, counts as an unknown object, and fails the image.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from fastgrpo.tiny.render import BACKGROUND, coverage
 from fastgrpo.tiny.world import COLORS, SHAPES, relation_holds
 
 MIN_AREA = 4  # pixels: smaller specks are what anti-aliasing leaves, not objects
-MIN_OVERLAP = 0.75  # intersection over union with the ideal drawing, below which a component is no shape of the world
-MAX_TINT = 80  # levels of RGB, mean over a component: farther from its colour's blends it is none of the world's
+MIN_OVERLAP = 0.75  # intersection over union with the ideal drawing: a component below it is no known shape
+MAX_TINT = 80  # RGB levels, mean over a component: one farther from its colour's blends has no known colour
 _BACKGROUND = np.float32(BACKGROUND)
 _AXES = np.float32(list(COLORS.values())) - _BACKGROUND  # (colours, 3): from the background to each colour
 
@@ -37,10 +37,11 @@ def find_shapes(image: np.ndarray) -> list[Found]:
     color, alpha, tint = _unmix(image)
     found = []
     for index, name in enumerate(COLORS):
-        components, count = ndimage.label((color == index) & (alpha > 0.5))
+        own = np.where(color == index, alpha, 0.0)  # a neighbour must not fill in what it hides
+        components, count = ndimage.label(own > 0.5)
         sizes = np.bincount(components.ravel())
         masks = (components == i for i in range(1, count + 1) if sizes[i] >= MIN_AREA)
-        found += [_recognise(alpha, mask, name, tint[mask].mean() <= MAX_TINT) for mask in masks]
+        found += [_recognise(own, mask, name, tint[mask].mean() <= MAX_TINT) for mask in masks]
     return found
 
 
@@ -83,11 +84,11 @@ def _place(name: str, x: float, y: float, area: float) -> tuple[float, float, fl
 
 
 def score(image: np.ndarray, record: dict) -> tuple[float, float]:
-    """The strict score, 0 or 1, and the graded one in [0, 1], of an image (H, W, 3) uint8 for a prompt's record.
+    """The strict score, 0 or 1, and the graded one in [0, 1], of an image (H, W, 3) uint8 for a record.
 
-    Strict: exactly the objects asked for, nothing else, and in the relation asked for. Graded: half a point for each
-    wanted object's shape and half for its colour, one for the relation, over all that was wanted; every surplus object
-    costs one.
+    Strict: exactly the objects asked for, nothing else, in the relation asked for. Graded: half a point for
+    each wanted object's shape and half for its colour, one for the relation, over all that was wanted; every
+    surplus object costs one.
     """
     found = find_shapes(image)
     wanted = [item for item in record["include"] for _ in range(item["count"])]
@@ -104,7 +105,7 @@ def score(image: np.ndarray, record: dict) -> tuple[float, float]:
 
 
 def _match(wanted: list[dict], found: list[Found]) -> tuple[list[int | None], float]:
-    """For each wanted object the found one that stands for it, so that the points for all are the most possible."""
+    """The found object that stands for each wanted one, so that the points for all are the most possible."""
     matched: list[int | None] = [None] * len(wanted)
     if not found:
         return matched, 0.0

@@ -62,10 +62,12 @@ def all_prompts() -> list[list[dict]]:
         if shape == other:
             continue
         named, plain = _item(shape, color), _item(other)
-        combinations.append([
-            _record(f"a {color} {shape} and a {other}", "two_object", [named, plain]),
-            _record(f"a {other} and a {color} {shape}", "two_object", [plain, named]),
-        ])
+        combinations.append(
+            [
+                _record(f"a {color} {shape} and a {other}", "two_object", [named, plain]),
+                _record(f"a {other} and a {color} {shape}", "two_object", [plain, named]),
+            ]
+        )
     for (count, word), (color, shape) in itertools.product(enumerate(NUMBERS, 1), things):
         prompt = f"{word} {color} {shape}{'s' * (count > 1)}"
         combinations.append([_record(prompt, "counting", [_item(shape, color, count)])])
@@ -73,15 +75,19 @@ def all_prompts() -> list[list[dict]]:
         if c1 == c2 or s1 == s2:
             continue
         first, second = _item(s1, c1), _item(s2, c2)
-        combinations.append([
-            _record(f"a {c1} {s1} and a {c2} {s2}", "color_attr", [first, second]),
-            _record(f"a {c2} {s2} and a {c1} {s1}", "color_attr", [second, first]),
-        ])
+        combinations.append(
+            [
+                _record(f"a {c1} {s1} and a {c2} {s2}", "color_attr", [first, second]),
+                _record(f"a {c2} {s2} and a {c1} {s1}", "color_attr", [second, first]),
+            ]
+        )
         for relation, inverse in zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True):
-            combinations.append([
-                _record(f"a {c1} {s1} {relation} a {c2} {s2}", "position", [first, second], relation=relation),
-                _record(f"a {c2} {s2} {inverse} a {c1} {s1}", "position", [second, first], relation=inverse),
-            ])
+            combinations.append(
+                [
+                    _record(f"a {c1} {s1} {relation} a {c2} {s2}", "position", [first, second], relation=relation),
+                    _record(f"a {c2} {s2} {inverse} a {c1} {s1}", "position", [second, first], relation=inverse),
+                ]
+            )
     return combinations
 
 

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
+
+TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(TINY.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_configurations_are_valid(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.num_step=8", r"rollout\.num_step: unknown key; did you mean 'num_steps'"),
+        ("rolout.num_steps=8", r"rolout: unknown key; did you mean 'rollout'"),
+        ("rollout.window.strat=1", r"rollout\.window\.strat: unknown key; did you mean 'start'"),
+        ("rollout.num_steps=8.5", r"rollout\.num_steps = 8.5: expected int, found float"),
+        ("rollout.num_steps=true", r"rollout\.num_steps = True: expected int"),
+        ("rollout=3", r"rollout = 3: expected a section"),
+        ("model.path=3", r"model\.path = 3: expected Path"),
+        ("update.betas=[0.9]", r"update\.betas = \[0.9\]: expected 2 values"),
+        ("rollout.sampler=flow", r"rollout\.sampler = 'flow': did you mean 'flow_sde'"),
+        ("rollout.window.kind=rndom", r"rollout\.window\.kind = 'rndom': did you mean 'random'"),
+        ("objective.kl=papr", r"objective\.kl = 'papr': did you mean 'paper'"),
+        ("objective.name=grpo", r"objective\.name = 'grpo': did you mean 'grpo_clip'"),
+        ("reward.train=tiny_shape", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
+        ("model.name=sd4", r"model\.name = 'sd4': did you mean 'sd3'"),
+        ("engine.zero_stage=4", r"engine\.zero_stage = 4: choices: 0, 1, 2, 3"),
+        ("model.dtype=bf16", r"model\.dtype = 'bf16': did you mean 'bfloat16'"),
+        ("rollout.group_size=1", r"rollout\.group_size = 1: .* at least 2"),
+        ("rollout.num_steps=1", r"rollout\.num_steps = 1: .* at least 2"),
+        ("rollout.sampler=ode", r"rollout: sampler 'ode' .* no noise"),
+        ("rollout.noise_level=0", r"rollout\.noise_level = 0.0: must be positive"),
+        ("rollout.window={kind: fixed, size: 10}", r"rollout: a window of 10 steps from step 0"),
+        ("rollout.window={kind: random, size: 3, range: [8, 12]}", r"rollout: "),
+        ("rollout.batch_size=100", r"rollout\.batch_size = 100: .* must be a multiple of 200"),
+        ("update.learning_rate=-1", r"update\.learning_rate = -1.0: must be positive"),
+        ("update.learning_rate=.nan", r"update\.learning_rate = nan: must be positive"),
+        ("evaluation.samples=1000", r"evaluation\.samples = 1000: at most"),
+        ("rollout.num_steps", r"--set rollout\.num_steps: expected key\.path=value"),
+        ("seed.a=1", r"'seed' is a value, not a section"),
+        ("seed=[", r"not valid YAML"),
+    ],
+)
+def test_refusals_name_the_key_the_value_and_the_way_out(override: str, message: str) -> None:
+    base = ["rollout.groups=16", "rollout.group_size=16", "rollout.batch_size=128", "update.steps_per_rollout=2"]
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY, [*base, override])
+
+
+def test_stage_0_needs_float32() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage = 0: .*bfloat16.* take 1"):
+        load_config(TINY, ["model.dtype=bfloat16", "engine.zero_stage=0"])
+
+
+def test_ranks_must_divide_the_images() -> None:
+    small = ["rollout.groups=4", "rollout.group_size=4", "rollout.batch_size=4", "update.steps_per_rollout=2"]
+    config = load_config(TINY, small)
+    check_ranks(config, 2)
+    with pytest.raises(ConfigError, match="on 3 processes: 16 must be a multiple of 24"):
+        check_ranks(config, 3)
+
+
+def test_numbers_and_overrides() -> None:
+    window = "rollout.window={kind: fixed, size: 2}"
+    config = load_config(TINY, ["update.learning_rate=1e-4", "objective.beta=1", "seed=7", window])
+    assert config.update.learning_rate == 1e-4 and config.objective.beta == 1.0 and config.seed == 7
+    assert (config.rollout.window.kind, config.rollout.window.size, config.rollout.window.start) == ("fixed", 2, 0)
+
+
+def test_missing_key_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("output: runs/a\n")
+    with pytest.raises(ConfigError, match="model: missing"):
+        load_config(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_dump_reads_back_equal_from_anywhere(tmp_path: Path) -> None:
+    config = load_config(TINY, ["output=" + str(tmp_path), "rollout.window={kind: random, size: 2, range: [0, 5]}"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config and differences(config, again) == []
+    other = load_config(TINY, ["output=" + str(tmp_path), "objective.beta=0.5"])
+    assert any(row.startswith("objective.beta: ") for row in differences(config, other))
+
+
+def test_help_describes_every_key() -> None:
+    text = describe()
+    for key in ("rollout.window.kind", "objective.clip_range", "update.learning_rate", "model.lora.rank", "seed"):
+        assert f"  {key} (" in text
+    assert all(line.strip() for line in text.splitlines()), "a key without a description"

@@ -1,0 +1,62 @@
+"""Evaluation: who is asked how often, the same images on any number of ranks, and means that are what they say."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrpo.evaluation import Evaluator
+from fastgrpo.generation import Embeddings
+from fastgrpo.prompts import PromptSet
+from fastgrpo.rollout import Policy
+
+PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
+TAGS = ["single_object", "counting", "two_object", "counting"]
+
+
+def mean_pixel(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    assert images.dtype == torch.uint8 and [record["prompt"] for record in metadata] == prompts
+    return images.float().mean((1, 2, 3))
+
+
+def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
+    records = [{"prompt": prompt, "tag": tag} for prompt, tag in zip(PROMPTS, TAGS, strict=True)]
+    settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0) | options
+    return Evaluator(
+        model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records), reward=mean_pixel, **settings
+    )
+
+
+def test_categories_get_the_same_number_of_images(tiny_model) -> None:  # noqa: ANN001
+    order = evaluator(tiny_model)._order(9)
+    assert np.array_equal(order, [0, 1, 2, 0, 3, 2, 0, 1, 2])
+
+
+def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:  # noqa: ANN001
+    row = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)
+    accuracy = row["accuracy"]
+    assert list(accuracy) == ["overall", "single_object", "counting", "two_object"] and row["images"] == 7
+    assert accuracy["overall"] == pytest.approx(np.mean([accuracy[tag] for tag in list(accuracy)[1:]]))
+
+
+def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
+    """Seven images in batches of three: two ranks draw some twice, and count none twice."""
+    alone = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)["accuracy"]
+    shares: list[Tensor] = []
+
+    def collect(scores: Tensor) -> Tensor:
+        shares.append(scores)
+        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares))])
+
+    for rank in range(2):
+        together = evaluator(tiny_model, rank=rank, world_size=2, gather=collect).accuracy(Policy(tiny_model), 7)
+    assert together["accuracy"] == alone
+
+
+def test_samples_are_always_the_same(tiny_model) -> None:  # noqa: ANN001
+    first, records = evaluator(tiny_model).samples(Policy(tiny_model), 4)
+    again, _ = evaluator(tiny_model).samples(Policy(tiny_model), 4)
+    assert torch.equal(first, again) and first.dtype == torch.uint8 and first.shape == (4, 3, 32, 32)
+    assert [record["prompt"] for record in records] == [PROMPTS[i] for i in (0, 1, 2, 0)]
+    other, _ = evaluator(tiny_model, seed=1).samples(Policy(tiny_model), 4)
+    assert not torch.equal(first, other)

@@ -1,0 +1,173 @@
+"""Whole runs on the embedded model, as a user starts them: one process and two, killed and resumed, and what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "tiny_shapes.yaml"
+SMALL = [
+    "iterations=4", "rollout.groups=4", "rollout.group_size=4", "rollout.batch_size=4", "rollout.num_steps=4",
+    "rollout.window={kind: random, size: 2}", "model.lora={rank: 4, alpha: 8}", "evaluation.images=10",
+    "evaluation.images_between=10", "evaluation.batch_size=6", "evaluation.num_steps=4", "evaluation.samples=6",
+    "evaluation.every=2", "checkpoint.every=2", "reward.train=tiny_shapes_graded", "rollout.guidance_scale=1.0",
+    "evaluation.guidance_scale=1.0", "update.steps_per_rollout=2", "objective.beta=0.1",
+]  # fmt: skip
+PROCESS_SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+
+def command(output: Path, *settings: str, ranks: int = 0) -> list[str]:
+    """One process through the console script's module, or several through torch's launcher."""
+    options = [part for setting in (*SMALL, *settings, f"output={output}") for part in ("--set", setting)]
+    if not ranks:
+        return [sys.executable, "-m", "fastgrpo.cli", "train", "--config", str(CONFIG), *options]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, str(ROOT / "fastgrpo" / "train.py"), "--config", str(CONFIG), *options]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(arguments: list[str], status: int = 0) -> str:
+    process = start(arguments)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
+    return output
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a run's file without what the clock says."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of one process that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run(command(folder))
+
+
+def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"base_accuracy", "final_accuracy", "train_seconds", "images", "seed", "base", "final"} <= summary.keys()
+    assert summary["images"] == 64 and summary["status"] == "finished"
+    assert "base  trained   change" in printed and "overall" in printed
+    assert [row["iteration"] for row in rows(folder)] == [1, 2, 3, 4]
+    evaluations = rows(folder, "evaluations.jsonl")
+    assert [row["iteration"] for row in evaluations] == [0, 2, 4]
+    assert summary["base_accuracy"] == evaluations[0]["accuracy"]["overall"]
+    assert summary["final_accuracy"] == evaluations[-1]["accuracy"]["overall"]
+    assert len(list((folder / "samples" / "00004").glob("*.png"))) == 6 and (folder / "samples" / "00004.png").exists()
+    assert list((folder / "tensorboard").iterdir()) and (folder / "report.html").stat().st_size > 10_000
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00002", "00004"]
+
+
+def test_first_update_of_every_rollout_is_exactly_on_policy(finished: tuple[Path, str]) -> None:
+    for row in rows(finished[0]):
+        assert row["first_ratio_deviation"] == 0.0
+        assert row["ratio_min"] <= 1 <= row["ratio_max"]
+    assert any(row["ratio_max"] > 1 for row in rows(finished[0])), "the second update is off-policy"
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Path, str]) -> None:
+    before = rows(finished[0]), (finished[0] / "pytorch_lora_weights.safetensors").read_bytes()
+    assert "trained" in run(command(finished[0]))
+    assert (rows(finished[0]), (finished[0] / "pytorch_lora_weights.safetensors").read_bytes()) == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished: tuple[Path, str]) -> None:
+    printed = run(command(finished[0], "objective.beta=0.2"), status=2)
+    assert "objective.beta: 0.1 -> 0.2" in printed and "Traceback" not in printed
+
+
+def test_killed_and_resumed_is_bitwise_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL after the third iteration: the fourth starts from the checkpoint of the second."""
+    folder = tmp_path / "killed"
+    process = start(command(folder))
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or len(rows_so_far(folder)) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "summary.json").exists()
+    run(command(folder))
+    assert rows(folder) == rows(finished[0])
+    assert rows(folder, "evaluations.jsonl") == rows(finished[0], "evaluations.jsonl")
+    weights = "pytorch_lora_weights.safetensors"
+    assert (folder / weights).read_bytes() == (finished[0] / weights).read_bytes()
+
+
+def rows_so_far(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Same noise, same prompts, same batches: until the first update every number of the rollout is the same bits."""
+    run(command(tmp_path / "two", "iterations=1", ranks=2))
+    one, two = rows(finished[0])[0], rows(tmp_path / "two")[0]
+    for key in ("reward", "reward_std", "zero_groups", "images"):
+        assert one[key] == two[key]
+    assert two["first_ratio_deviation"] == 0.0
+    assert rows(tmp_path / "two", "evaluations.jsonl")[0] == rows(finished[0], "evaluations.jsonl")[0]
+
+
+def test_every_zero_stage_rolls_out_the_same(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Stage 3 shards the parameters themselves, and gathers them for rollout, reference, average and checkpoint."""
+    run(command(tmp_path / "three", "iterations=2", "engine.zero_stage=3", ranks=2))
+    three = rows(tmp_path / "three")
+    assert three[0]["reward"] == rows(finished[0])[0]["reward"] and three[0]["first_ratio_deviation"] == 0.0
+    assert (tmp_path / "three" / "pytorch_lora_weights.safetensors").exists()
+    evaluations = rows(tmp_path / "three", "evaluations.jsonl")
+    assert evaluations[0] == rows(finished[0], "evaluations.jsonl")[0]
+
+
+def test_bfloat16_is_exactly_on_policy_too(tmp_path: Path) -> None:
+    run(command(tmp_path / "bf16", "iterations=2", "model.dtype=bfloat16"))
+    for row in rows(tmp_path / "bf16"):
+        assert row["first_ratio_deviation"] == 0.0 and row["grad_norm"] > 0
+
+
+def test_eval_and_sample_read_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = finished[0]
+    cli = [sys.executable, "-m", "fastgrpo.cli"]
+    printed = run([*cli, "eval", str(folder)]).splitlines()[-1]
+    assert json.loads(printed)["accuracy"] == rows(folder, "evaluations.jsonl")[-1]["accuracy"]
+    picture = tmp_path / "a.png"
+    run([*cli, "sample", str(folder), "--prompt", "a red circle", "--images", "2", "--output", str(picture)])
+    assert picture.stat().st_size > 100
+    (folder / "report.html").unlink()
+    run([*cli, "report", str(folder)])
+    assert (folder / "report.html").exists()
+
+
+def redness(images, prompts, metadata):  # noqa: ANN001, ANN201
+    """A stand-in reward that anyone can check: how much redder than blue and green the image is."""
+    pixels = images.float() / 255
+    return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int) -> None:
+    """A reward of the user's own, `module:function`, two processes: the last rollouts are clearly redder than the first."""
+    settings = [
+        "iterations=12", "rollout.groups=8", "rollout.group_size=8", "rollout.batch_size=16", "objective.beta=0",
+        "reward.train=tests.test_training:redness", "update.learning_rate=2e-3", f"engine.zero_stage={zero_stage}",
+        "evaluation.every=0", "checkpoint.every=100", "rollout.window={kind: all_but_last}",
+    ]  # fmt: skip
+    run(command(tmp_path / "red", *settings, ranks=2))
+    rewards = [row["reward"] for row in rows(tmp_path / "red")]
+    spread = rows(tmp_path / "red")[0]["reward_std"]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5 * spread, rewards

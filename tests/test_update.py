@@ -1,0 +1,149 @@
+"""The update: exactly on-policy at first, and its gradient that of the published formula."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgrpo import sde
+from fastgrpo.generation import Embeddings
+from fastgrpo.objectives import grpo_clip
+from fastgrpo.rollout import Policy, rollout
+from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
+from fastgrpo.update import Learner, transition_loss, update
+
+PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
+
+
+class PlainEngine:
+    """The engine of one process, as simple as can be: gradients are left where they fall."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy, self.lasts = policy, []
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        return self.policy(*arguments)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.lasts.append(last)
+        loss.backward()
+
+    def step(self) -> Tensor:
+        return torch.zeros(())
+
+
+def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:  # noqa: ANN001
+    sigmas = model.sigmas(10)
+    table = sde.window_tables(sampler, sigmas, 0.7, start, size)
+    return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float())
+
+
+def experience_of(model, guidance_scale: float, sampler: str, size: int = 3) -> Experience:  # noqa: ANN001
+    steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
+    conditioning = Embeddings(model)(PROMPTS, guidance_scale=guidance_scale)
+    result = rollout(
+        Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(4)), conditioning,
+        guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
+    )  # fmt: skip
+    return Experience(result, conditioning, steps, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4))
+
+
+def learner_of(model, guidance_scale: float, beta: float = 0.1) -> Learner:  # noqa: ANN001
+    objective = partial(grpo_clip, clip_range=1e-3, beta=beta)
+    reference = model.reference if beta else None
+    return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype)
+
+
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: str) -> None:  # noqa: ANN001
+    """Bit for bit, with a window of its own for each group, with the reference switched in between, in training mode."""
+    experience = experience_of(tuned_model, guidance_scale, sampler)
+    learner = learner_of(tuned_model, guidance_scale)
+    for j in range(experience.steps.size):
+        loss = transition_loss(learner, experience, j)
+        assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0
+        assert loss.drift.item() == 0.0 and loss.clip_fraction.item() == 0.0
+        assert loss.kl.item() > 0  # the LoRA has an effect
+
+
+def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    with torch.no_grad():
+        for name, parameter in tuned_model.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    loss = transition_loss(learner_of(tuned_model, 1.0), experience, 0)
+    assert loss.ratio_min.item() < loss.ratio_max.item() and loss.drift.item() > 0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: float) -> None:  # noqa: ANN001
+    """Against torch.distributions in float64 on the whole model: clipped surrogate of subtracted log-probs, and KL."""
+    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+    with torch.no_grad():  # off-policy, so that ratio, clip and drift all matter
+        for name, parameter in tuned_model.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.002)
+    learner, beta = learner_of(tuned_model, guidance_scale), 0.1
+    update(learner, [experience])
+    assert learner.engine.lasts == [False, False, True]
+    found = {n: p.grad.double() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
+
+    model = copy.deepcopy(tuned_model.transformer).double()
+    for p in model.parameters():
+        p.grad = None
+    steps, result = experience.steps, experience.rollout
+
+    def velocity(j: int) -> Tensor:
+        x = result.latents[j].double()
+        sigma = steps.sigmas[steps.start + j].double()
+        embeds, pooled = (t.double() for t in experience.conditioning)
+        if guidance_scale != 1:
+            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        v = model(
+            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled
+        ).sample
+        if guidance_scale == 1:
+            return v
+        v_uncond, v = v.chunk(2)
+        return v_uncond + guidance_scale * (v - v_uncond)
+
+    total = 0.0
+    for j in range(steps.size):
+        c_x, c_v, s, _ = steps.table[torch.arange(4), steps.start + j].double().view(4, 4, 1, 1, 1).unbind(1)
+        x, x_next = result.latents[j].double(), result.latents[j + 1].double()
+        model.disable_adapters()
+        with torch.no_grad():
+            reference = torch.distributions.Normal(c_x * x + c_v * velocity(j), s.expand_as(x))
+        model.enable_adapters()
+        new = torch.distributions.Normal(c_x * x + c_v * velocity(j), s.expand_as(x))
+        old = torch.distributions.Normal(c_x * x + c_v * result.v_old[j].double(), s.expand_as(x))
+        ratio = (new.log_prob(x_next) - old.log_prob(x_next)).flatten(1).mean(1).exp()
+        a = experience.advantages.double()
+        policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - 1e-3, 1 + 1e-3))
+        kl = torch.distributions.kl_divergence(new, reference).flatten(1).mean(1)
+        total = total + (policy + beta * kl).mean() / steps.size
+    total.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + 1e-9)
+
+
+def test_dead_groups_leave_no_gradient(tuned_model) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    dead = Experience(experience.rollout, experience.conditioning, experience.steps, torch.zeros(4), torch.zeros(4))
+    update(learner_of(tuned_model, 1.0), [dead])
+    assert all(p.grad is None or (p.grad == 0).all() for p in tuned_model.transformer.parameters())
+
+
+def test_without_beta_the_reference_is_not_run(tuned_model) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    learner = learner_of(tuned_model, 1.0, beta=0.0)
+    calls = []
+    learner.engine.policy.register_forward_hook(lambda *_: calls.append(1))
+    update(learner, [experience])
+    assert len(calls) == experience.steps.size
