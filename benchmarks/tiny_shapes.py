@@ -1,4 +1,4 @@
-"""The headline on the tiny world: base and trained accuracy over several seeds, each a run of its own as `make train` does it.
+"""The headline on the tiny world: base and trained accuracy over several seeds, each a run as `make train` does it.
 
     python benchmarks/tiny_shapes.py                 seeds 0, 1, 2 one after the other; ends in one JSON line
     python benchmarks/tiny_shapes.py --seeds 0 --runs runs/seeds
@@ -27,7 +27,8 @@ COLUMNS = 8  # samples in the picture
 
 def train(config: Path, seed: int, output: Path, settings: list[str]) -> dict:
     """One run under the DeepSpeed launcher, its progress bar on the terminal; its summary."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), str(ROOT / "fastgrpo" / "train.py"), "--config", str(config)]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), str(ROOT / "fastgrpo" / "train.py"), "--config", str(config)]
     for setting in (f"seed={seed}", f"output={output}", *settings):
         command += ["--set", setting]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -59,10 +59,11 @@ class Stage:
     correct: dict[str, float]  # share of right captions by category
 
 
-# First the web: most captions of relations are wrong. Then a smaller, better set, as generators are given at the end.
+# First the web, where most captions of relations are wrong; then better ones, as generators are given at the end.
 STAGES = (
     Stage(5000, 7000, 1.5e-3, dict(single_object=0.9, two_object=0.65, counting=0.5, position=0.4, color_attr=0.5)),
     Stage(4000, 4000, 1.0e-3, dict(single_object=0.95, two_object=0.8, counting=0.75, position=0.7, color_attr=0.75)),
+    Stage(4500, 4500, 1.0e-3, dict(single_object=0.95, two_object=0.75, counting=0.7, position=0.65, color_attr=0.7)),
 )
 
 

@@ -100,7 +100,18 @@ def split_prompts(held_out: float = 0.2, seed: int = 0) -> tuple[list[dict], lis
         kept = set(rng.permutation(len(combinations))[: round(held_out * len(combinations))].tolist())
         for i, wordings in enumerate(combinations):
             (evaluation if i in kept else train).extend(wordings)
-    return train, evaluation
+    # "a red circle" and "one red circle" are of two categories and mean the same.
+    held = {meaning(record) for record in evaluation}
+    return [record for record in train if meaning(record) not in held], evaluation
+
+
+def meaning(record: dict) -> tuple:
+    """What a record asks for, whatever its wording: equal for "A left of B" and "B right of A"."""
+    items = [(item["class"], item.get("color"), item["count"]) for item in record["include"]]
+    relation = record.get("relation")
+    if relation in ("right of", "below"):
+        items, relation = items[::-1], {"right of": "left of", "below": "above"}[relation]
+    return (tuple(items), relation) if relation else (frozenset(items), None)
 
 
 def words() -> list[str]:
