@@ -20,7 +20,7 @@ from fastgrpo.tiny.world import (
     split_prompts,
 )
 
-SCENES = 2000  # a category, or a kind of mistake
+SCENES = 1200  # a category, or a kind of mistake
 ALLOWED = SCENES // 1000  # may be judged wrongly
 PROMPTS = sum(split_prompts(), [])
 RED_CIRCLE = {"include": [{"class": "circle", "color": "red", "count": 1}]}
