@@ -16,14 +16,15 @@ PACKAGES = Path(fastgrpo_kernels.__file__).parents[1]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 # At four elements a thread an fp32 tensor moves in 128-bit and a bf16 tensor in 64-bit accesses, one a
-# thread. Tensors: fp32 loaded, bf16 loaded, fp32 stored, bf16 stored; barriers: one for each sum of a block,
-# and one more between two sums, which share their memory.
+# thread. Tensors: fp32 loaded, bf16 loaded, fp32 stored, bf16 stored; then the sums over a block. A sum takes one
+# barrier or two, by the release of Triton, as it does in `log_prob_fwd`, which is one sum and nothing else; and there is
+# one more between two sums, which share their memory.
 EXPECTED = {
     "normal_fwd": ((0, 0, 1, 0), 0),
     "sde_step_fwd fp32": ((2, 0, 1, 0), 1),
     "sde_step_fwd bf16": ((1, 2, 2, 1), 1),
-    "transition_fwd fp32": ((5, 0, 0, 0), 5),
-    "transition_fwd bf16": ((4, 2, 0, 0), 5),
+    "transition_fwd fp32": ((5, 0, 0, 0), 3),
+    "transition_fwd bf16": ((4, 2, 0, 0), 3),
     "transition_bwd fp32": ((5, 0, 1, 0), 0),
     "transition_bwd bf16": ((4, 2, 0, 2), 0),
 }
@@ -60,7 +61,8 @@ def test_full_occupancy(report):
 @pytest.mark.parametrize("case", EXPECTED)
 def test_wide_accesses_and_no_detour(report, case, target):
     entry = report[f"{case} {target}"]
-    accesses, barriers = EXPECTED[case]
+    accesses, sums = EXPECTED[case]
+    barriers = sums * report[f"log_prob_fwd {target}"]["barriers"] + max(0, sums - 1)
     names = WIDE_ACCESSES["cuda" if target in NVIDIA else "hip"]
     assert tuple(entry["access"].get(name, 0) for name in names) == accesses
     # A further barrier would mean that a block changes its layout through shared memory.

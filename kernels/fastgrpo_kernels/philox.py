@@ -82,13 +82,30 @@ def normal_ref(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
 
 
 @triton.jit
+def cos_sin_turns(u):
+    """cos(2 pi u) and sin(2 pi u) for u in [0, 1]: quarter turns are exact in fp32, Taylor series do the rest.
+
+    The library's own take any argument, for which some compilers keep a table on the stack.
+    """
+    quarter = tl.floor(4.0 * u + 0.5)
+    t = 6.283185307179586 * (u - 0.25 * quarter)  # within pi / 4 of 0
+    t2 = t * t
+    sin = t + t * t2 * (-1 / 6 + t2 * (1 / 120 + t2 * (-1 / 5040 + t2 * (1 / 362880))))
+    cos = 1.0 + t2 * (-1 / 2 + t2 * (1 / 24 + t2 * (-1 / 720 + t2 * (1 / 40320 + t2 * (-1 / 3628800)))))
+    k = quarter.to(tl.int32)
+    odd = (k & 1) != 0
+    x, y = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where(((k + 1) & 2) != 0, -x, x), tl.where((k & 2) != 0, -y, y)
+
+
+@triton.jit
 def box_muller(r0, r1):
-    # u = r 2^-32 + 2^-33; a power of two scales exactly, so a fused add gives the same uniforms.
+    # Scaling by a power of two is exact, so these uniforms do not depend on whether the compiler fuses the add.
     u0 = r0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     u1 = r1.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     radius = tl.sqrt(-2.0 * tl.log(u0))
-    angle = 6.283185307179586 * u1
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cos, sin = cos_sin_turns(u1)
+    return radius * cos, radius * sin
 
 
 @triton.jit
