@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="fastgrpo",
     version="0.1.0",
-    description="Online reinforcement learning for flow-matching image and video models, fast and exact",
+    description="Online reinforcement learning for flow-matching image generators",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fastgrpo", "fastgrpo.*"]) + find_packages("kernels"),

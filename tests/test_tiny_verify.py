@@ -206,7 +206,7 @@ def test_blank_and_garbage_fail_for_every_prompt() -> None:
     smooth = [ndimage.gaussian_filter(rng.normal(128, 400, size), (2, 2, 0)).clip(0, 255) for _ in range(4)]
     assert score(blanks[0], RED_CIRCLE) == (0.0, 0.0)
     for image in (*blanks, *garbage, *(image.astype(np.uint8) for image in smooth)):
-        assert not any(score(image, record)[0] for record in PROMPTS[::12])
+        assert not any(score(image, record)[0] for record in PROMPTS)
 
 
 @pytest.mark.parametrize("offset", [4.8, 5.6, 6.4, 7.0])

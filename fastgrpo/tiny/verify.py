@@ -16,6 +16,7 @@ from fastgrpo.tiny.render import BACKGROUND, coverage
 from fastgrpo.tiny.world import COLORS, SHAPES, relation_holds
 
 MIN_AREA = 4  # pixels: smaller specks are what anti-aliasing leaves, not objects
+MAX_AREA = 100  # pixels, twice the world's largest object: a whole image in one colour is no square
 MIN_OVERLAP = 0.75  # intersection over union with the ideal drawing: a component below it is no known shape
 MAX_TINT = 80  # RGB levels, mean over a component: one farther from its colour's blends has no known colour
 _BACKGROUND = np.float32(BACKGROUND)
@@ -69,7 +70,7 @@ def _recognise(alpha: np.ndarray, mask: np.ndarray, color: str, known_color: boo
         ideal = coverage(name, *_place(name, x, y, area))
         overlap[name] = np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()
     best = max(overlap, key=overlap.__getitem__)
-    known = known_color and overlap[best] >= MIN_OVERLAP
+    known = known_color and area <= MAX_AREA and overlap[best] >= MIN_OVERLAP
     return Found(best if known else None, color, float(x), float(y))
 
 
