@@ -113,8 +113,8 @@ class SD3:
 
         trained: parameter name in `transformer` -> float32 value.
         """
-        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets are sorted, so
-        # that the same weights make the same file.
+        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets become
+        # lists in a fixed order, where Python would hand over another one in each process.
         metadata = self.transformer.peft_config["default"].to_dict()
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
         StableDiffusion3Pipeline.save_lora_weights(

@@ -22,6 +22,7 @@ COLORS = {"red": (214, 40, 40), "green": (36, 160, 70), "blue": (40, 84, 214), "
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (dx, dy) of the first object
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TAGS = ("single_object", "two_object", "counting", "position", "color_attr")
 PROMPTS = Path(__file__).parent / "prompts"
 
@@ -81,7 +82,7 @@ def all_prompts() -> list[list[dict]]:
                 _record(f"a {c2} {s2} and a {c1} {s1}", "color_attr", [second, first]),
             ]
         )
-        for relation, inverse in zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True):
+        for relation, inverse in INVERSE.items():
             combinations.append(
                 [
                     _record(f"a {c1} {s1} {relation} a {c2} {s2}", "position", [first, second], relation=relation),
@@ -110,7 +111,7 @@ def meaning(record: dict) -> tuple:
     items = [(item["class"], item.get("color"), item["count"]) for item in record["include"]]
     relation = record.get("relation")
     if relation in ("right of", "below"):
-        items, relation = items[::-1], {"right of": "left of", "below": "above"}[relation]
+        items, relation = items[::-1], INVERSE[relation]
     return (tuple(items), relation) if relation else (frozenset(items), None)
 
 
