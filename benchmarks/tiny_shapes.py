@@ -54,7 +54,7 @@ def draw(runs: list[Path], summaries: list[dict], path: Path) -> None:
         right.bar(places + shift, values.mean(0), 0.38, yerr=spread, color=color, label=key, capsize=3)
     right.set_xticks(places, [c.replace("_", "\n") for c in categories])
     right.set(ylim=(0, 1), title=f"Held-out accuracy, mean and range of {len(runs)} seeds")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

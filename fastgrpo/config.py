@@ -61,6 +61,8 @@ class PromptsConfig:
     """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads."""
     eval: Path
     """Prompts to evaluate on; none of them may be among the training prompts."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each category ("tag") of the training prompts, say {counting: 2, position: 1}; left out: as in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +379,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if len(item_hints) != len(value):
             _refuse(path, value, f"expected {len(item_hints)} values")
         return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            _refuse(path, value, "expected a mapping, for example {counting: 2, position: 1}")
+        return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str):
@@ -408,7 +414,9 @@ def _describe(cls: type, prefix: str) -> typing.Iterator[str]:
         if dataclasses.is_dataclass(hint):
             yield from _describe(typing.cast(type, hint), f"{prefix}{f.name}.")
         else:
-            default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
+            default = "required"
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING:
+                default = f"default {f.default_factory() if f.default is dataclasses.MISSING else f.default}"
             yield f"  {prefix}{f.name} ({_type_name(hint)}, {default})\n      {docs.get(f.name, '')}"
 
 

@@ -52,12 +52,18 @@ class Evaluator:
         return {"accuracy": accuracy, "images": images, "seconds": round(time.perf_counter() - began, 2)}
 
     def _order(self, images: int) -> np.ndarray:
-        """The prompts' indices (images,): categories in turn, and in each its prompts in turn."""
+        """The prompts' indices (images,): categories in turn, and in each its prompts in turn, evenly spaced if not all."""
         by_tag: dict[str, list[int]] = {}
         for i, record in enumerate(self.prompts.metadata):
             by_tag.setdefault(record.get("tag", "all"), []).append(i)
         turns = list(by_tag.values())
-        return np.array([turns[n % len(turns)][n // len(turns) % len(turns[n % len(turns)])] for n in range(images)])
+        share = -(-images // len(turns))  # of each category
+
+        def prompt(n: int) -> int:
+            turn, mine = n // len(turns), turns[n % len(turns)]
+            return mine[turn * len(mine) // share if share < len(mine) else turn % len(mine)]
+
+        return np.array([prompt(n) for n in range(images)])
 
     def _scores(self, policy: nn.Module, order: np.ndarray, sample_id: Tensor) -> Tensor:
         metadata = [self.prompts.metadata[i] for i in order]

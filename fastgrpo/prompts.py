@@ -5,6 +5,9 @@ GenEval's metadata files are read as they are.
 """
 
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +57,40 @@ def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
         raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0]!r}")
 
 
-def prompts_of_iteration(num_prompts: int, groups: int, iteration: int, seed: int) -> np.ndarray:
+def shares(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
+    """The share of each prompt (N,) where categories ("tag") are drawn by weight; None without weights: all alike.
+
+    Flow-GRPO trains GenEval on position, counting, attribution and the rest as 7 : 5 : 3 : 1 : 1 : 0.
+    """
+    if not weights:
+        return None
+    tags = [str(record.get("tag", "all")) for record in prompts.metadata]
+    counts = Counter(tags)
+    for tag in {*weights, *counts}:
+        if tag not in counts:
+            raise ValueError(f"prompts.weights.{tag}: no prompt has this tag; there are {', '.join(counts)}")
+        if tag not in weights:
+            raise ValueError(f"prompts.weights: {tag} has no weight, and {counts[tag]} prompts; give it 0 to leave it out")
+        if not 0 <= weights[tag] < math.inf:
+            raise ValueError(f"prompts.weights.{tag} = {weights[tag]}: a weight is finite and not negative")
+    share = np.array([weights[tag] / counts[tag] for tag in tags], dtype=np.float64)
+    if (share > 0).sum() < groups:
+        live = int((share > 0).sum())
+        raise ValueError(f"rollout.groups = {groups}: only {live} prompts have a weight above 0, and each is taken once")
+    return share / share.sum()
+
+
+def prompts_of_iteration(
+    num_prompts: int, groups: int, iteration: int, seed: int, share: np.ndarray | None = None
+) -> np.ndarray:
     """The indices (groups,) of an iteration's prompts: seeded shuffles of all prompts, one after the other.
 
-    A function of the iteration alone, so every rank has the same, and a resumed run goes on where it stopped.
+    With shares (num_prompts,) instead drawn anew for each iteration, a prompt at most once. A function of the iteration
+    alone, so every rank has the same, and a resumed run goes on where it stopped.
     """
+    if share is not None:
+        rng = np.random.Generator(np.random.Philox(key=[seed, iteration]))
+        return rng.choice(num_prompts, groups, replace=False, p=share)
     positions = np.arange(iteration * groups, (iteration + 1) * groups)
     shuffles = {epoch: _shuffle(num_prompts, int(epoch), seed) for epoch in np.unique(positions // num_prompts)}
     return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])

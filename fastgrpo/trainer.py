@@ -25,7 +25,7 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.objectives import OBJECTIVES, effective_clip_range
-from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration
+from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import load_reward
 from fastgrpo.rollout import Policy, rollout
@@ -44,6 +44,7 @@ class Trainer:
         self.prompts = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.eval)
         check_held_out(self.prompts, held_out)
+        self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
         self.reward = load_reward(config.reward.train)
 
         self.model = load_model(
@@ -121,7 +122,7 @@ class Trainer:
         config, clock = self.config, Stopwatch(self.model.device)
         groups, size, batch = config.rollout.groups, config.rollout.group_size, config.rollout.batch_size
         share = groups * size // self.engine.world_size
-        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed)
+        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
         tables = self._tables(iteration)
         rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
         rewards = []

@@ -44,14 +44,19 @@ def tiny_model():  # noqa: ANN201
     return load_tiny_model()
 
 
-@pytest.fixture
-def tuned_model():  # noqa: ANN201
-    """One of a test's own, with a LoRA that has an effect."""
+def load_tuned_model(targets: tuple[str, ...] | None = None):  # noqa: ANN201
+    """The embedded pipeline with a LoRA that has an effect."""
     model = load_tiny_model()
     torch.manual_seed(1)
-    model.add_lora(rank=4, alpha=8)
+    model.add_lora(rank=4, alpha=8, targets=targets)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     return model
+
+
+@pytest.fixture
+def tuned_model():  # noqa: ANN201
+    """One of a test's own."""
+    return load_tuned_model()

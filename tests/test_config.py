@@ -29,6 +29,8 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("objective.name=grpo", r"objective\.name = 'grpo': did you mean 'grpo_clip'"),
         ("reward.train=tiny_shape", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
         ("model.name=sd4", r"model\.name = 'sd4': did you mean 'sd3'"),
+        ("prompts.weights=3", r"prompts\.weights = 3: expected a mapping"),
+        ("prompts.weights={counting: many}", r"prompts\.weights\.counting = 'many': expected float, found str"),
         ("engine.zero_stage=4", r"engine\.zero_stage = 4: choices: 0, 1, 2, 3"),
         ("model.dtype=bf16", r"model\.dtype = 'bf16': did you mean 'bfloat16'"),
         ("rollout.group_size=1", r"rollout\.group_size = 1: .* at least 2"),

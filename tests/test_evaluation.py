@@ -1,5 +1,7 @@
 """Evaluation: who is asked how often, the same images on any number of ranks, and means that are what they say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,18 @@ def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
 def test_categories_get_the_same_number_of_images(tiny_model) -> None:  # noqa: ANN001
     order = evaluator(tiny_model)._order(9)
     assert np.array_equal(order, [0, 1, 2, 0, 3, 2, 0, 1, 2])
+
+
+def test_few_images_are_spread_over_a_categorys_prompts(tiny_model) -> None:  # noqa: ANN001
+    """And with images enough every prompt has its turn, as often as any other."""
+    prompts = [f"prompt {i}" for i in range(30)]
+    records = [{"prompt": prompt, "tag": "ab"[i % 3 > 0]} for i, prompt in enumerate(prompts)]
+    spread = replace(evaluator(tiny_model), prompts=PromptSet(prompts, records))
+    few = spread._order(8)
+    assert few[0::2].tolist() == [0, 6, 15, 21] and few[1::2].tolist() == [1, 8, 16, 23]
+    many = spread._order(80)
+    assert sorted(many[0::2].tolist()) == sorted(list(range(0, 30, 3)) * 4)
+    assert sorted(many[1::2].tolist()) == sorted([i for i in range(30) if i % 3] * 2)
 
 
 def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:  # noqa: ANN001

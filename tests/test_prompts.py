@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration
+from fastgrpo.prompts import PromptSet, check_held_out, load_prompts, prompts_of_iteration, shares
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -56,3 +56,37 @@ def test_order_is_a_function_of_seed_and_iteration() -> None:
     assert not np.array_equal(prompts_of_iteration(100, 16, 5, seed=1), first[5])
     epochs = np.concatenate([prompts_of_iteration(100, 100, i, seed=0) for i in range(2)]).reshape(2, 100)
     assert not np.array_equal(*epochs)
+
+
+def tagged(**counts: int) -> PromptSet:
+    records = [{"prompt": f"{tag} {i}", "tag": tag} for tag, count in counts.items() for i in range(count)]
+    return PromptSet([record["prompt"] for record in records], records)
+
+
+def test_weights_decide_how_often_a_category_comes() -> None:
+    """However many prompts it has; each iteration's prompts differ, and depend on nothing but its number."""
+    prompts = tagged(rare=20, common=300, never=50)
+    share = shares(prompts, {"rare": 1, "common": 3, "never": 0}, groups=4)
+    drawn = [prompts_of_iteration(370, 4, i, seed=1, share=share) for i in range(3000)]
+    assert all(len(set(each.tolist())) == 4 for each in drawn)
+    tags = np.array([record["tag"] for record in prompts.metadata])[np.concatenate(drawn)]
+    assert abs((tags == "rare").mean() - 0.25) < 0.02 and not (tags == "never").any()
+    assert set(np.concatenate(drawn).tolist()) == set(range(320))
+    assert np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=1, share=share))
+    assert not np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=2, share=share))
+    assert shares(prompts, {}, groups=4) is None
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"rare": 1, "commn": 1}, r"prompts\.weights\.commn: no prompt has this tag; there are rare, common"),
+        ({"rare": 1}, r"prompts\.weights: common has no weight, and 30 prompts; give it 0"),
+        ({"rare": -1, "common": 1}, r"prompts\.weights\.rare = -1: a weight is finite and not negative"),
+        ({"rare": float("nan"), "common": 1}, r"prompts\.weights\.rare = nan"),
+        ({"rare": 1, "common": 0}, r"rollout\.groups = 4: only 2 prompts have a weight above 0"),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shares(tagged(rare=2, common=30), weights, groups=4)

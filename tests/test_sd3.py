@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_WEIGHTS, load_tiny_model
+from conftest import TINY_WEIGHTS, load_tiny_model, load_tuned_model
 from diffusers import StableDiffusion3Pipeline
 
+from fastgrpo.config import load_config
 from fastgrpo.generation import Embeddings, generate
 from fastgrpo.rollout import Policy
 from fastgrpo.trajectory import SAMPLE, noise_address
 from fastgrpo_kernels import INITIAL_STEP, normal
 
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 PROMPTS = ["a red circle", "two blue squares", "a green square left of a yellow circle"]
 
 
@@ -81,8 +83,10 @@ def test_images_are_the_stock_pipelines(tiny_model, guidance_scale: float) -> No
     assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 1e-3
 
 
-def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(tuned_model, tmp_path: Path) -> None:  # noqa: ANN001
+@pytest.mark.parametrize("targets", [None, load_config(RECIPE).model.lora.targets], ids=["attention", "recipe"])
+def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_path: Path) -> None:  # noqa: ANN001
     """Also in a fresh adapter, which is how `fastgrpo sample` reads a run. The base's images are others."""
+    tuned_model = load_tuned_model(targets)
     trained = {n: p.detach().clone() for n, p in tuned_model.transformer.named_parameters() if p.requires_grad}
     tuned_model.save_lora(tmp_path, trained)
     pipeline = stock()

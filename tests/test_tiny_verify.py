@@ -282,3 +282,18 @@ def test_shape_place_and_colour_are_found_at_any_size(name: str, radius: float) 
     assert (seen.name, seen.color) == (name, "green")
     centroid = 15.8 + (radius / 3 if name == "triangle" else 0)
     assert (seen.x, seen.y) == pytest.approx((16.3, centroid), abs=0.3)
+
+
+@pytest.mark.parametrize("outline", ["ellipse", "ring", "pentomino", "triangle upside down"])
+def test_what_is_nearly_a_shape_is_none(outline: str) -> None:
+    """Red on the background, of an object's size, and none of the three shapes."""
+    y, x = np.mgrid[-15.5:16, -15.5:16]
+    inside = {
+        "ellipse": (x / 7) ** 2 + (y / 4.5) ** 2 < 1,
+        "ring": (np.hypot(x, y) < 6) & (np.hypot(x, y) > 3.5),
+        "pentomino": ((abs(x) < 2) & (abs(y) < 6)) | ((abs(y) < 2) & (abs(x) < 6)),
+        "triangle upside down": (abs(y) < 5.5) & (2 * abs(x) + y < 5.5),
+    }[outline]
+    image = np.where(inside[..., None], np.uint8(COLORS["red"]), np.uint8(BACKGROUND))
+    for name in SHAPES:
+        assert score(image, {"include": [{"class": name, "color": "red", "count": 1}]})[0] == 0

@@ -131,8 +131,8 @@ def test_what_a_prompt_leaves_open_varies() -> None:
     plain = next(i for i, item in enumerate(record["include"]) if "color" not in item)
     scenes = [sample_scene(record, rng) for _ in range(300)]
     assert {scene[plain].color for scene in scenes} == set(COLORS)
-    assert {(int(s.x * 3 // 32), int(s.y * 3 // 32)) for scene in scenes for s in scene} == set(
-        itertools.product(range(3), repeat=2)
+    assert {(int(s.x // world.CELL), int(s.y // world.CELL)) for scene in scenes for s in scene} == set(
+        itertools.product(range(world.GRID), repeat=2)
     )
 
 

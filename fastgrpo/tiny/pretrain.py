@@ -1,10 +1,10 @@
 """Makes the tiny Stable Diffusion 3 pipeline of the tiny shapes world, from nothing, on a CPU.
 
-Three stages: an autoencoder for the world's images; a set of captioned scenes encoded once; a flow-matching transformer with
-its two text encoders, trained together. What is saved is an ordinary diffusers folder, read by
-`StableDiffusion3Pipeline.from_pretrained`. Captions are partly wrong on purpose (`STAGES`): like a model trained on
-captions from the web, the result draws clean shapes but does not always draw what was asked, which is what reinforcement
-learning then has to mend. Captions kept for evaluation never occur.
+An autoencoder for the world's images; then, on captioned scenes encoded once, a flow-matching transformer with its two text
+encoders, trained together. What is saved is an ordinary diffusers folder, read by
+`StableDiffusion3Pipeline.from_pretrained`. Captions are right at first, so that words get their meaning, and then partly
+wrong on purpose (`STAGES`): like a model trained on captions from the web, the result draws clean shapes but does not always
+draw what was asked, which is what reinforcement learning then has to mend. Captions kept for evaluation never occur.
 
     python -m fastgrpo.tiny.pretrain --output fastgrpo/tiny/weights
 
@@ -54,16 +54,13 @@ class Stage:
     """A part of the training with its own captions and its own one-cycle schedule."""
 
     steps: int
-    horizon: int  # steps of the schedule, of which only `steps` are run
     lr: float
     correct: dict[str, float]  # share of right captions by category
 
 
-# First the web, where most captions of relations are wrong; then better ones, as generators are given at the end.
 STAGES = (
-    Stage(5000, 7000, 1.5e-3, dict(single_object=0.9, two_object=0.65, counting=0.5, position=0.4, color_attr=0.5)),
-    Stage(4000, 4000, 1.0e-3, dict(single_object=0.95, two_object=0.8, counting=0.75, position=0.7, color_attr=0.75)),
-    Stage(4500, 4500, 1.0e-3, dict(single_object=0.95, two_object=0.75, counting=0.7, position=0.65, color_attr=0.7)),
+    Stage(8000, 1.5e-3, dict(single_object=1.0, two_object=1.0, counting=1.0, position=1.0, color_attr=1.0)),
+    Stage(2000, 5.0e-4, dict(single_object=0.95, two_object=0.6, counting=0.45, position=0.35, color_attr=0.45)),
 )
 
 
@@ -162,7 +159,7 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=5,
+        num_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=2 * WIDTH,
@@ -274,25 +271,22 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tenso
     return F.mse_loss(velocity, noise - latents)
 
 
-def train_transformer(
-    pipeline: StableDiffusion3Pipeline,
-    latents: Tensor,
-    captions: Tensor,
-    prompts: list[str],
-    stage: int,
-    args: argparse.Namespace,
-) -> None:
+def train_transformer(pipeline: StableDiffusion3Pipeline, stage: int, args: argparse.Namespace) -> None:
     """One-cycle AdamW with an exponential average, which is what the pipeline holds at the end."""
     plan = STAGES[stage]
     modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [p for module in modules for p in module.parameters()]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=plan.horizon, pct_start=0.05)
-    tokenized = pipeline.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, total_steps=plan.steps, pct_start=0.05)
     checkpoint, start = args.work / f"stage{stage}.pt", 0
     if checkpoint.exists():
         start = restore(checkpoint, parameters, average, optimizer, schedule)
+    if start < plan.steps:
+        images, captions, prompts = make_dataset(args.scenes, args.seed, stage)
+        vae = pipeline.vae
+        latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
+        tokenized = pipeline.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     bar = tqdm(range(start, plan.steps), desc=f"stage {stage}", initial=start, total=plan.steps, mininterval=5)
     began, running = time.time(), 0.0
     for step in bar:
@@ -366,17 +360,26 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pipeline = None
+    vae = load_vae(args)
+    torch.manual_seed(args.seed)
+    pipeline = make_pipeline(vae)
     for stage in range(len(STAGES)):
-        images, captions, prompts = make_dataset(args.scenes, args.seed, stage)
-        vae_folder = args.work / "vae"
-        if not vae_folder.exists():
-            train_vae(images, args.vae_steps).save_pretrained(vae_folder)
-        vae = AutoencoderKL.from_pretrained(vae_folder)
-        latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
-        torch.manual_seed(args.seed)
-        pipeline = pipeline or make_pipeline(vae)
-        train_transformer(pipeline, latents, captions, prompts, stage, args)
+        train_transformer(pipeline, stage, args)
+
+
+def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """The autoencoder of `--work`, trained first if there is none."""
+    path = args.work / "vae.pt"
+    if not path.exists():
+        images, _, _ = make_dataset(args.scenes, args.seed, 0)
+        vae = train_vae(images, args.vae_steps)
+        scale = {key: vae.config[key] for key in ("shift_factor", "scaling_factor")}
+        torch.save({"weights": vae.state_dict(), "scale": scale}, path)
+    saved = torch.load(path)
+    vae = make_vae().eval()
+    vae.load_state_dict(saved["weights"])
+    vae.register_to_config(**saved["scale"])
+    return vae
 
 
 if __name__ == "__main__":

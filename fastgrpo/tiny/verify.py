@@ -17,7 +17,7 @@ from fastgrpo.tiny.world import COLORS, SHAPES, relation_holds
 
 MIN_AREA = 4  # pixels: smaller specks are what anti-aliasing leaves, not objects
 MAX_AREA = 512  # pixels, half the image: one filled with a colour is no square
-MIN_OVERLAP = 0.75  # intersection over union with the ideal drawing: a component below it is no known shape
+MIN_OVERLAP = 0.85  # intersection over union with the ideal drawing: a component below it is no known shape
 MAX_TINT = 80  # RGB levels, mean over a component: one farther from its colour's blends has no known colour
 _BACKGROUND = np.float32(BACKGROUND)
 _AXES = np.float32(list(COLORS.values())) - _BACKGROUND  # (colours, 3): from the background to each colour

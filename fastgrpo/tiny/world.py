@@ -27,10 +27,10 @@ TAGS = ("single_object", "two_object", "counting", "position", "color_attr")
 PROMPTS = Path(__file__).parent / "prompts"
 
 IMAGE_SIZE = 32  # pixels
-GRID = 3  # objects stand in the cells of a GRID x GRID grid
+GRID = 2  # objects stand in the cells of a GRID x GRID grid: room for the four that a prompt may count
 CELL = IMAGE_SIZE / GRID
-JITTER = 0.7  # pixels that a centre may leave the middle of its cell
-RADIUS = (3.4, 4.0)  # pixels: with the jitter two neighbours stay 1.2 pixels apart, so their components never touch
+JITTER = 1.2  # pixels that a centre may leave the middle of its cell
+RADIUS = (4.8, 6.0)  # pixels: with the jitter two neighbours stay 1.6 pixels apart, so their components never touch
 
 
 @dataclass(frozen=True)
