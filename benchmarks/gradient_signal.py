@@ -164,8 +164,9 @@ def draw(result: dict, path: Path) -> None:
     right.barh([name for name, _ in layers], [value for _, value in layers], color="#2f6fdb")
     right.set(xlabel="cosine of two batches' gradients", title="By layer, all steps")
     right.tick_params(axis="y", labelsize=7)
+    left.axhline(0, color="#888", linewidth=0.6)
+    right.axvline(0, color="#888", linewidth=0.6)
     for axes in (left, right):
-        axes.axhline(0, color="#888", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
