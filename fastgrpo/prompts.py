@@ -66,9 +66,10 @@ def shares(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.
         return None
     tags = [str(record.get("tag", "all")) for record in prompts.metadata]
     counts = Counter(tags)
-    for tag in {*weights, *counts}:
+    for tag in weights:
         if tag not in counts:
             raise ValueError(f"prompts.weights.{tag}: no prompt has this tag; there are {', '.join(counts)}")
+    for tag in counts:
         if tag not in weights:
             raise ValueError(f"prompts.weights: {tag} has no weight, and {counts[tag]} prompts; give it 0 to leave it out")
         if not 0 <= weights[tag] < math.inf:
