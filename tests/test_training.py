@@ -165,13 +165,21 @@ def redness(images, prompts, metadata):  # noqa: ANN001, ANN201
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int) -> None:
-    """A reward of the user's own, `module:function`, two processes: the last rollouts are clearly redder than the first."""
+    """A reward of the user's own, `module:function`, two processes: the last rollouts are clearly redder than the first.
+
+    The prompts, the same ones every time, leave the colour of one object open, and none asks for red.
+    """
+    things = [("blue", "square"), ("green", "triangle"), ("yellow", "circle"), ("green", "square")]
+    shapes = {"square": "circle", "triangle": "square", "circle": "triangle"}
+    prompts = [f"a {color} {shape} and a {shapes[shape]}" for color, shape in things]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     settings = [
-        "iterations=12", "rollout.groups=8", "rollout.group_size=8", "rollout.batch_size=16", "objective.beta=0",
-        "reward.train=tests.test_training:redness", "update.learning_rate=2e-3", f"engine.zero_stage={zero_stage}",
-        "evaluation.every=0", "checkpoint.every=100", "rollout.window={kind: all_but_last}",
+        "iterations=16", "rollout.groups=4", "rollout.group_size=16", "rollout.batch_size=16", "objective.beta=0",
+        "reward.train=tests.test_training:redness", "update.learning_rate=3e-3", f"engine.zero_stage={zero_stage}",
+        "evaluation.every=0", "checkpoint.every=100", "rollout.window={kind: fixed, start: 0, size: 2}",
+        f"prompts.train={tmp_path / 'prompts.txt'}", "prompts.weights={}",
     ]  # fmt: skip
     run(command(tmp_path / "red", *settings, ranks=2))
     rewards = [row["reward"] for row in rows(tmp_path / "red")]
     spread = rows(tmp_path / "red")[0]["reward_std"]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5 * spread, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 2 * spread, rewards
