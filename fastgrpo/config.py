@@ -52,6 +52,12 @@ class ModelConfig:
     """Of the weights and the network's arithmetic; latents and transitions are always float32."""
     max_text_tokens: int = 256
     """Length of the T5 sequence, max_sequence_length of the pipeline."""
+    tiny_decoder: Path | None = None
+    """Folder of an AutoencoderTiny that decodes training images, for rewards that bear it; evaluation never uses it."""
+    attention: Literal["native", "flash2", "flash3", "xformers"] = "native"
+    """Attention kernels: torch's own, flash-attn 2 or 3, or xformers; all but the first are installed apart."""
+    compile: bool = False
+    """torch.compile each transformer block, once for rollout and update; takes a minute or more at the start."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -63,6 +69,8 @@ class PromptsConfig:
     """Prompts to evaluate on; none of them may be among the training prompts."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of each category ("tag") of the training prompts, say {counting: 2, position: 1}; left out: as in the file."""
+    cache: Path | None = None
+    """Folder for the embeddings of all prompts, made once; the text encoders then leave the GPU. Left out: in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,8 @@ class RolloutConfig:
     """Images for each prompt: the advantage compares them."""
     batch_size: int = 128
     """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
+    cuda_graph: bool = True
+    """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)
 
 
@@ -124,6 +134,11 @@ class UpdateConfig:
     """Optimiser steps an iteration, each on its share of the samples; only the first is exactly on-policy."""
     ema_decay: float = 0.9
     """Of the average that is evaluated and saved, once an iteration."""
+    micro_batch_size: int | Literal["rollout", "largest"] = "rollout"
+    """Transitions a forward pass: the rollout's batch_size, for which the ratio of the first update is exactly 1; a
+    number; or the most that GPU memory holds, found by a trial at the start."""
+    old_velocity: Literal["rollout", "recompute"] = "rollout"
+    """v_old as the rollout left it, or from another forward pass in the update's own shape, where that differs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -237,6 +252,13 @@ def check(config: Config) -> None:
         _refuse(
             "engine.zero_stage", 0, f"no float32 masters are kept for {config.model.dtype} weights at stage 0: take 1"
         )
+    if rollout.cuda_graph and config.engine.zero_stage == 3:
+        _refuse(
+            "rollout.cuda_graph",
+            True,
+            "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false",
+        )
+    _check_micro_batch(config)
     if config.evaluation.samples > config.evaluation.batch_size:
         _refuse(
             "evaluation.samples",
@@ -273,6 +295,19 @@ def _check_division(config: Config, world_size: int) -> None:
             f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
             f"batches on {world_size} process{'es' * (world_size > 1)}: {images} must be a multiple of {share}",
         )
+
+
+def _check_micro_batch(config: Config) -> None:
+    size, rollout = config.update.micro_batch_size, config.rollout
+    transitions = window_size(rollout.window, rollout.num_steps) * rollout.batch_size
+    if isinstance(size, int) and transitions % size:
+        _refuse(
+            "update.micro_batch_size",
+            size,
+            f"a batch of {rollout.batch_size} images has {transitions} trained transitions: take a divisor of that",
+        )
+    if size == "largest" and config.engine.zero_stage == 3:
+        _refuse("update.micro_batch_size", size, "the trial needs whole weights, which ZeRO-3 shards: give a number")
 
 
 def describe() -> str:
@@ -366,8 +401,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path + ".")
-    if origin is types.UnionType:
-        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), path)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, arguments, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             _refuse(path, value, _nearest(value, arguments))
@@ -390,6 +425,15 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if type(value) is not hint:
         _refuse(path, value, f"expected {_type_name(hint)}, found {type(value).__name__}")
     return value
+
+
+def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
+    """X | None takes null or an X; int | Literal[...] a number or one of the names."""
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(hint for hint in hints if hint is not type(None))
+    names = [hint for hint in hints if typing.get_origin(hint) is Literal]
+    return _convert(value, names[0] if names and isinstance(value, str) else hints[0], path)
 
 
 def _plain(value: Any) -> Any:

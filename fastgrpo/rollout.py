@@ -67,7 +67,9 @@ def rollout(
     # Each sample's window starts where its group's does, so a step's place differs by sample; steps that are not
     # trained on are written to one place past the end, which is cut off.
     latents = x.new_empty(size + 2, batch, *latent_shape)
-    v_old = x.new_empty(size + 1, batch, *latent_shape)
+    guided = len(conditioning[0]) != batch
+    # Without guidance the velocity is what the network returned, and is kept in its dtype.
+    v_old = x.new_empty(size + 1, batch, *latent_shape, dtype=torch.float32 if guided else model_dtype)
     log_prob = x.new_empty(size + 1, batch)
     rows = torch.arange(batch, device=x.device)
     indices = torch.arange(steps.table.shape[1], device=x.device)  # (T,)

@@ -8,6 +8,7 @@ group, whatever the number of ranks, and its noise and its place in the batch fo
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,15 +24,16 @@ from fastgrpo.ema import Ema
 from fastgrpo.engine import Engine
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings
+from fastgrpo.graph import captured_or_eager
 from fastgrpo.models import load_model
 from fastgrpo.objectives import OBJECTIVES, effective_clip_range
 from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import load_reward
-from fastgrpo.rollout import Policy, rollout
+from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
 from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, noise_address
-from fastgrpo.update import Learner, update
+from fastgrpo.update import Learner, largest_micro_batch, recompute_old, update
 
 
 class Trainer:
@@ -51,11 +53,16 @@ class Trainer:
             config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype), device=device,
             max_text_tokens=config.model.max_text_tokens,
         )  # fmt: skip
+        self.model.use_attention(config.model.attention)
+        if config.model.tiny_decoder:
+            self.model.load_tiny_decoder(config.model.tiny_decoder)
         lora = config.model.lora
         self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
         if config.update.gradient_checkpointing:
             self.model.transformer.enable_gradient_checkpointing()
-        self.embeddings = Embeddings(self.model)
+        if config.model.compile:
+            self.model.compile_blocks()
+        self.embeddings = Embeddings(self.model, config.prompts.cache)
         self.engine = Engine(
             Policy(self.model), zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
             learning_rate=config.update.learning_rate, betas=config.update.betas,
@@ -63,11 +70,14 @@ class Trainer:
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
         self.ema = Ema(self.engine.trained_state(), config.update.ema_decay)
-        self.learner = self._learner()
+        self._embed([record["prompt"] for record in (*self.prompts.metadata, *held_out.metadata)])
+        self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
+        self.scorer = ThreadPoolExecutor(1, "reward")
+        self.learner, self._micro_batch_known = self._learner(), config.update.micro_batch_size != "largest"
         self.evaluator = self._evaluator(held_out)
 
     def _learner(self) -> Learner:
-        objective, rollout = self.config.objective, self.config.rollout
+        objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
         elements = torch.Size(self.model.latent_shape).numel()
         return Learner(
             engine=self.engine,
@@ -78,7 +88,16 @@ class Trainer:
             reference=self.model.reference if objective.beta > 0 else None,
             guidance_scale=rollout.guidance_scale,
             model_dtype=self.model.dtype,
+            micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
         )  # fmt: skip
+
+    def _embed(self, prompts: list[str]) -> None:
+        """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
+        if self.config.prompts.cache is None:
+            return
+        self.embeddings.prepare(["", *prompts][self.engine.rank :: self.engine.world_size], show=self.engine.rank == 0)
+        self.engine.barrier()
+        self.model.release_encoders()
 
     def _evaluator(self, held_out) -> Evaluator:  # noqa: ANN001
         evaluation = self.config.evaluation
@@ -94,6 +113,8 @@ class Trainer:
         config, folder = self.config, self.config.output
         done, seconds = self._resume()
         self.log = RunLog(folder, done) if self.engine.rank == 0 else None
+        if self.log:
+            print(f"rollout: {self.rollout_kind}", flush=True)
         # Rank 0 looks for all: the others could see the file appear.
         if self.engine.broadcast_object(not read_lines(folder / "evaluations.jsonl")):
             self.evaluate(0, config.evaluation.images, base=True)
@@ -125,7 +146,7 @@ class Trainer:
         chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
         tables = self._tables(iteration)
         rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
-        rewards = []
+        scores = []
         first = self.engine.rank * share
         for start in range(first, first + share, batch):
             sample_id = torch.arange(start, start + batch)
@@ -137,16 +158,21 @@ class Trainer:
                 steps = self._steps(tables, group)
                 result = self._rollout(iteration, sample_id, steps, conditioning)
             with clock("decode"):
-                images = self.model.decode(result.final)
-            with clock("reward"):
-                rewards.append(checked(self.reward(images, prompts, records), config.reward.train, prompts))
+                images = self.model.decode(result.final, draft=True)
+            # Beside the next batch's rollout: only what is not done by its end is waited for.
+            scores.append(self.scorer.submit(self._score, images, prompts, records))
             rollouts.append((sample_id, steps, conditioning, result))
+        with clock("reward"):
+            rewards = [score.result() for score in scores]
         with clock("update"):
             all_rewards, advantages = self._advantages(torch.cat(rewards))
             metrics = self._update(rollouts, advantages)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
         return self._metrics(iteration, all_rewards, advantages, metrics, clock)
+
+    def _score(self, images: Tensor, prompts: list[str], records: list[dict]) -> Tensor:
+        return checked(self.reward(images, prompts, records), self.config.reward.train, prompts)
 
     def _tables(self, iteration: int) -> dict[str, Tensor]:
         """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
@@ -167,7 +193,7 @@ class Trainer:
 
     def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
         with self.engine.rollout_policy() as policy:
-            return rollout(
+            return self.rollout(
                 policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
                 conditioning, guidance_scale=self.config.rollout.guidance_scale,
                 latent_shape=self.model.latent_shape, model_dtype=self.model.dtype,
@@ -190,12 +216,24 @@ class Trainer:
             mine = sample_id.to(self.model.device)
             weight = advantages.weight[mine]
             experiences.append(Experience(result, conditioning, steps, advantages.values[mine], weight))
+        if not self._micro_batch_known:
+            self._try_micro_batches(experiences[0])
+        if self.config.update.old_velocity == "recompute":
+            experiences = [recompute_old(self.learner, experience) for experience in experiences]
         part = len(experiences) // self.config.update.steps_per_rollout
         updates = [update(self.learner, experiences[i : i + part]) for i in range(0, len(experiences), part)]
         mean = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
         first = updates[0]
         deviation = torch.maximum((first["ratio_max"] - 1).abs(), (first["ratio_min"] - 1).abs())
         return {**mean, "first_ratio_deviation": deviation}
+
+    def _try_micro_batches(self, experience: Experience) -> None:
+        """The largest micro-batch that every rank can hold, once and for all."""
+        size = torch.tensor([largest_micro_batch(self.learner, experience)], device=self.model.device)
+        size = int(self.engine.all_reduce(size, "min"))
+        self.learner, self._micro_batch_known = self.learner._replace(micro_batch_size=size), True
+        if self.engine.rank == 0:
+            tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
 
     def _metrics(
         self, iteration: int, rewards: Tensor, advantages: Advantages, metrics: dict[str, Tensor], clock: "Stopwatch"
@@ -272,6 +310,7 @@ class Trainer:
             "status": "finished",
             "world_size": self.engine.world_size,
             "device": device_name(self.model.device),
+            "rollout": self.rollout_kind,
         }
         self.log.summary(summary)
         self.log.close()

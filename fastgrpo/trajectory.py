@@ -52,7 +52,7 @@ class Rollout:
     """What the behaviour policy did, as far as it is trained on. Steps come first, so that a step's batch is contiguous."""
 
     latents: Tensor  # (S + 1, B, *D) float32, before each trained step and after the last
-    v_old: Tensor  # (S, B, *D) float32, velocity with guidance
+    v_old: Tensor  # (S, B, *D) velocity, under guidance the guided one in float32, else in the model's dtype
     log_prob: Tensor  # (S, B) float32, mean over a latent's elements
     final: Tensor  # (B, *D) float32, sigma = 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import NoSync
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import sde
 from fastgrpo.rollout import rollout, velocities, with_unconditional
@@ -137,6 +138,35 @@ def test_the_loop_has_no_host(tiny_model, guided: bool) -> None:  # noqa: ANN001
             Policy(tiny_model), steps, address, conditioning, guidance_scale=2.0 if guided else 1.0,
             latent_shape=tiny_model.latent_shape, model_dtype=torch.float32,
         )  # fmt: skip
+
+
+def operations(start: Tensor, seed: int) -> list[list[tuple]]:
+    """Every operation of a rollout with the shapes it makes, step by step: what a captured graph would hold."""
+    steps: list[list[tuple]] = [[]]
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            result = function(*args, **(kwargs or {}))
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            steps[-1].append((function.name(), *(tuple(t.shape) for t in made if isinstance(t, Tensor))))
+            return result
+
+    policy, conditioning = ToyPolicy(), Toy(torch.randn(len(start), 1, 1, 1))
+    policy.register_forward_pre_hook(lambda *_: steps.append([]))
+    address, coefficients = noise_address(TRAIN, seed, 3, torch.arange(len(start))), steps_of(start)
+    with Record():
+        rollout(
+            policy, coefficients, address, conditioning,
+            guidance_scale=1.0, latent_shape=SHAPE, model_dtype=torch.float32,
+        )  # fmt: skip
+    return steps
+
+
+def test_every_step_is_the_same_operations_whatever_the_data() -> None:
+    """So one graph serves every window, prompt and noise: nothing is allocated by what the numbers are."""
+    one, other = operations(torch.tensor([0, 3, 1]), seed=5), operations(torch.tensor([2, 2, 0]), seed=6)
+    assert one == other and len(one) == NUM_STEPS + 1
+    assert all(step == one[1] for step in one[2:-1]) and len(one[1]) > 10
 
 
 def test_the_sync_detector_detects() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_WEIGHTS, load_tiny_model, load_tuned_model
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 
 from fastgrpo.config import load_config
 from fastgrpo.generation import Embeddings, generate
@@ -127,3 +127,27 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"model\.path = .*model_index\.json"):
         load_model("sd3", path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)
+
+
+def test_a_tiny_decoder_draws_the_drafts_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path / "good")
+    model, latents = load_tiny_model(), torch.randn(2, 4, 8, 8)
+    before = model.decode(latents)
+    assert torch.equal(model.decode(latents, draft=True), before)  # without one, the full decoder
+    model.load_tiny_decoder(tmp_path / "good")
+    assert torch.equal(model.decode(latents), before)
+    with torch.no_grad():
+        expected = tiny.decode(latents).sample.div(2).add(0.5).clamp(0, 1).mul(255).round()
+    draft = model.decode(latents, draft=True)
+    assert draft.shape == before.shape and draft.dtype == torch.uint8 and not torch.equal(draft, before)
+    assert (draft.float() - expected).abs().max() <= 1
+    with pytest.raises(ValueError, match=r"model\.tiny_decoder = .*config\.json"):
+        model.load_tiny_decoder(tmp_path)
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="reads latents of 16 channels, this model's have 4"):
+        model.load_tiny_decoder(tmp_path / "wide")

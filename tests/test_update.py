@@ -1,6 +1,8 @@
 """The update: exactly on-policy at first, and its gradient that of the published formula."""
 
 import copy
+import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from fastgrpo.generation import Embeddings
 from fastgrpo.objectives import grpo_clip
 from fastgrpo.rollout import Policy, rollout
 from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
-from fastgrpo.update import Learner, transition_loss, update
+from fastgrpo.update import Learner, largest_micro_batch, micro_batches, recompute_old, transition_loss, update
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
 
@@ -33,6 +35,9 @@ class PlainEngine:
     def step(self) -> Tensor:
         return torch.zeros(())
 
+    def rollout_policy(self) -> nullcontext:
+        return nullcontext(self.policy)
+
 
 def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:  # noqa: ANN001
     sigmas = model.sigmas(10)
@@ -50,10 +55,10 @@ def experience_of(model, guidance_scale: float, sampler: str, size: int = 3) -> 
     return Experience(result, conditioning, steps, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4))
 
 
-def learner_of(model, guidance_scale: float, beta: float = 0.1) -> Learner:  # noqa: ANN001
+def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
     objective = partial(grpo_clip, clip_range=1e-3, beta=beta)
     reference = model.reference if beta else None
-    return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype)
+    return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype, micro_batch_size)
 
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
@@ -62,8 +67,8 @@ def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: s
     """Bit for bit, with a window of its own for each group, with the reference switched in between, in training mode."""
     experience = experience_of(tuned_model, guidance_scale, sampler)
     learner = learner_of(tuned_model, guidance_scale)
-    for j in range(experience.steps.size):
-        loss = transition_loss(learner, experience, j)
+    for transitions in micro_batches(experience, 4):
+        loss = transition_loss(learner, transitions)
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0
         assert loss.drift.item() == 0.0 and loss.clip_fraction.item() == 0.0
         assert loss.kl.item() > 0  # the LoRA has an effect
@@ -75,7 +80,7 @@ def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN
         for name, parameter in tuned_model.transformer.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(1.5)
-    loss = transition_loss(learner_of(tuned_model, 1.0), experience, 0)
+    loss = transition_loss(learner_of(tuned_model, 1.0), next(micro_batches(experience, 4)))
     assert loss.ratio_min.item() < loss.ratio_max.item() and loss.drift.item() > 0
 
 
@@ -147,3 +152,79 @@ def test_without_beta_the_reference_is_not_run(tuned_model) -> None:  # noqa: AN
     learner.engine.policy.register_forward_hook(lambda *_: calls.append(1))
     update(learner, [experience])
     assert len(calls) == experience.steps.size
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
+def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
+    """Transition by transition, or all steps of all samples at once: the same gradient up to the order of its sums."""
+    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+
+    def gradients(micro_batch_size: int) -> dict[str, Tensor]:
+        learner = learner_of(tuned_model, guidance_scale, micro_batch_size=micro_batch_size)
+        update(learner, [experience])
+        assert learner.engine.lasts == [False] * (12 // micro_batch_size - 1) + [True]
+        found = {n: p.grad.clone() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
+        tuned_model.transformer.zero_grad()
+        return found
+
+    expected, found = gradients(4), gradients(size)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max().item() + 1e-9
+        )
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("size", [2, 12])
+def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+    learner = learner_of(tuned_model, guidance_scale, micro_batch_size=size)
+    for transitions in micro_batches(recompute_old(learner, experience), size):
+        loss = transition_loss(learner, transitions)
+        assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa: ANN001
+    """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
+    eager = experience_of(tuned_model, 1.0, "flow_sde")
+    tuned_model.compile_blocks()
+    compiled = experience_of(tuned_model, 1.0, "flow_sde")
+    torch.testing.assert_close(compiled.rollout.final, eager.rollout.final, rtol=1e-3, atol=1e-3)
+    learner = learner_of(tuned_model, 1.0)
+    for transitions in micro_batches(compiled, 4):
+        loss = transition_loss(learner, transitions)
+        assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.kl.item() > 0
+
+
+def test_recomputing_in_the_rollouts_shape_changes_nothing(tuned_model) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    again = recompute_old(learner_of(tuned_model, 1.0), experience)
+    assert torch.equal(again.rollout.v_old, experience.rollout.v_old)
+
+
+def test_a_fold_that_does_not_divide_is_refused(tuned_model) -> None:  # noqa: ANN001
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    with pytest.raises(ValueError, match="micro_batch_size 5 does not divide 3 steps of 4 samples"):
+        next(micro_batches(experience, 5))
+
+
+def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:  # noqa: ANN001
+    """With a device that holds five transitions' activations, four is the largest divisor of the twelve."""
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    learner = learner_of(tuned_model, 1.0)
+    assert largest_micro_batch(learner, experience) == 12
+    room = 5
+
+    def forward(module: nn.Module, arguments: tuple) -> None:
+        if len(arguments[0]) > room:
+            raise torch.OutOfMemoryError("out of memory")
+
+    learner.engine.policy.register_forward_pre_hook(forward)
+    assert largest_micro_batch(learner, experience) == 4
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError, match="gradient_checkpointing"):
+        largest_micro_batch(learner, experience)
+    assert all(p.grad is None for p in tuned_model.transformer.parameters())

@@ -14,8 +14,8 @@ MODELS = {
 
 
 def load_model(name: str, **arguments: Any) -> Any:
-    """The adapter called `name`, loaded with its class's own arguments."""
+    """The adapter called `name`, from its class's own `load`."""
     # diffusers asks transformers for image processors that no text-to-image model needs, which says so at every start.
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda r: "requires torchvision" not in r.getMessage())
     module, _, attribute = MODELS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)(**arguments)
+    return getattr(importlib.import_module(module), attribute).load(**arguments)

@@ -39,7 +39,7 @@ class SdeStep(NamedTuple):
 
     x_next: Tensor  # (B, *D) fp32
     x_next_model: Tensor  # (B, *D) in the dtype that the network reads; x_next itself when that is fp32
-    v: Tensor  # (B, *D) fp32, the guided velocity as used; the input itself when it is fp32 and unguided
+    v: Tensor  # (B, *D) the velocity as used: under guidance the guided one in fp32, else the input itself
     log_prob: Tensor  # (B,) fp32
 
 
@@ -72,14 +72,14 @@ def sde_step_ref(
     """The definition of `sde_step` in torch."""
     rows = table.expand(x.shape[0], -1, -1).index_select(1, step)  # (B, 1, 4)
     c_x, c_v, s = columns(rows, x)
-    v = guided_velocity_ref(v, v_uncond, guidance_scale, x.dtype)
+    used = v if v_uncond is None else guided_velocity_ref(v, v_uncond, guidance_scale, x.dtype)
     eps = normal_ref(address, step, x.shape[1:].numel()).view_as(x)
-    x_next = c_x * x + c_v * v + s * eps
+    x_next = c_x * x + c_v * used.to(x.dtype) + s * eps
 
     s = s.flatten()  # (B,)
     log_s = torch.log(torch.where(s > 0, s, 1.0))
     log_prob = -eps.flatten(1).square().mean(1) / 2 - log_s - HALF_LOG_2PI.value
-    return SdeStep(x_next, x_next.to(model_dtype or x.dtype), v, torch.where(s > 0, log_prob, 0.0))
+    return SdeStep(x_next, x_next.to(model_dtype or x.dtype), used, torch.where(s > 0, log_prob, 0.0))
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def sde_step_triton(
     blocks = triton.cdiv(size, BLOCK)
     x_next = torch.empty_like(x)
     x_next_model = torch.empty_like(x, dtype=model_dtype) if model_dtype not in (None, x.dtype) else None
-    v_guided = torch.empty_like(x) if v_uncond is not None or v.dtype != x.dtype else None
+    v_guided = torch.empty_like(x) if v_uncond is not None else None
     partial = torch.empty(batch, blocks, dtype=torch.float32, device=x.device)
     log_prob = torch.empty(batch, dtype=torch.float32, device=x.device)
     table_stride = table.stride(0) if table.dim() == 3 else 0

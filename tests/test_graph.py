@@ -1,0 +1,112 @@
+"""Captured rollouts. Without a GPU the bookkeeping is tested with a stand-in that runs again what it recorded, in place."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import DEVICE
+from test_rollout import NUM_STEPS, SHAPE, SIZE, Toy, ToyPolicy
+from torch import Tensor, nn
+
+from fastgrpo import sde
+from fastgrpo.graph import CapturedRollout, CudaCapture, captured_or_eager
+from fastgrpo.rollout import rollout, with_unconditional
+from fastgrpo.trajectory import TRAIN, Rollout, Steps, noise_address
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+
+
+class Rerun:
+    """Like a graph: reads its inputs and writes its result by address, whatever the caller holds."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, run: Callable[[], Rollout]) -> tuple[Rollout, Callable[[], None]]:
+        self.captures += 1
+        result = run()
+
+        def replay() -> None:
+            self.replays += 1
+            again = run()
+            for name in ("latents", "v_old", "log_prob", "final"):
+                getattr(result, name).copy_(getattr(again, name))
+
+        return result, replay
+
+
+class Weighted(ToyPolicy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), device=DEVICE))
+
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
+        return self.weight * super().forward(x, sigma, conditioning)
+
+
+def arguments(batch: int = 3, iteration: int = 1, offset: float = 0.3, guidance_scale: float = 1.0) -> tuple[tuple, dict]:
+    """A rollout's arguments of the same shapes for any iteration: windows, noise and prompts of its own."""
+    start = torch.arange(batch) % (NUM_STEPS - SIZE - 1) + iteration % 2
+    sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
+    table = sde.window_tables("flow_sde", sigmas, 0.7, start, SIZE)
+    conditioning = Toy(torch.linspace(-offset, offset, batch).view(-1, 1, 1, 1).to(DEVICE))
+    unconditional = Toy(torch.zeros(1, 1, 1, 1, device=DEVICE)) if guidance_scale != 1 else None
+    steps = Steps(sigmas.to(DEVICE), table.to(DEVICE), start.to(DEVICE), SIZE, torch.zeros(NUM_STEPS, device=DEVICE))
+    address = noise_address(TRAIN, 5, iteration, torch.arange(batch, device=DEVICE) + 10 * iteration)
+    options = dict(guidance_scale=guidance_scale, latent_shape=SHAPE, model_dtype=torch.float32)
+    return (steps, address, with_unconditional(conditioning, unconditional)), options
+
+
+def equal(a: Rollout, b: Rollout) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("latents", "v_old", "log_prob", "final"))
+
+
+def capture() -> CudaCapture | Rerun:
+    return CudaCapture() if DEVICE == "cuda" else Rerun()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_every_replay_is_the_eager_rollout_of_its_own_arguments(guidance_scale: float) -> None:
+    """New noise, windows and prompts each time, the weights updated in place in between; earlier results stay."""
+    policy, captured = Weighted(), CapturedRollout(capture())
+    found, expected = [], []
+    for iteration in range(4):
+        positional, options = arguments(iteration=iteration, offset=0.1 + iteration, guidance_scale=guidance_scale)
+        found.append(captured(policy, *positional, **options))
+        expected.append(rollout(policy, *positional, **options))
+        with torch.no_grad():
+            policy.weight.mul_(0.9)
+    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not any(equal(found[0], other) for other in found[1:])
+
+
+def test_one_capture_a_shape() -> None:
+    recorder, policy = Rerun(), Weighted()
+    captured = CapturedRollout(recorder)
+    for batch, guidance_scale in ((3, 1.0), (3, 1.0), (2, 1.0), (3, 2.0), (2, 1.0), (3, 1.0)):
+        positional, options = arguments(batch, guidance_scale=guidance_scale)
+        captured(policy, *positional, **options)
+    assert (recorder.captures, recorder.replays) == (3, 6)
+    captured(Weighted(), *positional, **options)  # another policy has weights at other places
+    assert recorder.captures == 4
+
+
+def test_a_table_shared_by_all_samples_is_captured_too() -> None:
+    """Expanded rows have stride 0, into which nothing can be copied."""
+    (steps, address, conditioning), options = arguments()
+    steps = steps._replace(table=steps.table[:1].expand(3, -1, -1))
+    captured = CapturedRollout(capture())
+    assert equal(captured(ToyPolicy(), steps, address, conditioning, **options),
+                 rollout(ToyPolicy(), steps, address, conditioning, **options))  # fmt: skip
+
+
+def test_what_runs_is_said() -> None:
+    assert captured_or_eager(False, torch.device("cpu")) == (rollout, "eager (rollout.cuda_graph is false)")
+    function, kind = captured_or_eager(True, torch.device("cpu"))
+    assert function is rollout and "need a GPU" in kind
+
+
+@needs_gpu
+def test_on_a_gpu_it_is_a_graph() -> None:
+    function, kind = captured_or_eager(True, torch.device("cuda"))
+    assert isinstance(function, CapturedRollout) and kind.startswith("captured")
