@@ -1,0 +1,122 @@
+"""The benchmarks measure what they say: counts by hand, the model of noise by sampling, the rival by its mathematics."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tuned_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from common import Trace  # noqa: E402
+from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
+from released import Released, Sample  # noqa: E402
+from scaling import communication  # noqa: E402
+from tradeoff import excess_noise, window  # noqa: E402
+
+from fastgrpo import sde  # noqa: E402
+from fastgrpo.config import load_config  # noqa: E402
+from fastgrpo.prompts import load_prompts  # noqa: E402
+from fastgrpo.update import Learner, update  # noqa: E402
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
+
+
+def test_a_trace_counts_what_a_gpu_would_do() -> None:
+    """One product and one sum are launched, one number is waited for; a view is free."""
+    a = torch.ones(10, 4)
+    with Trace() as seen:
+        (a * a).view(40).sum().item()
+    assert (seen.launches, seen.syncs) == (2, 1)
+    assert seen.bytes == 2 * 160 + 160 + 4  # a read once and a * a written; a * a read and its sum written
+
+
+def test_one_transition_is_two_launches_and_no_sync() -> None:
+    counts = trace()
+    assert counts["rollout, fused"] == {"launches": 2, "syncs": 0, "bytes_per_element": 12.0}
+    assert counts["update, fused"]["launches"] == 3 and counts["update, fused"]["syncs"] == 0
+    assert counts["rollout, usual"]["syncs"] == 19 and counts["rollout, usual"]["launches"] > 50
+    assert counts["rollout, usual"]["bytes_per_element"] > 100
+
+
+@pytest.mark.parametrize("sampler, noise_level", [("flow_sde", 0.7), ("flow_sde", 1.2), ("cps", 0.9)])
+def test_excess_noise_is_that_of_samples(sampler: str, noise_level: float) -> None:
+    """400,000 samples through the table, with the velocity of Gaussian data in closed form."""
+    first, size = window(10)
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[first : first + size] = True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400_000, generator=generator, dtype=torch.float64)
+    sigmas = SIGMAS.double()
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sampler, sigmas, noise_level, mask), strict=False):
+        x0 = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * x  # E[data | x]
+        x1 = sigma / ((1 - sigma) ** 2 + sigma**2) * x  # E[noise | x]
+        x = c_x * x + c_v * (x1 - x0) + s * torch.randn(len(x), generator=generator, dtype=torch.float64)
+    assert excess_noise(sampler, sigmas, noise_level) == pytest.approx(x.std().item() - 1, abs=4e-3)
+
+
+def test_an_all_reduce_costs_nothing_alone_and_its_bytes_twice_among_many() -> None:
+    assert communication(1, 1.0, 1.0, 100.0) == 0
+    assert communication(2, 0.5, 10.0, 100.0) == pytest.approx(2 * 0.5 + 100 / 10)
+    assert communication(1024, 0.0, 10.0, 100.0) == pytest.approx(2 * 100 / 10, rel=1e-2)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float) -> None:
+    """Its step is a row of our table, and on the same trajectory its gradient is ours: only the way there is another."""
+    settings = [
+        f"rollout.guidance_scale={guidance_scale}", "rollout.window={kind: all_but_last}", "objective.beta=0.1",
+        "rollout.noise_level=0.7", "rollout.num_steps=4",
+    ]  # fmt: skip
+    config = load_config(CONFIG, settings)
+    model = load_tuned_model()
+    rival = Released(config, model, load_prompts(config.prompts.train))
+    prompts = ["a red circle", "two blue squares", "a green triangle"]
+    experience, learner = own_update(model, prompts, guidance_scale, config)
+
+    x, x_next, v = experience.rollout.latents[1], experience.rollout.latents[2], experience.rollout.v_old[1]
+    c_x, c_v, s, _ = experience.steps.table[0, 1].double()
+    _, log_prob, mean, _ = rival.step(x, v, rival.timesteps[1].expand(3), x_next)
+    torch.testing.assert_close(mean.double(), c_x * x.double() + c_v * v.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_prob, experience.rollout.log_prob[1], rtol=1e-4, atol=1e-4)
+    assert usual_step(x, v, rival.timesteps[1].expand(3), rival.timesteps, rival.sigmas)[0].shape == x.shape
+
+    update(learner, [experience])
+    own = {n: p.grad.clone() for n, p in model.transformer.named_parameters() if p.grad is not None}
+    model.transformer.zero_grad()
+    latents = [experience.rollout.latents[i] for i in range(4)]
+    log_probs = [experience.rollout.log_prob[j] for j in range(3)]
+    embeds, pooled = experience.conditioning
+    sample = Sample(embeds, pooled, latents, log_probs, torch.zeros(3), torch.zeros(3))
+    rival.backward(sample, experience.advantages, batches=1)
+    for name, gradient in own.items():
+        other = model.transformer.get_parameter(name).grad
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(other, gradient, rtol=0.02, atol=2e-3 * scale + 1e-9)
+    assert len(own) > 10
+
+
+def own_update(model, prompts: list[str], guidance_scale: float, config):  # noqa: ANN001, ANN201
+    from functools import partial
+
+    from test_update import PlainEngine
+
+    from fastgrpo.generation import Embeddings
+    from fastgrpo.objectives import grpo_clip
+    from fastgrpo.rollout import Policy, rollout
+    from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
+
+    sigmas = model.sigmas(4)
+    start = torch.zeros(len(prompts), dtype=torch.int64)
+    table = sde.window_tables("flow_sde", sigmas, 0.7, start, 3)
+    steps = Steps(sigmas, table, start, 3, sde.kl_weights("flow_sde", sigmas, 0.7, "reference").float())
+    conditioning = Embeddings(model)(prompts, guidance_scale=guidance_scale)
+    result = rollout(
+        Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(len(prompts))), conditioning,
+        guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
+    )  # fmt: skip
+    experience = Experience(result, conditioning, steps, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
+    objective = partial(grpo_clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
+    learner = Learner(PlainEngine(Policy(model)), objective, model.reference, guidance_scale, model.dtype, len(prompts))
+    return experience, learner
