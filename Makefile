@@ -8,8 +8,6 @@ BIN := .venv/bin
 
 # The DeepSpeed launcher would give its one CPU process one thread.
 export OMP_NUM_THREADS ?= $(shell nproc)
-# Idle OpenMP threads sleep instead of spinning: with few cores the spinning costs more than the waking up.
-export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
