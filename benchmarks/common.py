@@ -110,6 +110,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return list(found.values())
 
 
+def pyplot() -> Any:
+    """matplotlib's, drawing to files: loaded by those who draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def result_path(name: str, suffix: str) -> Path:
     """results/NAME_DEVICE.SUFFIX: one file a kind of device."""
     device = "cpu" if DEVICE.type == "cpu" else re.sub(r"\W+", "_", device_name().lower()).strip("_")

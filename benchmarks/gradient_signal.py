@@ -17,32 +17,24 @@ alone. Writes results/gradient_signal.{json,png}.
 import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from common import DEVICE, RESULTS, ROOT, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-RESULTS = ROOT / "benchmarks" / "results"
-
-from fastgrpo import sde  # noqa: E402
-from fastgrpo.advantages import group_advantages  # noqa: E402
-from fastgrpo.config import Config, load_config  # noqa: E402
-from fastgrpo.generation import Embeddings  # noqa: E402
-from fastgrpo.models import load_model  # noqa: E402
-from fastgrpo.prompts import PromptSet, load_prompts, prompts_of_iteration, shares  # noqa: E402
-from fastgrpo.rewards import load_reward  # noqa: E402
-from fastgrpo.rollout import Policy, rollout, velocities  # noqa: E402
-from fastgrpo.trajectory import TRAIN, Steps, noise_address  # noqa: E402
-from fastgrpo_kernels import transition  # noqa: E402
+from fastgrpo import sde
+from fastgrpo.advantages import group_advantages
+from fastgrpo.config import Config, load_config
+from fastgrpo.generation import Embeddings
+from fastgrpo.models import load_model
+from fastgrpo.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
+from fastgrpo.rewards import load_reward
+from fastgrpo.rollout import Policy, rollout, velocities
+from fastgrpo.trajectory import TRAIN, Steps, noise_address
+from fastgrpo_kernels import transition
 
 
 class Probe:
@@ -50,9 +42,8 @@ class Probe:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(
-            config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype), device=device,
+            config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype), device=DEVICE,
             max_text_tokens=config.model.max_text_tokens,
         )  # fmt: skip
         self.model.transformer.requires_grad_(True)
@@ -157,7 +148,7 @@ def analyse(probe: Probe, batches: int) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=(2, 3))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=(2, 3))
     left.bar([row["step"] for row in result["steps"]], [row["cosine"] for row in result["steps"]], color="#2f6fdb")
     left.set(xlabel="denoising step", ylabel="cosine of two batches' gradients", title="By step")
     layers = sorted(result["layers"].items(), key=lambda item: item[1])

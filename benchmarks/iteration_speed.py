@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, ROOT, finish, synchronize
+from common import DEVICE, ROOT, finish, pyplot, synchronize
 from released import Released
 from tqdm import tqdm
 
@@ -55,10 +55,7 @@ def released(config: Any) -> Released:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     names = [row["form"] for row in rows]

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from common import DEVICE, Trace, finish, peak_bandwidth, seconds
+from common import DEVICE, Trace, finish, peak_bandwidth, pyplot, seconds
 from torch import Tensor
 from tqdm import tqdm
 
@@ -196,10 +196,7 @@ def graphed(function: Callable[[], Any], calls: int = 50) -> float:
 
 
 def draw(traced: dict[str, dict[str, float]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for axes, key in zip(panels, ("launches", "syncs", "bytes_per_element"), strict=True):

@@ -21,7 +21,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from common import DEVICE, finish, peak_flops, seconds, synchronize
+from common import DEVICE, finish, peak_flops, pyplot, seconds, synchronize
 from models import conditioning, load
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -117,11 +117,9 @@ def flops_of(model: SD3) -> float:
 
 
 def draw(results: list[dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
+
+    plt = pyplot()
 
     names = [name for name in results[0]["rows"][0] if isinstance(results[0]["rows"][0][name], dict)]
     rows = [(result["resolution"], row) for result in results for row in result["rows"]]

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import DEVICE, ROOT, finish
+from common import DEVICE, ROOT, finish, pyplot
 from tqdm import tqdm
 
 SETTINGS = ["iterations=5", "rollout.groups=8", "rollout.group_size=8", "rollout.batch_size=8", "evaluation.images=10",
@@ -103,10 +103,7 @@ def gpu_rows() -> list[dict[str, Any]]:
 
 
 def draw(measured: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     ranks = [row["ranks"] for row in measured]

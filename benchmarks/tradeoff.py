@@ -1,26 +1,32 @@
-"""Step count against noise level: how fast a rollout is, how far its marginals are off, and what training makes of it.
+"""Step count against noise level: how fast an iteration is, how far its marginals are off, and what training makes of it.
 
     python benchmarks/tradeoff.py             about 40 minutes on two cores
-    python benchmarks/tradeoff.py --quick     3 minutes: a few points, a tenth of the training
+    python benchmarks/tradeoff.py --quick     3 minutes: a few points, a third of the training
 
-Two lines through the plane of settings, steps {4 ... 40} at noise 0.7 and noise {0.1 ... 1.2} at 10 steps, for each
-stochastic sampler. At each point:
+Every step count is timed first, one after the other, and then each point trains for as many iterations as the same budget
+of seconds buys it: so nothing that happens beside the sweep makes one setting look slow. Two lines through the plane are
+trained, steps {4 ... 40} at noise 0.7 and noise {0.1 ... 1.2} at 10 steps, for flow_sde and cps, and 40 steps once more with
+four times the budget. At each point:
 
-    images a second     of the rollout alone
-    excess noise        final standard deviation over the data's, minus 1, on Gaussian data of unit spread: by recursion
-    accuracy            strict, on held-out prompts by the 40-step ODE, after training as long from the same base
+    images a second     through whole iterations, rollout to optimiser step
+    excess noise        final standard deviation over the data's, minus 1, on Gaussian data of unit spread: by recursion,
+                        on the whole grid
+    accuracy            strict, on held-out prompts by the 40-step ODE, from the same base
 
 The window is the same share of the trajectory at every step count. Writes results/tradeoff_DEVICE.{json,png}.
 """
 
 import argparse
+import math
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, finish, synchronize
+from common import ROOT, finish, pyplot, synchronize
 from tqdm import tqdm
 
 from fastgrpo import sde
@@ -31,18 +37,30 @@ from fastgrpo.trainer import Trainer
 
 STEPS = (4, 5, 6, 8, 10, 15, 20, 40)
 NOISE = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2)
-SAMPLERS = ("flow_sde", "cps")
+TRAINED = ("flow_sde", "cps")
+SAMPLERS = (*TRAINED, "dance_sde")
 
 
-def points(quick: bool) -> list[tuple[str, int, float]]:
-    """(sampler, steps, noise level)"""
+class Point(NamedTuple):
+    sampler: str
+    steps: int
+    noise_level: float
+    budgets: float = 1.0  # of training, in those of the other points
+
+
+def possible(sampler: str, noise_level: float) -> bool:
+    """CPS turns by noise_level quarter circles: there is no more than one."""
+    return sampler != "cps" or noise_level <= 1
+
+
+def points(quick: bool) -> list[Point]:
     if quick:
-        return [("flow_sde", 5, 0.7), ("flow_sde", 10, 0.7), ("flow_sde", 10, 0.1)]
+        return [Point("flow_sde", 5, 0.7), Point("flow_sde", 10, 0.7), Point("flow_sde", 10, 0.1)]
     found = []
-    for sampler in SAMPLERS:
-        found += [(sampler, steps, 0.7) for steps in STEPS]
-        found += [(sampler, 10, noise) for noise in NOISE if noise != 0.7 and (sampler != "cps" or noise <= 1)]
-    return found
+    for sampler in TRAINED:
+        found += [Point(sampler, steps, 0.7) for steps in STEPS]
+        found += [Point(sampler, 10, noise) for noise in NOISE if noise != 0.7 and possible(sampler, noise)]
+    return [*found, Point("flow_sde", 40, 0.7, budgets=4.0)]
 
 
 def window(num_steps: int) -> tuple[int, int]:
@@ -64,60 +82,97 @@ def excess_noise(sampler: str, sigmas: torch.Tensor, noise_level: float, spread:
     return (variance.sqrt() / spread - 1).item()
 
 
-def measure(
-    arguments: argparse.Namespace, folder: str, device: torch.device, point: tuple[str, int, float]
-) -> dict[str, Any]:
-    sampler, num_steps, noise = point
-    first, size = window(num_steps)
+def trainer_of(arguments: argparse.Namespace, folder: str, device: torch.device, point: Point) -> Trainer:
+    first, size = window(point.steps)
     settings = [
-        f"output={folder}", f"rollout.sampler={sampler}", f"rollout.num_steps={num_steps}", f"rollout.noise_level={noise}",
-        f"rollout.window={{kind: fixed, start: {first}, size: {size}}}", *arguments.set,
+        f"output={folder}", f"rollout.sampler={point.sampler}", f"rollout.num_steps={point.steps}",
+        f"rollout.noise_level={point.noise_level}", f"rollout.window={{kind: fixed, start: {first}, size: {size}}}",
+        *arguments.set,
     ]  # fmt: skip
-    config = load_config(arguments.config, settings)
-    trainer = Trainer(config, 1, device)
-    rollouts, iteration, began = [], 0, time.perf_counter()
-    while time.perf_counter() - began < arguments.seconds:
-        iteration += 1
-        metrics = trainer.iterate(iteration)
-        rollouts.append(metrics["seconds"]["rollout"])
+    return Trainer(load_config(arguments.config, settings), 1, device)
+
+
+def iteration_seconds(trainer: Trainer, timed: int = 3) -> float:
+    """The fastest of a few iterations after one to warm up. They train, so the trainer is of no use afterwards."""
+    seconds = []
+    for iteration in range(1 + timed):
+        began = time.perf_counter()
+        trainer.iterate(iteration + 1)
         synchronize()
-    with trainer.engine.swapped(trainer.ema.weights), trainer.engine.rollout_policy() as policy:
-        accuracy = trainer.evaluator.accuracy(policy, arguments.images)["accuracy"]["overall"]
-    images = config.rollout.groups * config.rollout.group_size
-    sigmas = trainer.model.sigmas(num_steps)
+        seconds.append(time.perf_counter() - began)
     trainer.engine.close()
-    return {
-        "sampler": sampler, "steps": num_steps, "noise_level": noise, "accuracy": round(accuracy, 4),
-        "iterations": iteration, "rollout_images_per_second": round(images / min(rollouts), 2),
-        "excess_noise": round(excess_noise(sampler, sigmas, noise), 5),
-    }  # fmt: skip
+    return min(seconds[1:])
 
 
-def draw(rows: list[dict[str, Any]]) -> Any:
-    import matplotlib
+def train(trainer: Trainer, iterations: int, images: int) -> tuple[list[float], float]:
+    """The rewards of all iterations, and the accuracy after them."""
+    rewards = []
+    for iteration in tqdm(range(1, iterations + 1), desc="training", leave=False, dynamic_ncols=True):
+        rewards.append(round(trainer.iterate(iteration)["reward"], 4))
+    with trainer.engine.swapped(trainer.ema.weights), trainer.engine.rollout_policy() as policy:
+        accuracy = trainer.evaluator.accuracy(policy, images)["accuracy"]["overall"]
+    trainer.engine.close()
+    return rewards, accuracy
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (by_steps, by_noise, front) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+def excess_grid(sigmas: Callable[[int], torch.Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"sampler": sampler, "steps": steps, "noise_level": noise,
+         "excess_noise": round(excess_noise(sampler, sigmas(steps), noise), 5)}
+        for sampler, steps, noise in product(SAMPLERS, STEPS, NOISE) if possible(sampler, noise)
+    ]  # fmt: skip
+
+
+def draw(rows: list[dict[str, Any]], grid: list[dict[str, Any]]) -> Any:
+    plt = pyplot()
+    figure = plt.figure(figsize=(12, 7), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    draw_training(above.subplots(1, 3), rows)
+    draw_excess(below, grid)
+    return figure
+
+
+def draw_training(panels: Any, rows: list[dict[str, Any]]) -> None:
+    by_steps, by_noise, front = panels
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
-        mine = [row for row in rows if row["sampler"] == sampler]
+        mine = [row for row in rows if row["sampler"] == sampler and row["budgets"] == 1]
         for axes, key, fixed in ((by_steps, "steps", ("noise_level", 0.7)), (by_noise, "noise_level", ("steps", 10))):
             line = sorted((row[key], row["accuracy"]) for row in mine if row[fixed[0]] == fixed[1])
             axes.plot(*zip(*line, strict=True), marker="o", label=sampler)
-        front.scatter([r["rollout_images_per_second"] for r in mine], [r["accuracy"] for r in mine], label=sampler, s=18)
+        front.scatter([r["images_per_second"] for r in mine], [r["accuracy"] for r in mine], label=sampler, s=18)
+    for row in rows:
+        if row["budgets"] != 1:
+            label = f"{row['sampler']}, {row['budgets']:g} times the budget"
+            by_steps.plot(row["steps"], row["accuracy"], marker="*", markersize=11, linestyle="none", label=label)
     best, line = 0.0, []
-    for row in sorted(rows, key=lambda row: -row["rollout_images_per_second"]):
+    for row in sorted((row for row in rows if row["budgets"] == 1), key=lambda row: -row["images_per_second"]):
         if row["accuracy"] > best:
             best = row["accuracy"]
-            line.append((row["rollout_images_per_second"], best))
+            line.append((row["images_per_second"], best))
     front.step(*zip(*line, strict=True), where="post", color="#888", linewidth=0.8)
+    steps = sorted({row["steps"] for row in rows})
     by_steps.set(xscale="log", xlabel="steps (noise 0.7)", ylabel="accuracy after the same time")
-    by_steps.set_xticks(sorted({row["steps"] for row in rows}), sorted({row["steps"] for row in rows}))
+    by_steps.set_xticks(steps, steps)
+    by_steps.set_xticks([], minor=True)
     by_noise.set(xlabel="noise level (10 steps)")
-    front.set(xscale="log", xlabel="images a second, rollout", title="Pareto front")
+    front.set(xscale="log", xlabel="images a second, whole iterations", title="Pareto front")
     by_steps.legend(frameon=False)
-    return figure
+
+
+def draw_excess(figure: Any, grid: list[dict[str, Any]]) -> None:
+    panels = figure.subplots(1, len(SAMPLERS), sharey=True)
+    for axes, sampler in zip(panels, SAMPLERS, strict=True):
+        known = {(row["steps"], row["noise_level"]): row["excess_noise"] for row in grid if row["sampler"] == sampler}
+        values = [[known.get((steps, noise), math.nan) for steps in STEPS] for noise in NOISE]
+        picture = axes.imshow(values, origin="lower", aspect="auto", cmap="coolwarm", vmin=-0.3, vmax=0.3)
+        axes.set_xticks(range(len(STEPS)), STEPS)
+        axes.set_yticks(range(len(NOISE)), NOISE)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axes.text(x, y, "" if math.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=7)
+        axes.set(xlabel="steps", title=f"excess noise, {sampler}")
+    panels[0].set(ylabel="noise level")
+    figure.colorbar(picture, ax=panels, extend="both")
 
 
 def main() -> None:
@@ -130,13 +185,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds, arguments.images = 20, 100
-    device, rows = start(), []
+    device, chosen, rows = start(), points(arguments.quick), []
     with tempfile.TemporaryDirectory() as folder:
-        for point in tqdm(points(arguments.quick), desc="points", dynamic_ncols=True):
-            rows.append(measure(arguments, folder, device, point))
+        seconds = {
+            steps: iteration_seconds(trainer_of(arguments, folder, device, Point("flow_sde", steps, 0.7)))
+            for steps in tqdm(sorted({point.steps for point in chosen}), desc="timing", dynamic_ncols=True)
+        }
+        for point in tqdm(chosen, desc="points", dynamic_ncols=True):
+            trainer = trainer_of(arguments, folder, device, point)
+            rollout, sigmas = trainer.config.rollout, trainer.model.sigmas
+            iterations = max(1, round(arguments.seconds * point.budgets / seconds[point.steps]))
+            rewards, accuracy = train(trainer, iterations, arguments.images)
+            rows.append({
+                **point._asdict(), "accuracy": round(accuracy, 4), "iterations": iterations, "rewards": rewards,
+                "images_per_second": round(rollout.groups * rollout.group_size / seconds[point.steps], 2),
+                "excess_noise": round(excess_noise(point.sampler, sigmas(point.steps), point.noise_level), 5),
+            })  # fmt: skip
             tqdm.write(str(rows[-1]))
+    grid = excess_grid(sigmas)
     name = "tradeoff_quick" if arguments.quick else "tradeoff"
-    finish(name, {"seconds": arguments.seconds, "threads": torch.get_num_threads(), "rows": rows}, draw(rows))
+    result = {"seconds": arguments.seconds, "threads": torch.get_num_threads(), "rows": rows, "excess_noise": grid}
+    finish(name, result, draw(rows, grid))
     leave()
 
 

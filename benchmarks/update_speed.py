@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, finish, synchronize
+from common import ROOT, finish, pyplot, synchronize
 from tqdm import tqdm
 
 from fastgrpo.config import load_config
@@ -62,10 +62,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
     bars = axes.barh([row["form"] for row in rows], [row["images_per_second"] for row in rows], color="#2f6fdb")
