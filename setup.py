@@ -12,6 +12,7 @@ setup(
     package_dir={"fastgrpo_kernels": "kernels/fastgrpo_kernels"},
     package_data={
         "fastgrpo": ["*.html"],
+        "fastgrpo.models": ["architectures/*.json"],
         "fastgrpo.tiny": ["prompts/*", "weights/*", "weights/*/*"],
     },
     install_requires=[

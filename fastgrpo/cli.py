@@ -21,16 +21,12 @@ def load_run(run: Path, base: bool) -> tuple[Config, Any]:
     """A run's configuration and its model, with the trained LoRA unless `base`."""
     import torch
 
-    from fastgrpo.models import load_model
+    from fastgrpo.models import configured_model
 
     config = load_config(run / "config.yaml")
-    model = load_model(
-        config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        max_text_tokens=config.model.max_text_tokens,
-    )  # fmt: skip
+    model = configured_model(config.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not base:
-        model.load_lora(run)
+        model.load_trained(run)
     return config, model
 
 
@@ -45,8 +41,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config, model = load_run(arguments.run, arguments.base)
     settings = config.evaluation
     evaluator = Evaluator(
-        model=model, embeddings=Embeddings(model), prompts=load_prompts(arguments.prompts or config.prompts.eval),
-        reward=load_reward(config.reward.eval), num_steps=arguments.steps or settings.num_steps,
+        model=model, embeddings=Embeddings(model),
+        prompts=load_prompts(arguments.prompts or config.prompts.eval, model.image_conditioned),
+        reward=load_reward(config.reward.eval, config.reward.frames), num_steps=arguments.steps or settings.num_steps,
         guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
         batch_size=settings.batch_size, seed=config.seed if arguments.seed is None else arguments.seed,
     )  # fmt: skip
@@ -59,19 +56,23 @@ def sample(arguments: argparse.Namespace) -> int:
     import torch
 
     from fastgrpo.generation import Embeddings, generate
+    from fastgrpo.prompts import ImagePrompt
     from fastgrpo.rollout import Policy
-    from fastgrpo.runlog import save_grid
+    from fastgrpo.runlog import as_pictures, save_grid
     from fastgrpo.trajectory import SAMPLE
 
     config, model = load_run(arguments.run, arguments.base)
     settings = config.evaluation
-    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.images)]
+    if model.image_conditioned and arguments.input is None:
+        raise ValueError(f"{config.model.name} edits images: give one with --input")
+    asked = [ImagePrompt(p, arguments.input) if model.image_conditioned else p for p in arguments.prompt]
+    prompts = [prompt for prompt in asked for _ in range(arguments.images)]
     images = generate(
         model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE,
         seed=arguments.seed, num_steps=arguments.steps or settings.num_steps,
         guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
     )  # fmt: skip
-    save_grid(arguments.output, images.permute(0, 2, 3, 1).cpu().numpy())
+    save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())
     print(arguments.output)
     return 0
 
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _run_arguments(command)
     command.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     command.add_argument("--images", type=int, default=4, help="for each prompt")
+    command.add_argument("--input", type=Path, help="the image to edit, for models that do")
     command.add_argument("--seed", type=int, default=0, help="of the noise")
     command.add_argument("--output", type=Path, default=Path("samples.png"), help="the picture to write")
     command.set_defaults(function=sample)

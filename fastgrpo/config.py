@@ -50,12 +50,26 @@ class ModelConfig:
     """Model family, see fastgrpo/models."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights and the network's arithmetic; latents and transitions are always float32."""
+    architecture: str | None = None
+    """Published architecture, see fastgrpo/models/architectures: what `fastgrpo plan` and random_weights build."""
+    random_weights: bool = False
+    """Run the architecture with random weights and random prompts, to measure speed without a checkpoint."""
+    height: int | None = None
+    """Of an image, in pixels; left out: what the model was made for."""
+    width: int | None = None
+    """Likewise."""
+    num_frames: int | None = None
+    """Of a video, in frames."""
+    distilled_guidance: float | None = None
+    """Guidance that a distilled model (FLUX.1-dev) takes as an input; it costs nothing."""
     max_text_tokens: int = 256
-    """Length of the T5 sequence, max_sequence_length of the pipeline."""
+    """Length of the text sequence, max_sequence_length of the pipeline."""
     tiny_decoder: Path | None = None
     """Folder of an AutoencoderTiny that decodes training images, for rewards that bear it; evaluation never uses it."""
     attention: Literal["native", "flash2", "flash3", "xformers"] = "native"
     """Attention kernels: torch's own, flash-attn 2 or 3, or xformers; all but the first are installed apart."""
+    train: Literal["lora", "full"] = "lora"
+    """A low-rank update, or every weight of the transformer."""
     compile: bool = False
     """torch.compile each transformer block, once for rollout and update; takes a minute or more at the start."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -79,6 +93,8 @@ class RewardConfig:
     """What is maximised: a name from fastgrpo/rewards or your own `module:function`."""
     eval: str
     """What evaluation reports, likewise."""
+    frames: Literal["each", "clip"] = "each"
+    """Of a video the mean of its frames' scores, or one score of the whole clip (B, T, 3, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.generation import Embeddings, generate
-from fastgrpo.prompts import PromptSet
+from fastgrpo.prompts import PromptSet, asked
 from fastgrpo.rewards import Reward
 from fastgrpo.trajectory import EVALUATION, SAMPLE
 
@@ -67,18 +67,17 @@ class Evaluator:
 
     def _scores(self, policy: nn.Module, order: np.ndarray, sample_id: Tensor) -> Tensor:
         metadata = [self.prompts.metadata[i] for i in order]
-        prompts = [record["prompt"] for record in metadata]
-        images = self._generate(policy, prompts, sample_id, EVALUATION)
-        return self.reward(images, prompts, metadata).float()
+        images = self._generate(policy, metadata, sample_id, EVALUATION)
+        return self.reward(images, [record["prompt"] for record in metadata], metadata).float()
 
     def samples(self, policy: nn.Module, count: int) -> tuple[Tensor, list[dict]]:
-        """Images (count, 3, H, W) uint8 for people to look at, and their prompts' records."""
+        """Images (count, 3, H, W) uint8, or videos (count, T, 3, H, W), to look at, and their records."""
         metadata = [self.prompts.metadata[i] for i in self._order(count)]
-        images = self._generate(policy, [record["prompt"] for record in metadata], torch.arange(count), SAMPLE)
+        images = self._generate(policy, metadata, torch.arange(count), SAMPLE)
         return images, metadata
 
-    def _generate(self, policy: nn.Module, prompts: list[str], sample_id: Tensor, stream: int) -> Tensor:
+    def _generate(self, policy: nn.Module, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
         return generate(
-            self.model, policy, self.embeddings, prompts, sample_id,
+            self.model, policy, self.embeddings, [asked(r, self.model.image_conditioned) for r in metadata], sample_id,
             stream=stream, seed=self.seed, num_steps=self.num_steps, guidance_scale=self.guidance_scale,
         )  # fmt: skip

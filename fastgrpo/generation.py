@@ -4,8 +4,10 @@ Training, evaluation and sampling all draw their images through here, so they ag
 number mean.
 """
 
+import functools
 import hashlib
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgrpo import sde
+from fastgrpo.prompts import ImagePrompt
 from fastgrpo.rollout import rollout, with_unconditional
 from fastgrpo.trajectory import Steps, concatenate, noise_address
 
@@ -35,18 +38,22 @@ class Embeddings:
         self._model, self._folder = model, folder
         self._known: OrderedDict[str, tuple] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str], *, guidance_scale: float) -> tuple:
+    def __call__(self, prompts: Sequence[str | ImagePrompt], *, guidance_scale: float) -> tuple:
         """Rows for `rollout`: the prompts', and under guidance those of the empty prompt before them."""
         conditioning = concatenate([self._one(prompt) for prompt in prompts])
-        return with_unconditional(conditioning, None if guidance_scale == 1 else self._one(""))
+        if guidance_scale == 1:
+            return conditioning
+        if isinstance(prompts[0], str):
+            return with_unconditional(conditioning, self._one(""))
+        return concatenate([*(self._one(without_text(prompt)) for prompt in prompts), conditioning])
 
-    def prepare(self, prompts: Sequence[str], show: bool = True) -> None:
+    def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
         """Puts the embeddings of all prompts on disk, so that the text encoders are not asked again."""
         for prompt in tqdm(prompts, desc="embeddings", disable=not show, dynamic_ncols=True):
             if not self._file(prompt).exists():
                 self._write(self._file(prompt), self._model.encode([prompt]))
 
-    def _one(self, prompt: str) -> tuple:
+    def _one(self, prompt: str | ImagePrompt) -> tuple:
         if prompt not in self._known:
             self._known[prompt] = self._read(prompt)
             if len(self._known) > IN_MEMORY and self._folder is not None:
@@ -54,7 +61,7 @@ class Embeddings:
         self._known.move_to_end(prompt)
         return self._known[prompt]
 
-    def _read(self, prompt: str) -> tuple:
+    def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
             return self._model.encode([prompt])
         path = self._file(prompt)
@@ -62,8 +69,9 @@ class Embeddings:
             self._write(path, self._model.encode([prompt]))
         return self._model.Conditioning(**load_file(path, device=str(self._model.device)))
 
-    def _file(self, prompt: str) -> Path:
-        name = hashlib.sha256(f"{self._fingerprint}\n{prompt}".encode()).hexdigest()
+    def _file(self, prompt: str | ImagePrompt) -> Path:
+        text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
+        name = hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest()
         return self._folder / name[:2] / f"{name}.safetensors"
 
     @cached_property
@@ -81,9 +89,19 @@ class Embeddings:
     def _write(path: Path, conditioning: tuple) -> None:
         """Whole or not at all: another process may be reading or writing the same prompt."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
         save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
         os.replace(partial, path)
+
+
+def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
+    """What classifier-free guidance compares a prompt with."""
+    return "" if isinstance(prompt, str) else prompt._replace(text="")
+
+
+@functools.cache
+def _content(image: Path) -> str:
+    return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
 def ode_steps(model, num_steps: int, batch: int) -> Steps:  # noqa: ANN001
@@ -103,7 +121,7 @@ def generate(
     model,  # noqa: ANN001 (any adapter of fastgrpo.models)
     policy: nn.Module,
     embeddings: Embeddings,
-    prompts: Sequence[str],  # B
+    prompts: Sequence[str | ImagePrompt],  # B
     sample_id: Tensor,  # (B,) int64, the address of each image's noise
     *,
     stream: int,
@@ -111,7 +129,7 @@ def generate(
     num_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Images (B, 3, H, W) uint8 by the ODE."""
+    """Images (B, 3, H, W) uint8, or videos (B, T, 3, H, W), by the ODE."""
     result = rollout(
         policy,
         ode_steps(model, num_steps, len(prompts)),
@@ -120,5 +138,6 @@ def generate(
         guidance_scale=guidance_scale,
         latent_shape=model.latent_shape,
         model_dtype=model.dtype,
+        guidance_rule=model.guide,
     )
     return model.decode(result.final)

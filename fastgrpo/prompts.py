@@ -10,8 +10,22 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
+
+
+class ImagePrompt(NamedTuple):
+    """What an image-conditioned model is asked: a text about an input image."""
+
+    text: str
+    image: Path
+
+
+def asked(record: dict, images: bool) -> str | ImagePrompt:
+    """What a model reads of a prompt's record: the text, for an image-conditioned model with its image."""
+    return ImagePrompt(record["prompt"], Path(record["image"])) if images else record["prompt"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +39,18 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_prompts(path: Path) -> PromptSet:
-    """Read a .txt or .jsonl file; an empty file or a line that is no prompt is refused with its number."""
+def load_prompts(path: Path, images: bool = False) -> PromptSet:
+    """Read a .txt or .jsonl file; an empty file or a line that is no prompt is refused with its number.
+
+    images: every line must have an "image", a file's path (relative to the prompt file's folder), which is opened.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
     records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
-            records.append(_parse(line, path, number))
+            record = _parse(line, path, number)
+            records.append({**record, "image": _image(record, path, number)} if images else record)
     if not records:
         raise ValueError(f"{path}: holds no prompts")
     return PromptSet([record["prompt"] for record in records], records)
@@ -50,11 +68,29 @@ def _parse(line: str, path: Path, number: int) -> dict:
     return record
 
 
+def _image(record: dict, path: Path, number: int) -> str:
+    """The absolute path of a record's image, after a look at whether it is one."""
+    if not isinstance(record.get("image"), str):
+        raise ValueError(f'{path}:{number}: this model edits images: give an "image", a file, in a .jsonl')
+    file = (path.parent / record["image"]).resolve()
+    if not file.is_file():
+        raise ValueError(f"{path}:{number}: image {file}: no such file")
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}:{number}: image {file}: cannot be read ({error})") from None
+    return str(file)
+
+
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     """Refuse evaluation prompts that are trained on."""
-    shared = sorted(set(train.prompts) & set(evaluation.prompts))
+    def keys(prompts: PromptSet) -> set[tuple[str, str]]:
+        return {(p, str(record.get("image", ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
+
+    shared = sorted(keys(train) & keys(evaluation))
     if shared:
-        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0]!r}")
+        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
 
 
 def shares(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:

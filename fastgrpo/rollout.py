@@ -7,12 +7,16 @@ waits for the device. Evaluation is the same loop with the ODE's table and nothi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.trajectory import C, Rollout, Steps, concatenate
 from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, sde_step
+
+# (v, v_uncond, scale) -> v: guidance that is more than v_uncond + scale (v - v_uncond)
+GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Policy(nn.Module):
@@ -41,12 +45,17 @@ def velocities(
     x: Tensor,  # (B, *D) in the model's dtype
     sigma: Tensor,  # (B,) float32
     conditioning: tuple,  # of tensors (B, ...), or (2 B, ...) from `with_unconditional`
+    guidance_scale: float = 1.0,
+    rule: GuidanceRule | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The velocity with the prompt and, under guidance, the one without, (B, *D) each, from one forward pass."""
+    """The velocity with the prompt and, under guidance, the one without, (B, *D) each, from one forward pass.
+
+    By a rule the first is what that makes of both, and there is no second; without one the kernels combine them.
+    """
     if len(conditioning[0]) == len(x):
         return policy(x, sigma, conditioning), None
     v_uncond, v = policy(torch.cat([x, x]), torch.cat([sigma, sigma]), conditioning).chunk(2)
-    return v, v_uncond
+    return (v, v_uncond) if rule is None else (rule(v, v_uncond, guidance_scale), None)
 
 
 @torch.no_grad()
@@ -59,6 +68,7 @@ def rollout(
     guidance_scale: float,
     latent_shape: tuple[int, ...],
     model_dtype: torch.dtype,
+    guidance_rule: GuidanceRule | None = None,
 ) -> Rollout:
     """Denoise B samples, keeping of the trajectory what is trained on."""
     batch, size = address.sample_id.numel(), steps.size
@@ -67,8 +77,8 @@ def rollout(
     # Each sample's window starts where its group's does, so a step's place differs by sample; steps that are not
     # trained on are written to one place past the end, which is cut off.
     latents = x.new_empty(size + 2, batch, *latent_shape)
-    guided = len(conditioning[0]) != batch
-    # Without guidance the velocity is what the network returned, and is kept in its dtype.
+    guided = len(conditioning[0]) != batch and guidance_rule is None
+    # Without guidance by the kernel the velocity is what the network returned, and is kept in its dtype.
     v_old = x.new_empty(size + 1, batch, *latent_shape, dtype=torch.float32 if guided else model_dtype)
     log_prob = x.new_empty(size + 1, batch)
     rows = torch.arange(batch, device=x.device)
@@ -79,7 +89,8 @@ def rollout(
         before = (place >= 0) & (place <= size)
         trained = (place >= 0) & (place < size)
         latents[torch.where(before, place, size + 1), rows] = x
-        v, v_uncond = velocities(policy, x_model, steps.sigmas[i].expand(batch), conditioning)
+        sigma = steps.sigmas[i].expand(batch)
+        v, v_uncond = velocities(policy, x_model, sigma, conditioning, guidance_scale, guidance_rule)
         step = sde_step(
             x, v, steps.table, indices[i : i + 1], address,
             v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype,

@@ -6,6 +6,7 @@ evaluations.jsonl                   a line an evaluation; the first is the base 
 samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
 checkpoints/                        see `fastgrpo.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
+transformer/                        or the averaged weights of a whole transformer
 summary.json   report.html          at the end
 """
 
@@ -15,6 +16,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -42,8 +44,8 @@ class RunLog:
         self._scalars("accuracy", row["accuracy"], row["iteration"])
 
     def samples(self, iteration: int, images: Tensor, records: list[dict]) -> None:
-        """images: (N, 3, H, W) uint8."""
-        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        """images: (N, 3, H, W) uint8, or videos (N, T, 3, H, W)."""
+        arrays = as_pictures(images).permute(0, 2, 3, 1).cpu().numpy()
         folder = self.folder / "samples" / f"{iteration:05d}"
         folder.mkdir(exist_ok=True)
         for i, array in enumerate(arrays):
@@ -64,6 +66,14 @@ class RunLog:
                 self._scalars(f"{prefix}/{key}", value, iteration)
             elif key != "iteration":
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, iteration)
+
+
+def as_pictures(images: Tensor, frames: int = 4) -> Tensor:
+    """Images as they are; of videos (N, T, 3, H, W) a few frames, evenly spaced and side by side: (N, 3, H, frames W)."""
+    if images.dim() == 4:
+        return images
+    places = [round(i * (images.shape[1] - 1) / max(1, frames - 1)) for i in range(frames)]
+    return torch.cat([images[:, place] for place in places], dim=-1)
 
 
 def save_grid(path: Path, images: np.ndarray, gap: int = 2) -> None:

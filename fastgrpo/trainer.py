@@ -23,11 +23,11 @@ from fastgrpo.config import Config, check_ranks
 from fastgrpo.ema import Ema
 from fastgrpo.engine import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.generation import Embeddings
+from fastgrpo.generation import Embeddings, without_text
 from fastgrpo.graph import captured_or_eager
-from fastgrpo.models import load_model
+from fastgrpo.models import configured_model, model_class
 from fastgrpo.objectives import OBJECTIVES, effective_clip_range
-from fastgrpo.prompts import check_held_out, load_prompts, prompts_of_iteration, shares
+from fastgrpo.prompts import ImagePrompt, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import load_reward
 from fastgrpo.rollout import Policy
@@ -43,21 +43,18 @@ class Trainer:
         check_ranks(config, world_size)
         torch.manual_seed(config.seed)
         self.config = config
-        self.prompts = load_prompts(config.prompts.train)
-        held_out = load_prompts(config.prompts.eval)
+        images = model_class(config.model.name).image_conditioned
+        self.prompts = load_prompts(config.prompts.train, images)
+        held_out = load_prompts(config.prompts.eval, images)
         check_held_out(self.prompts, held_out)
         self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
-        self.reward = load_reward(config.reward.train)
+        self.reward = load_reward(config.reward.train, config.reward.frames)
 
-        self.model = load_model(
-            config.model.name, path=config.model.path, dtype=getattr(torch, config.model.dtype), device=device,
-            max_text_tokens=config.model.max_text_tokens,
-        )  # fmt: skip
+        self.model = configured_model(config.model, device)
         self.model.use_attention(config.model.attention)
         if config.model.tiny_decoder:
             self.model.load_tiny_decoder(config.model.tiny_decoder)
-        lora = config.model.lora
-        self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        self._add_trained()
         if config.update.gradient_checkpointing:
             self.model.transformer.enable_gradient_checkpointing()
         if config.model.compile:
@@ -70,11 +67,18 @@ class Trainer:
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
         self.ema = Ema(self.engine.trained_state(), config.update.ema_decay)
-        self._embed([record["prompt"] for record in (*self.prompts.metadata, *held_out.metadata)])
+        self._embed([asked(record, images) for record in (*self.prompts.metadata, *held_out.metadata)])
         self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.scorer = ThreadPoolExecutor(1, "reward")
         self.learner, self._micro_batch_known = self._learner(), config.update.micro_batch_size != "largest"
         self.evaluator = self._evaluator(held_out)
+
+    def _add_trained(self) -> None:
+        lora = self.config.model.lora
+        if self.config.model.train == "full":
+            self.model.train_all(keep_reference=self.config.objective.beta > 0)
+        else:
+            self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
     def _learner(self) -> Learner:
         objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
@@ -89,13 +93,15 @@ class Trainer:
             guidance_scale=rollout.guidance_scale,
             model_dtype=self.model.dtype,
             micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
+            guidance_rule=self.model.guide,
         )  # fmt: skip
 
-    def _embed(self, prompts: list[str]) -> None:
+    def _embed(self, prompts: list[str | ImagePrompt]) -> None:
         """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
         if self.config.prompts.cache is None:
             return
-        self.embeddings.prepare(["", *prompts][self.engine.rank :: self.engine.world_size], show=self.engine.rank == 0)
+        prompts = [*prompts, *{without_text(prompt): None for prompt in prompts}]
+        self.embeddings.prepare(prompts[self.engine.rank :: self.engine.world_size], show=self.engine.rank == 0)
         self.engine.barrier()
         self.model.release_encoders()
 
@@ -103,7 +109,7 @@ class Trainer:
         evaluation = self.config.evaluation
         return Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=held_out,
-            reward=load_reward(self.config.reward.eval), num_steps=evaluation.num_steps,
+            reward=load_reward(self.config.reward.eval, self.config.reward.frames), num_steps=evaluation.num_steps,
             guidance_scale=evaluation.guidance_scale, batch_size=evaluation.batch_size, seed=self.config.seed,
             rank=self.engine.rank, world_size=self.engine.world_size, gather=self.engine.gather,
         )  # fmt: skip
@@ -154,7 +160,8 @@ class Trainer:
             records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
             prompts = [record["prompt"] for record in records]
             with clock("rollout"):
-                conditioning = self.embeddings(prompts, guidance_scale=config.rollout.guidance_scale)
+                asking = [asked(record, self.model.image_conditioned) for record in records]
+                conditioning = self.embeddings(asking, guidance_scale=config.rollout.guidance_scale)
                 steps = self._steps(tables, group)
                 result = self._rollout(iteration, sample_id, steps, conditioning)
             with clock("decode"):
@@ -197,6 +204,7 @@ class Trainer:
                 policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
                 conditioning, guidance_scale=self.config.rollout.guidance_scale,
                 latent_shape=self.model.latent_shape, model_dtype=self.model.dtype,
+                guidance_rule=self.model.guide,
             )  # fmt: skip
 
     def _advantages(self, rewards: Tensor) -> tuple[Tensor, Advantages]:
@@ -267,8 +275,8 @@ class Trainer:
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
-        """The averaged weights in the network; before training they are the base's, with the LoRA off."""
-        with self.model.reference() if base else self.engine.swapped(self.ema.weights):
+        """The averaged weights in the network; before training they are the base's."""
+        with self.model.reference() if base and self.model.has_lora else self.engine.swapped(self.ema.weights):
             yield
 
     def _resume(self) -> tuple[int, float]:
@@ -286,7 +294,7 @@ class Trainer:
         folder = self.config.output
         save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
         if self.engine.rank == 0:
-            self.model.save_lora(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
+            self.model.save_trained(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
             if self.log:
                 write_report(folder)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.objectives import Loss, StepRows
-from fastgrpo.rollout import velocities
+from fastgrpo.rollout import GuidanceRule, velocities
 from fastgrpo.trajectory import Experience, take
 from fastgrpo_kernels import transition
 from fastgrpo_kernels.sde_step import guided_velocity_ref
@@ -43,6 +43,7 @@ class Learner(NamedTuple):
     guidance_scale: float
     model_dtype: torch.dtype
     micro_batch_size: int  # transitions a forward pass; divides S B
+    guidance_rule: GuidanceRule | None = None  # the model's own, where it has one
 
 
 class Transitions(NamedTuple):
@@ -106,7 +107,9 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     x, x_next, v_old, sigma, coefficients, kl_weight, conditioning, advantages, weight = transitions
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
-    v, v_uncond = velocities(learner.engine, x_model, sigma, conditioning)
+    v, v_uncond = velocities(
+        learner.engine, x_model, sigma, conditioning, learner.guidance_scale, learner.guidance_rule
+    )
     moments = transition(
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )
@@ -139,7 +142,7 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
 
 
 def _guided(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
-    v, v_uncond = velocities(learner.engine, x, sigma, conditioning)
+    v, v_uncond = velocities(learner.engine, x, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
     return guided_velocity_ref(v, v_uncond, learner.guidance_scale, torch.float32)
 
 

@@ -3,13 +3,21 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
+from fastgrpo.models import model_class
+from fastgrpo.models.adapter import read_architecture
+from fastgrpo.prompts import check_held_out, load_prompts
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 
 
 @pytest.mark.parametrize("path", sorted(TINY.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_configurations_are_valid(path: Path) -> None:
-    assert isinstance(load_config(path), Config)
+    config = load_config(path)
+    assert isinstance(config, Config)
+    images = model_class(config.model.name).image_conditioned
+    check_held_out(load_prompts(config.prompts.train, images), load_prompts(config.prompts.eval, images))
+    if config.model.architecture is not None:
+        assert read_architecture(config.model.architecture)["model"] == config.model.name
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Embeddings: made once a prompt, in memory or on disk, and the same bits from either."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_other_encoders_or_settings_have_other_files(tmp_path: Path) -> None:
     counting = Counting(model)
     Embeddings(counting, tmp_path)(["a red circle"], guidance_scale=1.0)
     assert counting.asked == ["a red circle"]
-    model.max_text_tokens = 2
+    model.settings = replace(model.settings, max_text_tokens=2)
     Embeddings(counting, tmp_path)(["a red circle"], guidance_scale=1.0)
     assert counting.asked == ["a red circle"] * 2
 

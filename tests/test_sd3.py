@@ -88,14 +88,14 @@ def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_pat
     """Also in a fresh adapter, which is how `fastgrpo sample` reads a run. The base's images are others."""
     tuned_model = load_tuned_model(targets)
     trained = {n: p.detach().clone() for n, p in tuned_model.transformer.named_parameters() if p.requires_grad}
-    tuned_model.save_lora(tmp_path, trained)
+    tuned_model.save_trained(tmp_path, trained)
     pipeline = stock()
     latents = noise(tuned_model, 3)
     base = stock_images(pipeline, latents, 1.0, 10)
     pipeline.load_lora_weights(tmp_path)
     expected = stock_images(pipeline, latents, 1.0, 10)
     fresh = load_tiny_model()
-    fresh.load_lora(tmp_path)
+    fresh.load_trained(tmp_path)
     for found in (own_images(tuned_model, 1.0, 10), own_images(fresh, 1.0, 10)):
         assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 1e-3
     assert (base != expected).mean() > 0.05

@@ -12,8 +12,8 @@ FLOORS = [
 # Libraries that one place alone may know, so that the rest does not depend on them.
 HOMES = {
     "deepspeed": ["fastgrpo.engine"],
-    "diffusers": ["fastgrpo.models", "fastgrpo.tiny.pretrain"],
-    "transformers": ["fastgrpo.models", "fastgrpo.tiny.pretrain"],
+    "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
+    "transformers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
 }

@@ -1,7 +1,6 @@
 """Model adapters by name. The names are strings, so that a family's libraries load only when it is used.
 
-An adapter is a class of six members, see `fastgrpo.models.sd3`: `transformer`, `sigmas`, `encode`, `velocity`, `decode` and
-`save_lora`. A new family is one file here and one line in `MODELS`.
+A new family is one file here, a class as `fastgrpo.models.adapter` says, and one line in `MODELS`.
 """
 
 import importlib
@@ -13,9 +12,28 @@ MODELS = {
 }
 
 
-def load_model(name: str, **arguments: Any) -> Any:
-    """The adapter called `name`, from its class's own `load`."""
+SETTINGS = ("max_text_tokens", "height", "width", "num_frames", "distilled_guidance")
+
+
+def model_class(name: str) -> type:
+    """The adapter's class; none of its libraries loads weights."""
     # diffusers asks transformers for image processors that no text-to-image model needs, which says so at every start.
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda r: "requires torchvision" not in r.getMessage())
     module, _, attribute = MODELS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute).load(**arguments)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load_model(name: str, **arguments: Any) -> Any:
+    """The adapter called `name`, from its class's own `load`."""
+    return model_class(name).load(**arguments)
+
+
+def configured_model(section: Any, device: Any) -> Any:
+    """The adapter that a configuration's `model` section asks for, with nothing to train yet."""
+    import torch
+
+    settings = {key: getattr(section, key) for key in SETTINGS}
+    dtype = getattr(torch, section.dtype)
+    if section.random_weights:
+        return model_class(section.name).random(section.architecture, dtype=dtype, device=device, **settings)
+    return load_model(section.name, path=section.path, dtype=dtype, device=device, **settings)

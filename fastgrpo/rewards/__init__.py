@@ -1,6 +1,6 @@
 """Rewards by name: a callable `(images, prompts, metadata) -> (B,) float32`, and nothing else.
 
-    images     (B, 3, H, W) uint8, what a viewer would see
+    images     (B, 3, H, W) uint8, what a viewer would see; of a clip (B, T, 3, H, W)
     prompts    list of B strings
     metadata   list of B dicts: the prompts' lines of the prompt file
 
@@ -17,12 +17,29 @@ Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 REWARDS = {
     "tiny_shapes": "fastgrpo.rewards.tiny_shapes:strict",
     "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
+    "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
 }
 
 
-def load_reward(name: str) -> Reward:
-    """The reward of that name from `REWARDS`, or the `module:function` that it spells out."""
+def load_reward(name: str, frames: str = "each") -> Reward:
+    """The reward of that name from `REWARDS`, or the `module:function` that it spells out.
+
+    frames: of videos (B, T, 3, H, W) it is given each frame, and the mean is the score, or the whole clip.
+    """
     module, colon, attribute = REWARDS.get(name, name).partition(":")
     if not colon:
         raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
-    return getattr(importlib.import_module(module), attribute)
+    reward = getattr(importlib.import_module(module), attribute)
+    return reward if frames == "clip" else _mean_over_frames(reward)
+
+
+def _mean_over_frames(reward: Reward) -> Reward:
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        if images.dim() == 4:
+            return reward(images, prompts, metadata)
+        count = images.shape[1]
+        every = [[item for item in items for _ in range(count)] for items in (prompts, metadata)]
+        return reward(images.flatten(0, 1), *every).view(-1, count).float().mean(dim=1)
+
+    return score

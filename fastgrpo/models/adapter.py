@@ -1,0 +1,320 @@
+"""What all model adapters share. A family adds what is particular to it; the shortest to read is `fastgrpo.models.sd3`.
+
+    class Family(Adapter):
+        pipeline_class = "..."                      its pipeline in diffusers, which loads the weights and encodes prompts
+        Conditioning = ...                          what its transformer reads of a prompt, a NamedTuple, the batch first
+        lora_targets = (...)
+        latent_shape, encode_text, velocity, placeholder, and vae_latents, sigmas where they differ
+        guide                                       only if classifier-free guidance is more than a straight line
+
+Latents are whatever the stock pipeline hands to its scheduler: packed where that is packed. B samples, *D a latent.
+"""
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from fastgrpo.models.attention import use_attention
+from fastgrpo.models.folder import check_folder
+from fastgrpo.prompts import ImagePrompt
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+FULL = "transformer"  # where a fully trained transformer lies in a run's folder, as in a pipeline's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is used, beside its weights; a family refuses what it knows nothing of."""
+
+    max_text_tokens: int = 256
+    height: int | None = None  # pixels; None is the size the transformer was made for
+    width: int | None = None
+    num_frames: int | None = None  # of a video
+    distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the loading bars of diffusers and transformers, of which a run would print a dozen."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+
+
+class Adapter:
+    """A model family: its network, schedule, encoders and decoder, and the way its trained weights go in and out."""
+
+    pipeline_class: ClassVar[str]
+    Conditioning: ClassVar[type]
+    lora_targets: ClassVar[tuple[str, ...]]
+    takes: ClassVar[frozenset[str]] = frozenset()  # of num_frames, distilled_guidance
+    image_conditioned: ClassVar[bool] = False  # prompts come with an input image
+    # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
+    guide: ClassVar[Callable[[Tensor, Tensor, float], Tensor] | None] = None
+
+    def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
+        self.pipeline = pipeline.to(device)
+        self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
+        self._check_settings()
+        self.tiny_decoder: AutoencoderTiny | None = None
+        self._frozen: torch.nn.Module | None = None  # of full fine-tuning: the transformer before it
+        self._in_reference = False
+        for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
+            module.requires_grad_(False)
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Adapter":
+        """From a folder in the diffusers format; nothing is downloaded."""
+        check_folder(path, cls.pipeline_class)
+        with quiet():
+            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, dtype=dtype, local_files_only=True)
+        return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Adapter":
+        """A published architecture with random weights and no text encoders: prompts are placeholders.
+
+        On the meta device it has shapes only.
+        """
+        parts = {name: build(config, dtype, device) for name, config in read_architecture(architecture)["parts"].items()}
+        kind = getattr(diffusers, cls.pipeline_class)
+        absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(("text_", "token"))}
+        return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+
+    def _check_settings(self) -> None:
+        for name in ("num_frames", "distilled_guidance"):
+            value = getattr(self.settings, name)
+            if value is not None and name not in self.takes:
+                raise ValueError(f"model.{name} = {value}: {type(self).__name__} has no such input; leave it out")
+        for name, value in (("height", self.settings.height), ("width", self.settings.width)):
+            if value is not None and value % self.pixels_per_token:
+                raise ValueError(f"model.{name} = {value}: must be a multiple of {self.pixels_per_token}")
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        return self.pipeline.transformer
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The transformer that `velocity` runs: the trained one, or inside `reference` the one before training."""
+        return self._frozen if self._in_reference and self._frozen is not None else self.transformer
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Edge of the square of pixels that is one token of the transformer."""
+        return self.pipeline.vae_scale_factor * 2
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels, where none is asked for."""
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.settings.height or self.default_size, self.settings.width or self.default_size
+
+    # What a family defines.
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """*D, the shape of one latent."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: Sequence[str | ImagePrompt]) -> tuple:
+        """Their Conditioning by the text encoders, with the image's where the model edits images."""
+        raise NotImplementedError
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+        """v = noise - data at x (B, *D) and sigma (B,) float32, in the model's dtype."""
+        raise NotImplementedError
+
+    def placeholder(self, batch: int) -> tuple:
+        """A Conditioning of random numbers, of as many tokens as a prompt may have: for measurements without weights."""
+        raise NotImplementedError
+
+    # What they share.
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str | ImagePrompt]) -> tuple:
+        """The Conditioning of prompts; "" stands for no prompt in classifier-free guidance."""
+        return self.encode_text(prompts) if self.text_encoders else self.placeholder(len(prompts))
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The Euler scheduler of the pipeline's own settings."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The noise levels of the pipeline's own scheduler, falling from 1 to 0: (num_steps + 1,) float32."""
+        scheduler = self.scheduler()
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.cpu()
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [part for part in parts if part is not None]
+
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """What embeddings depend on besides prompt and weights."""
+        return {"max_text_tokens": self.settings.max_text_tokens}
+
+    def release_encoders(self) -> None:
+        """Take the text encoders off the GPU; `encode` still works, more slowly."""
+        for encoder in self.text_encoders:
+            encoder.to("cpu")
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
+        """Images (B, 3, H, W) uint8 of latents (B, *D), rounded as the pipeline's output is.
+
+        draft: by the tiny decoder, if there is one.
+        """
+        decoder = self.tiny_decoder if draft and self.tiny_decoder is not None else self.pipeline.vae
+        return to_pixels(decoder.decode(self.vae_latents(latents.to(self.dtype), decoder), return_dict=False)[0])
+
+    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+        """Latents as the decoder reads them: unpacked, and at the scale of its own data."""
+        return latents / decoder.config.scaling_factor + decoder.config.shift_factor
+
+    def load_tiny_decoder(self, path: Path) -> None:
+        """A distilled decoder for `decode(draft=True)`: for SD3 the one called taesd3, for FLUX taef1."""
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.tiny_decoder = {path}: holds no config.json, so it is no AutoencoderTiny folder")
+        with quiet():
+            decoder = AutoencoderTiny.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
+        channels = self.pipeline.vae.config.latent_channels
+        if decoder.config.latent_channels != channels:
+            raise ValueError(
+                f"model.tiny_decoder = {path}: reads latents of {decoder.config.latent_channels} channels, "
+                f"this model's have {channels}"
+            )
+        self.tiny_decoder = decoder.to(self.device).eval().requires_grad_(False)
+
+    def compile_blocks(self) -> None:
+        """torch.compile each transformer block in place: they are alike, so that the compiler works once for all."""
+        repeated = self.transformer._repeated_blocks
+        for module in self.transformer.modules():
+            if type(module).__name__ in repeated:
+                module.compile()
+
+    def use_attention(self, name: str) -> None:
+        """Which attention kernels the transformer runs on, see `fastgrpo.models.attention`."""
+        use_attention(self.transformer, name)
+
+    def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
+        """Put a trainable low-rank update, at first without effect, beside each target layer."""
+        names = list(targets or self.lora_targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
+        self.transformer.add_adapter(config)
+
+    def train_all(self, *, keep_reference: bool) -> None:
+        """Make every weight of the transformer trainable; `reference` then needs the frozen copy that is kept here."""
+        if keep_reference:
+            self._frozen = copy.deepcopy(self.transformer)
+        self.transformer.requires_grad_(True)
+
+    @property
+    def has_lora(self) -> bool:
+        return hasattr(self.transformer, "peft_config")
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model before training: inside, its LoRA is off, or its frozen copy runs."""
+        if self.has_lora:
+            self.transformer.disable_adapters()
+        elif self._frozen is None:
+            raise RuntimeError("no copy of the untrained transformer was kept: see train_all")
+        self._in_reference = True
+        try:
+            yield
+        finally:
+            self._in_reference = False
+            if self.has_lora:
+                self.transformer.enable_adapters()
+
+    def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write what was trained, in the diffusers format. trained: parameter name in `transformer` -> float32 value.
+
+        A LoRA is read by `pipeline.load_lora_weights(folder)` in any script; a whole transformer, in the model's dtype, by
+        its class's `from_pretrained(folder, subfolder="transformer")`.
+        """
+        if self.has_lora:
+            self._save_lora(folder, trained)
+            return
+        state = self.transformer.state_dict()
+        state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
+        self.transformer.save_pretrained(folder / FULL, state_dict=state)
+
+    def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets become
+        # lists in a fixed order, where Python would hand over another one in each process.
+        metadata = self.transformer.peft_config["default"].to_dict()
+        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
+        type(self.pipeline).save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(trained)),
+            transformer_lora_adapter_metadata=metadata,
+        )
+
+    def load_trained(self, folder: Path) -> None:
+        """Read what `save_trained` wrote."""
+        if not (folder / FULL).is_dir():
+            self.pipeline.load_lora_weights(folder)
+            return
+        state: dict[str, Tensor] = {}
+        for file in sorted((folder / FULL).glob("*.safetensors")):
+            state |= load_file(file, device=str(self.device))
+        self.transformer.load_state_dict(state)
+
+
+def read_architecture(name: str) -> dict[str, Any]:
+    """A published architecture: its parts' configs, and what was published about it."""
+    file = ARCHITECTURES / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
+        raise ValueError(f"model.architecture = {name!r}: unknown; there are {known}")
+    return json.loads(file.read_text())
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """One part of a pipeline from its config, with its "_class_name" in diffusers: a scheduler, or a random network."""
+    kind, before = getattr(diffusers, config["_class_name"]), torch.get_default_dtype()
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_config(dict(config))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind.from_config(dict(config)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """A decoder's output, -1 to 1, as uint8."""
+    return ((images / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+
+
+def to_tuple(sizes: Sequence[int] | int) -> tuple[int, int]:
+    """(height, width) of a transformer's sample_size."""
+    return (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[1])

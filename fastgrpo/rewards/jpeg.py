@@ -1,0 +1,30 @@
+"""How small an image's JPEG is (DDPO, arXiv 2305.13301): a reward that needs no model, to try a set-up with.
+
+    compressibility = -bytes / 1000        incompressibility = bytes / 1000        at quality 95
+
+Both are kilobytes, so their range is open; more is better.
+"""
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95
+
+
+def incompressibility(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """images (B, 3, H, W) uint8 -> (B,) kilobytes."""
+    return torch.tensor([_bytes(image) / 1000 for image in images.permute(0, 2, 3, 1).cpu().numpy()])
+
+
+def compressibility(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """images (B, 3, H, W) uint8 -> (B,) kilobytes, negative."""
+    return -incompressibility(images, prompts, metadata)
+
+
+def _bytes(pixels) -> int:  # noqa: ANN001 (an array (H, W, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="JPEG", quality=QUALITY)
+    return file.tell()
