@@ -113,6 +113,8 @@ class RolloutConfig:
     """Images for each prompt: the advantage compares them."""
     batch_size: int = 128
     """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
+    precision: Literal["model", "fp8"] = "model"
+    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity)."""
     cuda_graph: bool = True
     """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)
@@ -274,6 +276,8 @@ def check(config: Config) -> None:
             True,
             "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false",
         )
+    if rollout.precision == "fp8":
+        _check_fp8(config)
     _check_micro_batch(config)
     if config.evaluation.samples > config.evaluation.batch_size:
         _refuse(
@@ -311,6 +315,16 @@ def _check_division(config: Config, world_size: int) -> None:
             f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
             f"batches on {world_size} process{'es' * (world_size > 1)}: {images} must be a multiple of {share}",
         )
+
+
+def _check_fp8(config: Config) -> None:
+    if config.update.old_velocity != "recompute":
+        way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute"
+        _refuse("rollout.precision", "fp8", way_out)
+    if config.model.train != "lora":
+        _refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")
+    if config.model.dtype == "float16":
+        _refuse("rollout.precision", "fp8", "the kernels return bfloat16 or float32: take model.dtype=bfloat16")
 
 
 def _check_micro_batch(config: Config) -> None:

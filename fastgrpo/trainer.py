@@ -57,6 +57,8 @@ class Trainer:
         self._add_trained()
         if config.update.gradient_checkpointing:
             self.model.transformer.enable_gradient_checkpointing()
+        if config.rollout.precision == "fp8":
+            self.model.prepare_drafts()
         if config.model.compile:
             self.model.compile_blocks()
         self.embeddings = Embeddings(self.model, config.prompts.cache)
@@ -199,7 +201,7 @@ class Trainer:
         return Steps(tables["sigmas"], tables["table"][group], tables["start"][group], size, tables["kl_weight"])
 
     def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
-        with self.engine.rollout_policy() as policy:
+        with self.engine.rollout_policy() as policy, self.model.drafting():
             return self.rollout(
                 policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
                 conditioning, guidance_scale=self.config.rollout.guidance_scale,

@@ -191,6 +191,7 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
     eager = experience_of(tuned_model, 1.0, "flow_sde")
     tuned_model.compile_blocks()
+    assert tuned_model.blocks and all(block._compiled_call_impl is not None for block in tuned_model.blocks)
     compiled = experience_of(tuned_model, 1.0, "flow_sde")
     torch.testing.assert_close(compiled.rollout.final, eager.rollout.final, rtol=1e-3, atol=1e-3)
     learner = learner_of(tuned_model, 1.0)

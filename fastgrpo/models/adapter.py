@@ -14,7 +14,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,6 @@ import diffusers
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from fastgrpo.models.attention import use_attention
 from fastgrpo.models.folder import check_folder
+from fastgrpo.models.fp8 import drafting, prepare_fp8
+from fastgrpo.models.lora import lora_config
 from fastgrpo.prompts import ImagePrompt
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -112,6 +113,16 @@ class Adapter:
     @property
     def transformer(self) -> torch.nn.Module:
         return self.pipeline.transformer
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The transformer's blocks, of which there are many alike."""
+        # SD3 names them only where diffusers asks what must not be split between devices.
+        names = self.transformer._repeated_blocks or self.transformer._no_split_modules
+        found = [module for module in self.transformer.modules() if type(module).__name__ in names]
+        if not found:
+            raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
+        return found
 
     @property
     def network(self) -> torch.nn.Module:
@@ -213,10 +224,16 @@ class Adapter:
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block in place: they are alike, so that the compiler works once for all."""
-        repeated = self.transformer._repeated_blocks
-        for module in self.transformer.modules():
-            if type(module).__name__ in repeated:
-                module.compile()
+        for block in self.blocks:
+            block.compile()
+
+    def prepare_drafts(self) -> None:
+        """Make ready for `drafting`; after the trained weights are in place."""
+        prepare_fp8(self.blocks)
+
+    def drafting(self) -> AbstractContextManager[None]:
+        """Inside, the transformer multiplies in 8 bits where it is frozen, see `fastgrpo.models.fp8`; else as always."""
+        return drafting(self.transformer)
 
     def use_attention(self, name: str) -> None:
         """Which attention kernels the transformer runs on, see `fastgrpo.models.attention`."""
@@ -224,9 +241,7 @@ class Adapter:
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
         """Put a trainable low-rank update, at first without effect, beside each target layer."""
-        names = list(targets or self.lora_targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
-        self.transformer.add_adapter(config)
+        self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=list(targets or self.lora_targets)))
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable; `reference` then needs the frozen copy that is kept here."""

@@ -66,8 +66,9 @@ class JointAttention:
             v = torch.cat([v, heads(attn.add_v_proj(text), None)], dim=1)
         out = dispatch_attention_fn(q, k, v, backend=self.backend).flatten(2)
         tokens = hidden_states.shape[1]
-        image = attn.to_out[1](attn.to_out[0](out[:, :tokens]))
+        # A linear layer of a slice that is not contiguous becomes one small product a sample.
+        image = attn.to_out[1](attn.to_out[0](out[:, :tokens].contiguous()))
         if encoder_hidden_states is None:
             return image
-        text = out[:, tokens:]
+        text = out[:, tokens:].contiguous()
         return image, text if attn.context_pre_only else attn.to_add_out(text)

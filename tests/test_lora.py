@@ -1,0 +1,162 @@
+"""The lean LoRA layer against PEFT's own, and 8-bit drafts against the exact layer."""
+
+import pytest
+import torch
+from conftest import TINY_WEIGHTS, load_tiny_model, load_tuned_model
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgrpo.config import ConfigError, load_config
+from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
+from fastgrpo.models.lora import LeanLinear, lora_config
+
+SHAPES = [(5, 24), (3, 7, 24), (2, 3, 5, 24)]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def nets(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """One with the lean layer, one with PEFT's, of the same weights."""
+    from peft import inject_adapter_in_model
+
+    made = []
+    for config in (
+        lora_config(rank=4, alpha=12, targets=["layer"]),
+        LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian", target_modules=["layer"]),
+    ):
+        torch.manual_seed(0)
+        net = inject_adapter_in_model(config, Net().to(dtype).requires_grad_(False))
+        with torch.no_grad():
+            net.layer.lora_B["default"].weight.normal_()
+        made.append(net)
+    assert isinstance(made[0].layer, LeanLinear) and not isinstance(made[1].layer, LeanLinear)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_are_those_of_float64(shape: tuple[int, ...]) -> None:
+    lean, _ = nets()
+    x = torch.randn(*shape, requires_grad=True)
+    weight = torch.randn(*shape[:-1], 40)
+    (lean(x) * weight).sum().backward()
+    layer = lean.layer
+    x64, a, b = (t.detach().double().requires_grad_() for t in (x, layer.lora_A.default.weight, layer.lora_B.default.weight))
+    base = x64 @ layer.base_layer.weight.double().T + layer.base_layer.bias.double()
+    expected = base + (x64 @ a.T @ b.T) * 3  # alpha / rank
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(lean(x).double(), expected, rtol=1e-5, atol=1e-5)
+    found = (x.grad, layer.lora_A.default.weight.grad, layer.lora_B.default.weight.grad)
+    for gradient, reference in zip(found, (x64.grad, a.grad, b.grad), strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-4)
+    assert layer.base_layer.weight.grad is None
+
+
+def test_a_slice_is_as_good_as_its_copy() -> None:
+    lean, _ = nets()
+    x = torch.randn(3, 9, 24)
+    assert torch.equal(lean(x[:, 2:7]), lean(x[:, 2:7].contiguous()))
+
+
+@pytest.mark.parametrize("change", ["off", "dropout", "other dtype", "second adapter"])
+def test_whatever_else_peft_can_do_is_left_to_peft(change: str) -> None:
+    lean, stock = nets()
+    x = torch.randn(4, 24)
+    for net in (lean, stock):
+        if change == "off":
+            net.layer.enable_adapters(False)
+        elif change == "dropout":
+            net.layer.lora_dropout["default"] = nn.Dropout(0.5)
+        elif change == "other dtype":
+            net.layer.base_layer.double()
+        else:
+            torch.manual_seed(3)
+            net.layer.update_layer("second", r=2, lora_alpha=2, config=LoraConfig(init_lora_weights=False))
+            net.layer.set_adapter(["default", "second"])
+    if change == "other dtype":
+        x = x.double()
+    outputs = []
+    for net in (lean, stock):
+        torch.manual_seed(5)
+        outputs.append(net(x))
+    assert torch.equal(*outputs)
+
+
+def operations(net: nn.Module, x: Tensor) -> int:
+    """Kernels that a forward pass launches: every operation that is no view."""
+    count = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            nonlocal count
+            result = function(*args, **(kwargs or {}))
+            count += not function.is_view and not function.name().startswith("aten::_unsafe_view")
+            return result
+
+    with torch.no_grad(), Count():
+        net(x)
+    return count
+
+
+def test_it_launches_three_operations_where_peft_launches_five() -> None:
+    lean, stock = nets()
+    x = torch.randn(4, 24)
+    assert operations(lean, x) == 3 and operations(stock, x) == 5
+
+
+def test_drafts_are_near_and_only_inside() -> None:
+    model = load_tuned_model()
+    x, sigma = torch.randn(3, *model.latent_shape), torch.full((3,), 0.7)
+    conditioning = model.encode(["a red circle"] * 3)
+    with torch.no_grad():
+        exact = model.velocity(x, sigma, conditioning)
+        model.prepare_drafts()
+        with model.drafting():
+            draft = model.velocity(x, sigma, conditioning)
+        assert torch.equal(model.velocity(x, sigma, conditioning), exact)
+    error = (draft - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.1  # e4m3 has 3 bits of mantissa: a few percent a product, some of which cancel
+    assert all(p.dtype == torch.float32 for p in model.transformer.parameters())
+    assert model.transformer.state_dict().keys() == load_tuned_model().transformer.state_dict().keys()
+
+
+def test_which_layers_are_drafted() -> None:
+    """The frozen ones of the blocks, base layers of a LoRA included; neither the LoRA's own nor what is outside."""
+    model = load_tuned_model()
+    count = prepare_fp8(model.blocks)
+    drafted = {name for name, m in model.transformer.named_modules() if isinstance(m, Fp8Linear)}
+    assert len(drafted) == count and all(name.startswith("transformer_blocks.") for name in drafted)
+    assert "transformer_blocks.0.attn.to_q.base_layer" in drafted and not any("lora_" in name for name in drafted)
+    frozen = sum(type(m) is nn.Linear and not m.weight.requires_grad for b in model.blocks for m in b.modules())
+    assert frozen == 0  # none was left out
+
+
+def test_one_layer_is_its_rounded_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).requires_grad_(False)
+    x = torch.randn(5, 3, 64)
+    a, b = (t.abs().amax(-1, keepdim=True) / 448 for t in (x, layer.weight))
+    x8, w8 = (x / a).to(torch.float8_e4m3fn).double(), (layer.weight / b).to(torch.float8_e4m3fn).double()
+    expected = (x8 * a) @ (w8 * b).T + layer.bias
+    Fp8Linear.convert(layer)
+    with drafting(layer):
+        torch.testing.assert_close(layer(x).double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_draft_and_half_drafts_are_refused() -> None:
+    model = load_tiny_model()
+    model.train_all(keep_reference=False)
+    with pytest.raises(ValueError, match="no frozen linear layer"):
+        model.prepare_drafts()
+    config = TINY_WEIGHTS.parent.parent.parent / "configs" / "tiny_shapes.yaml"
+    with pytest.raises(ConfigError, match=r"rollout\.precision = 'fp8'.*update\.old_velocity=recompute"):
+        load_config(config, ["rollout.precision=fp8"])
+    with pytest.raises(ConfigError, match=r"model\.train=lora"):
+        load_config(config, ["rollout.precision=fp8", "update.old_velocity=recompute", "model.train=full"])
