@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from common import DEVICE, ROOT, finish, pyplot, synchronize
+from models import add_stock_lora
 from released import Released
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ LADDER = {
 def released(config: Any) -> Released:
     model = load_model("sd3", path=config.model.path, dtype=torch.float32, device=DEVICE, max_text_tokens=1)
     lora = config.model.lora
-    model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    add_stock_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     return Released(config, model, load_prompts(config.prompts.train))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/rollout_speed.py                          the tiny model on a CPU, SD3.5-M (random weights) on a GPU
     python benchmarks/rollout_speed.py --batches 1 9 --resolutions 512 --steps 10 --guidance 1 4.5
 
-    diffusers            the stock StableDiffusion3Pipeline with its ODE, LoRA through peft; draws the same number of steps
+    diffusers            the stock StableDiffusion3Pipeline with its ODE and PEFT's LoRA layers; the same number of steps
     eager                fastgrpo.rollout: SDE in a window, log-probs, trajectory kept
     compiled             the same, torch.compile of the transformer's block
     captured             the same as eager, one CUDA graph (GPU)
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import DEVICE, finish, peak_flops, pyplot, seconds, synchronize
-from models import conditioning, load
+from models import add_stock_lora, conditioning, load
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ def steps_of(model: SD3, num_steps: int, batch: int) -> Steps:
 
 def forms(models: dict[str, SD3], batch: int, num_steps: int, guidance: float) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: each a function that draws `batch` images' latents."""
-    eager = models["eager"]
+    eager, rival = models["eager"], models["diffusers"]
     plain, steps = conditioning(eager, batch), steps_of(eager, num_steps, batch)
     empty = type(plain)(*(torch.zeros_like(tensor[:1]) for tensor in plain))
     rows = with_unconditional(plain, empty if guidance != 1 else None)
@@ -54,16 +54,17 @@ def forms(models: dict[str, SD3], batch: int, num_steps: int, guidance: float) -
     options = dict(guidance_scale=guidance, latent_shape=eager.latent_shape, model_dtype=eager.dtype)
 
     def stock() -> None:
-        side = eager.transformer.config.sample_size * (2 ** (len(eager.pipeline.vae.config.block_out_channels) - 1))
-        eager.pipeline(
+        height, width = rival.size
+        rival.pipeline(
             prompt_embeds=plain.embeds, pooled_prompt_embeds=plain.pooled,
             negative_prompt_embeds=empty.embeds.expand_as(plain.embeds),
-            negative_pooled_prompt_embeds=empty.pooled.expand_as(plain.pooled), height=side, width=side,
+            negative_pooled_prompt_embeds=empty.pooled.expand_as(plain.pooled), height=height, width=width,
             num_inference_steps=num_steps, guidance_scale=guidance, output_type="latent",
         )  # fmt: skip
 
     found = {"diffusers": stock}
-    for name, model in models.items():
+    for name in (name for name in models if name != "diffusers"):
+        model = models[name]
         policy = Policy(model)
         found[name] = lambda p=policy: rollout(p, steps, address, rows, **options)
         if DEVICE.type == "cuda":
@@ -149,8 +150,9 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     for resolution in arguments.resolutions if arguments.model != "tiny" else [32]:
-        models = {"eager": load(arguments.model, resolution)}
-        models["eager"].pipeline.set_progress_bar_config(disable=True)
+        models = {"diffusers": load(arguments.model, resolution), "eager": load(arguments.model, resolution)}
+        models["diffusers"].pipeline.set_progress_bar_config(disable=True)
+        add_stock_lora(models["diffusers"], rank=32, alpha=64)
         models["eager"].add_lora(rank=32, alpha=64)
         if not arguments.no_compile:
             models["compiled"] = copy.deepcopy(models["eager"])

@@ -1,5 +1,6 @@
-"""The console script: `fastgrpo train`, `fastgrpo eval`, `fastgrpo sample`, `fastgrpo report`.
+"""The console script: `fastgrpo train`, `plan`, `eval`, `sample` and `report`.
 
+fastgrpo plan --config configs/sd3_compressibility.yaml              what a run will need, before a machine is rented
 fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
 fastgrpo eval runs/tiny_shapes --base                                the model it started from
 fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, ConfigError, load_config
+from fastgrpo.plan import add_arguments as add_plan_arguments
+from fastgrpo.plan import run as run_plan
 from fastgrpo.train import add_arguments, train
 
 
@@ -84,6 +87,11 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """What a run will need."""
+    return run_plan(arguments, load_config(arguments.config, arguments.set))
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--base", action="store_true", help="without the trained LoRA")
@@ -95,10 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,sample,report}")
+    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report}")
     command = commands.add_parser("train", help="train a model")
     add_arguments(command)
     command.set_defaults(function=train)
+
+    command = commands.add_parser("plan", help="parameters, memory, FLOPs and expected speed of a run")
+    add_plan_arguments(command)
+    command.set_defaults(function=plan)
 
     command = commands.add_parser("eval", help="accuracy of a run on its held-out prompts")
     _run_arguments(command)

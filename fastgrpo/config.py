@@ -276,6 +276,8 @@ def check(config: Config) -> None:
             True,
             "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false",
         )
+    if config.model.random_weights and config.model.architecture is None:
+        _refuse("model.random_weights", True, "of what? name a model.architecture, for example sd3.5-medium")
     if rollout.precision == "fp8":
         _check_fp8(config)
     _check_micro_batch(config)

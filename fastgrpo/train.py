@@ -29,13 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "keys of the configuration:\n" + describe()
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="no checkpoint: the architecture with random weights, for speed"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Run to the end and print the result; the exit status."""
     try:
-        config = load_config(arguments.config, arguments.set)
+        overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
+        config = load_config(arguments.config, overrides)
         check_folder(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
