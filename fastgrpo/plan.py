@@ -209,7 +209,7 @@ def table(result: dict[str, Any], config: Config) -> str:
         "",
         "Counted on shapes, not measured. Left out: text encoders (prompts.cache sends them away), the decoder's and the",
         "reward's working memory, fragmentation, with checkpointing one block's activations, and in stage 3 the weights",
-        "that are gathered at a time. Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
+        "gathered at a time. Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
     ]
     return "\n".join(lines)
 

@@ -23,6 +23,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from fastgrpo.scores import are_shares, score_text
+
 COLORS = 8  # classes c0 to c7 of the template; c0 is for what matters most
 MAX_PAIRS, MAX_STRIPS, MAX_FRAMES = 24, 6, 6  # samples shown: before and after, over time, and in one strip
 MAX_BARS = 60
@@ -133,6 +135,11 @@ def _before_after(run: Run) -> tuple[dict, dict]:
     return base, final
 
 
+def _are_shares(run: Run) -> bool:
+    evaluated = (*(row["accuracy"] for row in run.evaluations), *_before_after(run))
+    return are_shares(score for accuracy in evaluated for score in accuracy.values() if _is_number(score))
+
+
 def _overall_first(accuracy: dict, overall: float | None) -> dict:
     overall = accuracy.get("overall") if overall is None else overall
     numbers = {"overall": overall, **{name: value for name, value in accuracy.items() if name != "overall"}}
@@ -141,15 +148,17 @@ def _overall_first(accuracy: dict, overall: float | None) -> dict:
 
 def _headline(run: Run) -> str:
     before, after = (accuracy.get("overall") for accuracy in _before_after(run))
+    shares = _are_shares(run)
+    name = "accuracy" if shares else "score"
     if before is None and after is None:
         return _none("Not evaluated yet.")
     if before is None or after is None:
-        value = _percent(after if before is None else before)
-        return f'<p class="headline"><span class="after">{value}</span> <small>accuracy</small></p>'
+        value = score_text(after if before is None else before, shares)
+        return f'<p class="headline"><span class="after">{value}</span> <small>{name}</small></p>'
     return (
-        f'<p class="headline"><span class="before">{_percent(before)}</span> '
-        f'<span class="arrow">&rarr;</span> <span class="after">{_percent(after)}</span> '
-        f"<small>accuracy, {_points(before, after)} points</small></p>"
+        f'<p class="headline"><span class="before">{score_text(before, shares)}</span> '
+        f'<span class="arrow">&rarr;</span> <span class="after">{score_text(after, shares)}</span> '
+        f"<small>{name}, {_points(before, after, shares)}{' points' * shares}</small></p>"
     )
 
 
@@ -187,22 +196,23 @@ def _categories(run: Run) -> str:
     before, after = _before_after(run)
     if not before and not after:
         return _none("Not evaluated yet.")
-    rows = "".join(_category(name, before.get(name), after.get(name)) for name in {**before, **after})
-    table = _table(["category", "", "base", *(["trained", "points"] if after else [])], rows)
+    shares = _are_shares(run)
+    rows = "".join(_category(name, before.get(name), after.get(name), shares) for name in {**before, **after})
+    table = _table(["category", "", "base", *(["trained", "points" if shares else "change"] if after else [])], rows)
     return f'<div class="card">{table}</div>'
 
 
-def _category(name: str, before: float | None, after: float | None) -> str:
-    bars = "".join(_bar(kind, v) for kind, v in (("before", before), ("c0", after)) if v is not None)
-    cells = _numbers("" if before is None else _percent(before))
+def _category(name: str, before: float | None, after: float | None, shares: bool) -> str:
+    bars = "".join(_bar(kind, v) for kind, v in (("before", before), ("c0", after)) if shares and v is not None)
+    cells = _numbers("" if before is None else score_text(before, shares))
     if after is not None:
-        cells += _numbers(_percent(after), "" if before is None else _difference(before, after))
+        cells += _numbers(score_text(after, shares), "" if before is None else _difference(before, after, shares))
     kind = ' class="overall"' if name == "overall" else ""
     return f'<tr{kind}><th>{_title(name)}</th><td class="bars">{bars}</td>{cells}</tr>'
 
 
-def _difference(before: float, after: float) -> str:
-    points = _points(before, after)
+def _difference(before: float, after: float, shares: bool) -> str:
+    points = _points(before, after, shares)
     kind = {"+": "better", "\N{MINUS SIGN}": "worse"}.get(points[0], "same")
     return f'<span class="{kind}">{points}</span>'
 
@@ -232,7 +242,7 @@ def _footer(run: Run) -> str:
 
 def _training(run: Run) -> str:
     cards = {
-        "Accuracy on held-out prompts": _accuracy(run),
+        "Accuracy on held-out prompts" if _are_shares(run) else "Score on held-out prompts": _accuracy(run),
         "Reward of the training images": _curve(run, "reward"),
     }
     return _cards(cards) or _none("No training iteration has been recorded.")
@@ -293,7 +303,10 @@ def _accuracy(run: Run) -> str:
     if not lines:
         return ""
     lines.reverse()  # overall on top
-    chart = line_chart(lines, "accuracy over iterations", percent=True, low=0.0, high=1.0)
+    if _are_shares(run):
+        chart = line_chart(lines, "accuracy over iterations", percent=True, low=0.0, high=1.0)
+    else:
+        chart = line_chart(lines, "score over iterations")
     return chart + _legend(legend)
 
 
@@ -549,8 +562,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _points(before: float, after: float) -> str:
-    """What was gained in points, with its sign: the difference of the two percentages as they are shown."""
+def _points(before: float, after: float, shares: bool) -> str:
+    """What was gained, with its sign; of shares in points, the difference of the two percentages as they are shown."""
+    if not shares:
+        return f"{after - before:+.4g}".replace("-", "\N{MINUS SIGN}") if after != before else "0"
     points = round(round(100 * after, 1) - round(100 * before, 1), 1)
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
 

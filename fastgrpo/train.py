@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from fastgrpo.config import Config, ConfigError, describe, differences, dump_config, load_config
 from fastgrpo.runlog import write_atomically
+from fastgrpo.scores import are_shares
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,8 @@ def table(summary: dict) -> str:
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
     width = max(len(tag) for tag, *_ in rows)
     lines = [f"{'':{width}}     base  trained   change"]
-    lines += [f"{tag:{width}}  {base:7.1%}  {final:7.1%}  {final - base:+7.1%}" for tag, base, final in rows]
+    style = ".1%" if are_shares(score for _, *scores in rows for score in scores) else ".4g"
+    lines += [f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}" for tag, base, final in rows]
     seconds, images = summary["train_seconds"], summary["images"]
     lines.append(
         f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}"

@@ -32,6 +32,7 @@ from fastgrpo.report import write_report
 from fastgrpo.rewards import load_reward
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
+from fastgrpo.scores import are_shares, score_text
 from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, noise_address
 from fastgrpo.update import Learner, largest_micro_batch, recompute_old, update
 
@@ -273,7 +274,7 @@ class Trainer:
         if self.log:
             self.log.evaluation(row)
             self.log.samples(iteration, *samples)
-            tqdm.write(f"iteration {iteration}: accuracy {accuracy_line(row['accuracy'])}")
+            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
@@ -361,7 +362,8 @@ def progress(metrics: dict) -> str:
 
 
 def accuracy_line(accuracy: dict[str, float]) -> str:
-    return "  ".join(f"{tag} {value:.1%}" for tag, value in accuracy.items())
+    shares = are_shares(accuracy.values())
+    return "  ".join(f"{tag} {score_text(value, shares)}" for tag, value in accuracy.items())
 
 
 def device_name(device: torch.device) -> str:

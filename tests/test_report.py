@@ -121,6 +121,18 @@ def test_headline_and_facts_are_those_of_the_summary(run: Path) -> None:
     assert "device" not in text
 
 
+def test_scores_of_another_range_are_no_percentages(run: Path) -> None:
+    """Kilobytes of a JPEG, say: negative, with no bars and no percent sign."""
+    accuracies = ({"overall": -35.25, "animals": -35.25}, {"overall": -30.5, "animals": -30.5})
+    rows = [{"iteration": i * 20, "images": 64, "seconds": 1.0, "accuracy": a} for i, a in enumerate(accuracies)]
+    write_lines(run / "evaluations.jsonl", rows)
+    (run / "summary.json").unlink()
+    page = Page(write_report(run))
+    text = " ".join(page.text.values())
+    assert "\N{MINUS SIGN}35.25" in text or "-35.25" in text
+    assert "+4.75" in text and "score" in text and "-3525" not in text and "points" not in page.text["header"]
+
+
 def test_summary_has_the_last_word(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary |= {"final_accuracy": 0.987, "final": {**FINAL, "overall": 0.987, "counting": 0.432}}
