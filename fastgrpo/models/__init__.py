@@ -9,6 +9,8 @@ from typing import Any
 
 MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
+    "flux": "fastgrpo.models.flux:Flux",
+    "flux_kontext": "fastgrpo.models.flux:FluxKontext",
 }
 
 

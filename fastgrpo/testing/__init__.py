@@ -19,6 +19,8 @@ from fastgrpo.models.adapter import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
+    "flux": "fastgrpo.testing.flux:FAMILY",
+    "flux_kontext": "fastgrpo.testing.flux:KONTEXT",
 }
 
 

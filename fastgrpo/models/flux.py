@@ -1,0 +1,166 @@
+"""FLUX.1 (dev, schnell) and FLUX.1 Kontext, which edits an image: T5 and a pooled CLIP, guidance distilled into an input.
+
+dev and Kontext read `distilled_guidance` as a number; schnell has none. Classifier-free guidance with the empty prompt,
+the pipeline's true_cfg_scale, can be had on top, at twice the cost.
+
+Letters: B samples, L text tokens, E text width, P pooled width, N latent tokens of K numbers (2 x 2 latent pixels each).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import load_image
+from torch import Tensor
+
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.prompts import ImagePrompt
+
+
+class Conditioning(NamedTuple):
+    """What the transformer reads of a prompt."""
+
+    embeds: Tensor  # (B, L, E)
+    pooled: Tensor  # (B, P)
+
+
+class KontextConditioning(NamedTuple):
+    """Likewise, with the image to edit."""
+
+    embeds: Tensor  # (B, L, E)
+    pooled: Tensor  # (B, P)
+    image: Tensor  # (B, N, K)
+
+
+class Flux(Adapter):
+    pipeline_class = "FluxPipeline"
+    Conditioning = Conditioning
+    takes = frozenset({"distilled_guidance"})
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+    published_guidance: ClassVar[float] = 3.5
+
+    def __init__(self, pipeline: Any, **arguments: Any) -> None:
+        super().__init__(pipeline, **arguments)
+        # The same for all samples and steps. Made here, because making them in `velocity` would be part of every rollout.
+        self.text_ids = torch.zeros(self.settings.max_text_tokens, 3, device=self.device, dtype=self.dtype)  # (L, 3)
+        self.latent_ids = self._latent_ids()  # (N, 3), for Kontext (2 N, 3)
+        guidance = self.settings.distilled_guidance
+        self.guidance = None if guidance is None else torch.full([1], guidance, device=self.device)  # (1,) float32
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        guidance, read = self.settings.distilled_guidance, self.transformer.config.guidance_embeds
+        if read and guidance is None:
+            raise ValueError(
+                "model.distilled_guidance is missing: this transformer takes its guidance as an input; "
+                f"the published value is {self.published_guidance}"
+            )
+        if guidance is not None and not read:
+            raise ValueError(
+                f"model.distilled_guidance = {guidance}: this transformer (FLUX.1-schnell?) has no such input; leave it out"
+            )
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the N latent tokens."""
+        height, width = self.size
+        return height // self.pixels_per_token, width // self.pixels_per_token
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        rows, columns = self.token_grid
+        return rows * columns, self.transformer.config.in_channels
+
+    def _latent_ids(self) -> Tensor:
+        """The place of each token: 0, row, column."""
+        return self.pipeline._prepare_latent_image_ids(1, *self.token_grid, self.device, self.dtype)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """As the pipeline makes them: where the scheduler shifts dynamically, more noise for more tokens."""
+        scheduler = self.scheduler()
+        config = scheduler.config
+        mu = calculate_shift(
+            self.latent_shape[0], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+        return scheduler.sigmas.cpu()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), max_sequence_length=self.settings.max_text_tokens, device=self.text_encoders[0].device
+        )
+        return Conditioning(embeds.to(self.device), pooled.to(self.device))
+
+    def placeholder(self, batch: int) -> Conditioning:
+        config, tokens = self.transformer.config, self.settings.max_text_tokens
+        return Conditioning(
+            torch.randn(batch, tokens, config.joint_attention_dim, device=self.device, dtype=self.dtype),
+            torch.randn(batch, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
+        )
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+        return self.network(
+            # The transformer multiplies by 1000 again; the pipeline rounds in between, and so must this.
+            hidden_states=x, timestep=(sigma * 1000).to(x.dtype) / 1000,
+            guidance=None if self.guidance is None else self.guidance.expand(len(x)),
+            pooled_projections=conditioning.pooled, encoder_hidden_states=conditioning.embeds,
+            txt_ids=self.text_ids, img_ids=self.latent_ids, return_dict=False,
+        )[0]  # fmt: skip
+
+    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+        """(B, N, K) as (B, C, H, W), at the scale of the decoder's data."""
+        return super().vae_latents(
+            self.pipeline._unpack_latents(latents, *self.size, self.pipeline.vae_scale_factor), decoder
+        )
+
+
+class FluxKontext(Flux):
+    """The input image's latents stand behind the sample's as N more tokens, whose prediction is thrown away.
+
+    An input image is resized to the output's size, whatever its proportions, as Flow-GRPO does it: all samples of a batch
+    must have as many tokens. So this is the stock pipeline called with an image of the output's size, `max_area` = height x
+    width and `_auto_resize=False`; left to itself that pipeline takes the nearest of its sizes of a million pixels, for the
+    input image and for the output.
+    """
+
+    pipeline_class = "FluxKontextPipeline"
+    Conditioning = KontextConditioning
+    image_conditioned = True
+    lora_targets = (*Flux.lora_targets, "proj_mlp")
+    published_guidance = 2.5
+
+    def _latent_ids(self) -> Tensor:
+        """The sample's tokens, then the input image's, told apart by a 1 in the first place."""
+        ids = super()._latent_ids()
+        image_ids = ids.clone()
+        image_ids[:, 0] = 1
+        return torch.cat([ids, image_ids])
+
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        return {**super().encoder_settings, "size": self.size}
+
+    def encode_text(self, prompts: Sequence[ImagePrompt]) -> KontextConditioning:
+        text = super().encode_text([prompt.text for prompt in prompts])
+        return KontextConditioning(*text, torch.cat([self.encode_image(prompt.image) for prompt in prompts]))
+
+    def encode_image(self, path: Path) -> Tensor:
+        """The latents (1, N, K) of an image file."""
+        pixels = self.pipeline.image_processor.preprocess(load_image(str(path)), *self.size)
+        latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), None)
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def placeholder(self, batch: int) -> KontextConditioning:
+        image = torch.randn(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
+        return KontextConditioning(*super().placeholder(batch), image)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: KontextConditioning) -> Tensor:
+        v = super().velocity(torch.cat([x, conditioning.image], dim=1), sigma, conditioning)
+        return v[:, : x.shape[1]].contiguous()
