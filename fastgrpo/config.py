@@ -8,12 +8,7 @@ Every error names the key's full path, the value, and the nearest valid choice. 
 relative to the file it stands in.
 """
 
-import ast
 import dataclasses
-import difflib
-import inspect
-import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +17,12 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from fastgrpo import schema
 from fastgrpo.models import MODELS
 from fastgrpo.objectives import OBJECTIVES
 from fastgrpo.rewards import REWARDS
+from fastgrpo.schema import ConfigError
 from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run, with the key's path and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,39 +207,30 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads `1e-4` as a string, which would surprise every user once."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides of the form `a.b=value`, and check the whole."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
-    data = _parse_yaml(path.read_text(), str(path))
+    data = schema.parse_yaml(path.read_text(), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
-    data = _relative_paths(data, path.parent)
+    data = schema.relative_paths(data, path.parent)
     for override in overrides:
-        _apply_override(data, override)
-    config = _build(Config, data, "")
+        schema.apply_override(data, override)
+    config = schema.build(Config, data)
     check(config)
     return config
 
 
 def dump_config(config: Config) -> str:
     """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(config), sort_keys=False)
+    return yaml.safe_dump(schema.plain(config), sort_keys=False)
 
 
 def differences(before: Config, after: Config, but: typing.Sequence[str] = ()) -> list[str]:
     """The keys in which two configurations differ, except those in `but`, as "key: before -> after"."""
-    old, new = _flat(_plain(before)), _flat(_plain(after))
+    old, new = schema.flat(schema.plain(before)), schema.flat(schema.plain(after))
     return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and key not in but]
 
 
@@ -254,35 +238,35 @@ def check(config: Config) -> None:
     """Refuse what each key allows but the whole cannot run; the number of processes enters in `check_ranks`."""
     rollout = config.rollout
     _positive(config)
-    _choice("model.name", config.model.name, MODELS)
-    _choice("rollout.sampler", rollout.sampler, SAMPLERS)
-    _choice("objective.name", config.objective.name, OBJECTIVES)
+    schema.choice("model.name", config.model.name, MODELS)
+    schema.choice("rollout.sampler", rollout.sampler, SAMPLERS)
+    schema.choice("objective.name", config.objective.name, OBJECTIVES)
     for key, name in (("reward.train", config.reward.train), ("reward.eval", config.reward.eval)):
         if ":" not in name:
-            _choice(key, name, REWARDS)
+            schema.choice(key, name, REWARDS)
     if rollout.group_size < 2:
-        _refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
+        schema.refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
     if rollout.num_steps < 2:
-        _refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
+        schema.refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
     _check_transitions(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        _refuse(
+        schema.refuse(
             "engine.zero_stage", 0, f"no float32 masters are kept for {config.model.dtype} weights at stage 0: take 1"
         )
     if rollout.cuda_graph and config.engine.zero_stage == 3:
-        _refuse(
+        schema.refuse(
             "rollout.cuda_graph",
             True,
             "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false",
         )
     if config.model.random_weights and config.model.architecture is None:
-        _refuse("model.random_weights", True, "of what? name a model.architecture, for example sd3.5-medium")
+        schema.refuse("model.random_weights", True, "of what? name a model.architecture, for example sd3.5-medium")
     if rollout.precision == "fp8":
         _check_fp8(config)
     _check_micro_batch(config)
     if config.evaluation.samples > config.evaluation.batch_size:
-        _refuse(
+        schema.refuse(
             "evaluation.samples",
             config.evaluation.samples,
             f"at most evaluation.batch_size = {config.evaluation.batch_size}",
@@ -311,7 +295,7 @@ def _check_division(config: Config, world_size: int) -> None:
     rollout, steps = config.rollout, config.update.steps_per_rollout
     images, share = rollout.groups * rollout.group_size, rollout.batch_size * steps * world_size
     if images % share:
-        _refuse(
+        schema.refuse(
             "rollout.batch_size",
             rollout.batch_size,
             f"groups x group_size = {images} images an iteration do not divide into {steps} optimiser steps of whole "
@@ -322,29 +306,29 @@ def _check_division(config: Config, world_size: int) -> None:
 def _check_fp8(config: Config) -> None:
     if config.update.old_velocity != "recompute":
         way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute"
-        _refuse("rollout.precision", "fp8", way_out)
+        schema.refuse("rollout.precision", "fp8", way_out)
     if config.model.train != "lora":
-        _refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")
+        schema.refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")
     if config.model.dtype == "float16":
-        _refuse("rollout.precision", "fp8", "the kernels return bfloat16 or float32: take model.dtype=bfloat16")
+        schema.refuse("rollout.precision", "fp8", "the kernels return bfloat16 or float32: take model.dtype=bfloat16")
 
 
 def _check_micro_batch(config: Config) -> None:
     size, rollout = config.update.micro_batch_size, config.rollout
     transitions = window_size(rollout.window, rollout.num_steps) * rollout.batch_size
     if isinstance(size, int) and transitions % size:
-        _refuse(
+        schema.refuse(
             "update.micro_batch_size",
             size,
             f"a batch of {rollout.batch_size} images has {transitions} trained transitions: take a divisor of that",
         )
     if size == "largest" and config.engine.zero_stage == 3:
-        _refuse("update.micro_batch_size", size, "the trial needs whole weights, which ZeRO-3 shards: give a number")
+        schema.refuse("update.micro_batch_size", size, "the trial needs whole weights, which ZeRO-3 shards: give a number")
 
 
 def describe() -> str:
     """Every key with its type, default and meaning, for `--help`."""
-    return "\n".join(_describe(Config, ""))
+    return "\n".join(schema.describe(Config))
 
 
 def _positive(section: Any, prefix: str = "") -> None:
@@ -366,147 +350,4 @@ def _positive(section: Any, prefix: str = "") -> None:
             _positive(value, path + ".")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             if value < 0 or (value == 0 and f.name not in may_be_zero) or value != value:
-                _refuse(path, value, "must be positive" if f.name not in may_be_zero else "must not be negative")
-
-
-def _choice(path: str, value: str, choices: typing.Iterable[str]) -> None:
-    if value not in choices:
-        _refuse(path, value, _nearest(value, choices))
-
-
-def _nearest(value: object, choices: typing.Iterable[Any]) -> str:
-    names = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"choices: {', '.join(names)}"
-
-
-def _refuse(path: str, value: object, way_out: str) -> typing.NoReturn:
-    raise ConfigError(f"{path} = {value!r}: {way_out}")
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
-
-
-def _relative_paths(data: Any, folder: Path) -> Any:
-    if isinstance(data, dict):
-        return {key: _relative_paths(value, folder) for key, value in data.items()}
-    if isinstance(data, str) and data.startswith(("./", "../")):
-        return str((folder / data).resolve())
-    return data
-
-
-def _apply_override(data: dict, override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: expected key.path=value, for example rollout.num_steps=8")
-    *sections, key = path.split(".")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-    data[key] = _parse_yaml(text, f"--set {override}")
-
-
-def _build(cls: type, data: Any, prefix: str) -> Any:
-    if not isinstance(data, dict):
-        _refuse(
-            prefix.rstrip("."),
-            data,
-            "expected a section with the keys " + ", ".join(f.name for f in dataclasses.fields(cls)),
-        )
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise ConfigError(f"{prefix}{key}: unknown key; {_nearest(key, fields)}")
-    for name, f in fields.items():
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{name}: missing; it has no default")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the type `hint`, or a refusal; only int to float and list to tuple are conversions."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path + ".")
-    if origin in (types.UnionType, typing.Union):
-        return _convert_union(value, arguments, path)
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            _refuse(path, value, _nearest(value, arguments))
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            _refuse(path, value, "expected a list")
-        item_hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(item_hints) != len(value):
-            _refuse(path, value, f"expected {len(item_hints)} values")
-        return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            _refuse(path, value, "expected a mapping, for example {counting: 2, position: 1}")
-        return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is not hint:
-        _refuse(path, value, f"expected {_type_name(hint)}, found {type(value).__name__}")
-    return value
-
-
-def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
-    """X | None takes null or an X; int | Literal[...] a number or one of the names."""
-    if value is None and type(None) in hints:
-        return None
-    hints = tuple(hint for hint in hints if hint is not type(None))
-    names = [hint for hint in hints if typing.get_origin(hint) is Literal]
-    return _convert(value, names[0] if names and isinstance(value, str) else hints[0], path)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Path):
-        return str(value.resolve())
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(data: dict, prefix: str = "") -> dict[str, Any]:
-    rows = {}
-    for key, value in data.items():
-        rows.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return rows
-
-
-def _describe(cls: type, prefix: str) -> typing.Iterator[str]:
-    hints, docs = typing.get_type_hints(cls), _field_docs(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _describe(typing.cast(type, hint), f"{prefix}{f.name}.")
-        else:
-            default = "required"
-            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING:
-                default = f"default {f.default_factory() if f.default is dataclasses.MISSING else f.default}"
-            yield f"  {prefix}{f.name} ({_type_name(hint)}, {default})\n      {docs.get(f.name, '')}"
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(str(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field, read from the source: dataclasses do not keep them."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
-    docs = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[typing.cast(ast.Name, node.target).id] = " ".join(str(after.value.value).split())
-    return docs
+                schema.refuse(path, value, "must be positive" if f.name not in may_be_zero else "must not be negative")
