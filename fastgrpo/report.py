@@ -23,13 +23,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from fastgrpo.charts import Line, Point, bar_chart, color_class, legend, line_chart, short
 from fastgrpo.scores import are_shares, score_text
 
-COLORS = 8  # classes c0 to c7 of the template; c0 is for what matters most
 MAX_PAIRS, MAX_STRIPS, MAX_FRAMES = 24, 6, 6  # samples shown: before and after, over time, and in one strip
 MAX_BARS = 60
 SMALL_IMAGE, LARGE_IMAGE = 128, 384  # pixels: below it shown as squares, above it shrunk
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +272,7 @@ def _curve(run: Run, key: str, percent: bool = False, zero: bool = False) -> str
     window = max(1, len(points) // 20) | 1  # odd, so that it is centred
     lines = [Line(points, "c0 raw"), Line(_smooth(points, window), "c0", dots=len(points) == 1)]
     chart = line_chart(lines, f"{key} over iterations", percent=percent, low=0.0 if zero else None)
-    note = f"{_short(points[-1][1], percent)} at iteration {points[-1][0]:g}"
+    note = f"{short(points[-1][1], percent)} at iteration {points[-1][0]:g}"
     note += f"; bold: mean of {window} iterations" if window > 1 else ""
     return chart + f'<p class="note">{note}</p>'
 
@@ -294,12 +293,12 @@ def _accuracy(run: Run) -> str:
     names = list(dict.fromkeys(["overall", *(name for row in run.evaluations for name in row["accuracy"])]))
     rows = [{"iteration": row["iteration"], **row["accuracy"]} for row in run.evaluations]
     series = {name: points for name in names if (points := _series(rows, name))}
-    color = {name: _color(names.index(name)) for name in series}
+    color = {name: color_class(names.index(name)) for name in series}
     lines = [
         Line(points, color[name] + (" bold" if name == "overall" else " thin"), dots=True)
         for name, points in series.items()
     ]
-    legend = [(color[name] + " bold" * (name == "overall"), _title(name)) for name in series]
+    entries = [(color[name] + " bold" * (name == "overall"), _title(name)) for name in series]
     if not lines:
         return ""
     lines.reverse()  # overall on top
@@ -307,7 +306,7 @@ def _accuracy(run: Run) -> str:
         chart = line_chart(lines, "accuracy over iterations", percent=True, low=0.0, high=1.0)
     else:
         chart = line_chart(lines, "score over iterations")
-    return chart + _legend(legend)
+    return chart + legend(entries)
 
 
 def _time(run: Run) -> str:
@@ -330,118 +329,12 @@ def _time(run: Run) -> str:
 def _shares(total: dict[str, float], iterations: int) -> str:
     whole = sum(total.values()) or 1.0
     rows = "".join(
-        f'<tr><th>{_title(name)}</th><td class="bars">{_bar(_color(i), value / whole)}</td>'
+        f'<tr><th>{_title(name)}</th><td class="bars">{_bar(color_class(i), value / whole)}</td>'
         + _numbers(_percent(value / whole), f"{value / iterations:.3g} s", _duration(value))
         + "</tr>"
         for i, (name, value) in enumerate(total.items())
     )
     return _table(["phase", "", "share", "each", "total"], rows)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart: its points and its classes in the template."""
-
-    points: Sequence[Point]
-    style: str
-    dots: bool = False
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A chart's frame: its data ranges, its ticks, and where a value lies on the paper."""
-
-    left: float
-    right: float
-    ticks: list[float]
-    percent: bool = False
-    WIDTH, HEIGHT, MARGIN, FOOT, TOP = 480, 264, 50, 40, 8
-
-    def x(self, value: float) -> float:
-        share = (value - self.left) / ((self.right - self.left) or 1.0)
-        return self.MARGIN + share * (self.WIDTH - self.MARGIN - 8)
-
-    def y(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        return self.TOP + (high - value) / (high - low) * (self.HEIGHT - self.TOP - self.FOOT)
-
-    def path(self, line: Line) -> str:
-        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in line.points)
-        text = f'<polyline class="line {line.style}" points="{path}"/>'
-        return text + "".join(self.dot(line, *point) for point in line.points) if line.dots else text
-
-    def dot(self, line: Line, x: float, y: float) -> str:
-        place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{2 if "thin" in line.style else 4}"'
-        title = f"<title>iteration {x:g}: {_short(y, self.percent)}</title>"
-        return f'<circle class="{line.style}" {place}>{title}</circle>'
-
-    def svg(self, body: Iterable[str], label: str) -> str:
-        marks = [t for t in _ticks(self.left, self.right, 5, whole=True) if self.left <= t <= self.right]
-        middle, foot = (self.MARGIN + self.WIDTH) / 2, self.HEIGHT - 22
-        frame = [f'<text class="middle" x="{middle}" y="{self.HEIGHT - 4}">iteration</text>']
-        frame += [f'<text class="middle" x="{self.x(t):.1f}" y="{foot}">{t:g}</text>' for t in marks]
-        for tick in self.ticks:
-            y, text = self.y(tick), _short(tick, self.percent)
-            frame.append(f'<path class="grid" d="M{self.MARGIN} {y:.1f}H{self.WIDTH}"/>')
-            frame.append(f'<text class="end" x="{self.MARGIN - 7}" y="{y + 4:.1f}">{text}</text>')
-        size, label = f"0 0 {self.WIDTH} {self.HEIGHT}", html.escape(label)
-        return f'<svg viewBox="{size}" role="img" aria-label="{label}">{"".join([*frame, *body])}</svg>'
-
-
-def line_chart(
-    lines: Sequence[Line],
-    label: str,
-    percent: bool = False,
-    low: float | None = None,
-    high: float | None = None,
-) -> str:
-    """Lines over the iterations; `low` and `high` widen the vertical range to values that must be in it."""
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + [v for v in (low, high) if v is not None]
-    axes = Axes(min(xs), max(xs), _ticks(min(ys), max(ys), 5), percent)
-    return axes.svg((axes.path(line) for line in lines), label)
-
-
-def bar_chart(bars: Sequence[tuple[float, list[float]]], end: float, label: str) -> str:
-    """Stacked bars, each from its start to the next one's; the last one stops at `end`."""
-    axes = Axes(bars[0][0], end, _ticks(0.0, max(sum(values) for _, values in bars), 5))
-    body = []
-    for (start, values), stop in zip(bars, [*(start for start, _ in bars[1:]), end], strict=True):
-        x, width, bottom = axes.x(start), max(0.8 * (axes.x(stop) - axes.x(start)), 0.5), 0.0
-        for i, value in enumerate(values):
-            top = bottom + value
-            body.append(
-                f'<rect class="{_color(i)}" x="{x:.1f}" y="{axes.y(top):.1f}" width="{width:.1f}" '
-                f'height="{axes.y(bottom) - axes.y(top):.1f}"/>'
-            )
-            bottom = top
-    return axes.svg(body, label)
-
-
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """At most count + 2 round numbers around [low, high]."""
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        high = low + (abs(low) or 1.0)
-    step = 10.0 ** math.floor(math.log10((high - low) / count))
-    step *= next((m for m in (1, 2, 5) if (high - low) / (step * m) <= count), 10)
-    step = max(step, 1.0) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
-
-
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    return (
-        '<ul class="legend">'
-        + "".join(f'<li class="{c}"><i></i>{text}</li>' for c, text in entries)
-        + "</ul>"
-    )
-
-
-def _color(i: int) -> str:
-    return f"c{i}" if i < COLORS else f"c{1 + (i - 1) % (COLORS - 1)}"  # c0 is never used twice
-
-
-# The pictures
 
 
 def _samples(run: Run) -> str:
@@ -568,10 +461,6 @@ def _points(before: float, after: float, shares: bool) -> str:
         return f"{after - before:+.4g}".replace("-", "\N{MINUS SIGN}") if after != before else "0"
     points = round(round(100 * after, 1) - round(100 * before, 1), 1)
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
-
-
-def _short(value: float, percent: bool) -> str:
-    return f"{100 * value:.3g}%" if percent else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastgrpo.report import _ticks, read_run, write_report
+from fastgrpo.charts import ticks
+from fastgrpo.report import read_run, write_report
 
 FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "samples")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -299,7 +300,7 @@ def test_one_iteration_is_a_dot(run: Path) -> None:
     ],
 )
 def test_ticks_are_round_numbers_around_the_data(low: float, high: float, expected: list[float]) -> None:
-    assert _ticks(low, high, 5) == expected
+    assert ticks(low, high, 5) == expected
 
 
 @pytest.mark.parametrize("make", [True, False], ids=["empty", "missing"])
