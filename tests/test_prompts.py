@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fastgrpo.prompts import PromptSet, check_held_out, load_prompts, prompts_of_iteration, shares
+from fastgrpo.prompts import ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -40,6 +41,48 @@ def test_evaluation_prompts_may_not_be_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'b'"):
         check_held_out(train, evaluation)
     check_held_out(train, train.__class__(["c"], [{}]))
+
+
+def edits(folder: Path, *records: dict) -> Path:
+    """A prompt file of records, beside a good picture and a broken one."""
+    Image.new("RGB", (9, 5), "red").save(folder / "good.png")
+    (folder / "broken.png").write_bytes((folder / "good.png").read_bytes()[:40])
+    path = folder / "edits.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
+    path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
+    loaded = load_prompts(path, images=True)
+    assert asked(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
+    assert asked(loaded.metadata[0], False) == "make it blue"
+    assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "b"}, r'edits\.jsonl:2: this model edits images: give an "image"'),
+        ({"prompt": "b", "image": 3}, r'edits\.jsonl:2: this model edits images'),
+        ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),
+        ({"prompt": "b", "image": "broken.png"}, r"edits\.jsonl:2: image .*broken\.png: cannot be read"),
+        ({"prompt": "b", "image": "edits.jsonl"}, r"edits\.jsonl:2: image .*: cannot be read"),
+    ],
+)
+def test_a_missing_or_broken_image_is_refused_with_its_line(tmp_path: Path, record: dict, message: str) -> None:
+    path = edits(tmp_path, {"prompt": "a", "image": "good.png"}, record)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(path, images=True)
+
+
+def test_the_same_words_about_another_image_are_another_prompt(tmp_path: Path) -> None:
+    one = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "good.png"}), images=True)
+    Image.new("RGB", (9, 5), "green").save(tmp_path / "other.png")
+    other = PromptSet(one.prompts, [{"prompt": "make it blue", "image": str(tmp_path / "other.png")}])
+    check_held_out(one, other)
+    with pytest.raises(ValueError, match="'make it blue'"):
+        check_held_out(one, one)
 
 
 @pytest.mark.parametrize(("num_prompts", "groups"), [(7, 3), (5, 8), (1, 4)])
