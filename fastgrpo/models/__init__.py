@@ -9,6 +9,8 @@ from typing import Any
 
 MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
+    "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
+    "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
 }
 
 

@@ -19,6 +19,8 @@ from fastgrpo.models.adapter import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
+    "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
+    "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
 }
 
 
