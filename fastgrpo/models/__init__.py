@@ -11,6 +11,8 @@ MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
     "flux": "fastgrpo.models.flux:Flux",
     "flux_kontext": "fastgrpo.models.flux:FluxKontext",
+    "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
+    "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
 }
 
 

@@ -35,6 +35,7 @@ from fastgrpo.models.lora import lora_config
 from fastgrpo.prompts import ImagePrompt
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
+PROMPT_PARTS = ("text_", "token", "processor")  # how a pipeline's parts that read prompts are called
 FULL = "transformer"  # where a fully trained transformer lies in a run's folder, as in a pipeline's
 
 
@@ -87,8 +88,14 @@ class Adapter:
         """From a folder in the diffusers format; nothing is downloaded."""
         check_folder(path, cls.pipeline_class)
         with quiet():
-            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, dtype=dtype, local_files_only=True)
+            kind = getattr(diffusers, cls.pipeline_class)
+            pipeline = kind.from_pretrained(path, dtype=dtype, local_files_only=True, **cls.own_parts(path))
         return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def own_parts(cls, path: Path) -> dict[str, Any]:
+        """Parts of the pipeline in the folder that are not to be loaded the stock way, by name."""
+        return {}
 
     @classmethod
     def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Adapter":
@@ -98,7 +105,7 @@ class Adapter:
         """
         parts = {name: build(config, dtype, device) for name, config in read_architecture(architecture)["parts"].items()}
         kind = getattr(diffusers, cls.pipeline_class)
-        absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(("text_", "token"))}
+        absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(PROMPT_PARTS)}
         return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
 
     def _check_settings(self) -> None:

@@ -21,6 +21,8 @@ FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
     "flux": "fastgrpo.testing.flux:FAMILY",
     "flux_kontext": "fastgrpo.testing.flux:KONTEXT",
+    "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
+    "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
 }
 
 

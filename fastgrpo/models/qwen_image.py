@@ -1,0 +1,219 @@
+"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): Qwen2.5-VL reads the prompt, true guidance keeps the velocity's norm.
+
+Prompts are of different lengths, and a batch has one: so each is padded to `max_text_tokens`, with a mask that the
+transformer's attention obeys. The prompt of no prompt is a space, as in the published examples: "" is read as " ".
+
+Letters: B samples, L text tokens, E text width, N latent tokens, C their channels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from diffusers.utils import load_image
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Qwen2VLProcessor
+
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.prompts import ImagePrompt
+from fastgrpo.trajectory import concatenate
+
+
+class Conditioning(NamedTuple):
+    """What the transformer reads of a prompt."""
+
+    embeds: Tensor  # (B, L, E)
+    mask: Tensor  # (B, L) bool, False for padding
+
+
+class EditConditioning(NamedTuple):
+    """What the transformer reads of a prompt and its image."""
+
+    embeds: Tensor  # (B, L, E)
+    mask: Tensor  # (B, L) bool, False for padding
+    image: Tensor  # (B, N, C) latents
+
+
+class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
+    """diffusers' attention, which takes the mask of the text from `attention_kwargs` too.
+
+    A mask that goes the transformer's own way makes it build a tensor from a Python number at every call: a copy from
+    the host, which no CUDA graph can record.
+    """
+
+    def __call__(
+        self,
+        attn,  # noqa: ANN001 (diffusers' Attention)
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask=mask, image_rotary_emb=image_rotary_emb
+        )
+
+
+class ImageProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's processor of texts and images without its part for videos, which cannot be loaded without torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:  # noqa: ANN001
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+class QwenImage(Adapter):
+    pipeline_class = "QwenImagePipeline"
+    Conditioning = Conditioning
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
+    longest_text: ClassVar[int] = 1024  # tokens, of the stock pipeline's max_sequence_length
+
+    def __init__(self, pipeline: Any, **arguments: Any) -> None:
+        super().__init__(pipeline, **arguments)
+        self.transformer.set_attn_processor(MaskedAttention())
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.settings.max_text_tokens > self.longest_text:
+            raise ValueError(
+                f"model.max_text_tokens = {self.settings.max_text_tokens}: "
+                f"{type(self).__name__} reads at most {self.longest_text}; lower it"
+            )
+
+    @staticmethod
+    def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """The guided velocity at the norm, token by token, of the one with the prompt."""
+        combined = v_uncond + scale * (v - v_uncond)
+        return combined * (torch.norm(v, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of an image's tokens."""
+        height, width = self.size
+        return 1, height // self.pixels_per_token, width // self.pixels_per_token
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        _, rows, columns = self.grid
+        return rows * columns, self.transformer.config.in_channels
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """As the pipeline's scheduler shifts them for an image of this many tokens."""
+        scheduler = self.scheduler()
+        config = scheduler.config
+        shift = calculate_shift(
+            self.latent_shape[0], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=shift)
+        return scheduler.sigmas.cpu()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        # One by one, so that what a prompt becomes does not depend on the others.
+        return concatenate([Conditioning(*self._read(prompt)) for prompt in prompts])
+
+    def _read(self, text: str, **image: Any) -> tuple[Tensor, Tensor]:
+        """The text encoder's (1, L, E), padded with zeros, and which of them are a prompt's (1, L)."""
+        length = self.settings.max_text_tokens
+        embeds, _ = self.pipeline.encode_prompt(
+            [text or " "], device=self.text_encoders[0].device, max_sequence_length=length, **image
+        )
+        found = embeds.shape[1]
+        if found > length:  # the pipeline has cut the prompt where it may be cut
+            raise ValueError(f"model.max_text_tokens = {length}: {text!r} with its image is {found} tokens; raise it")
+        mask = torch.arange(length, device=self.device) < found
+        return pad(embeds.to(self.device), (0, 0, 0, length - found)), mask[None]
+
+    def placeholder(self, batch: int) -> Conditioning:
+        length, width = self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
+        return Conditioning(
+            torch.randn(batch, length, width, device=self.device, dtype=self.dtype),
+            torch.ones(batch, length, device=self.device, dtype=torch.bool),
+        )
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._run(x, sigma, conditioning, [self.grid])
+
+    def _run(self, tokens: Tensor, sigma: Tensor, conditioning: tuple, grids: list[tuple[int, int, int]]) -> Tensor:
+        """The transformer on the tokens (B, any, C) of images that have these grids."""
+        return self.network(
+            # The pipeline rounds the time to the latents' dtype before it divides.
+            hidden_states=tokens, timestep=(sigma * 1000).to(tokens.dtype) / 1000,
+            encoder_hidden_states=conditioning.embeds, attention_kwargs={"attention_mask": conditioning.mask},
+            img_shapes=[grids] * len(tokens), return_dict=False,
+        )[0]  # fmt: skip
+
+    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+        height, width = self.size
+        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (decoder.config.latents_mean, decoder.config.latents_std)
+        )
+        return latents * std + mean
+
+    def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
+        return super().decode(latents, draft=draft)[:, :, 0]  # the one frame of a video
+
+    def load_tiny_decoder(self, path: Path) -> None:
+        raise ValueError(f"model.tiny_decoder = {path}: no AutoencoderTiny reads latents of Qwen-Image; leave it out")
+
+    def use_attention(self, name: str) -> None:
+        # flash-attn takes no mask, and diffusers hands xformers the true and false of one as scores of one and zero.
+        if name != "native":
+            raise ValueError(f"model.attention = {name!r}: cannot mask the padding of prompts; take native")
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image that is shown an image to edit, by its text encoder and as latents beside the noisy ones.
+
+    The image is resized to the output's size, so that all rows of a batch have as many tokens. At 1024 x 1024 that is
+    what the stock pipeline does with a square image. It enlarges the input of a smaller output to a megapixel too; here,
+    as in Flow-GRPO's published script, a training at 512 x 512 reads 512 x 512, at less than half the tokens.
+
+    `max_text_tokens` counts the image's tokens in the text encoder too: height / 28 times width / 28, each rounded.
+    A prompt that is longer is refused: the stock pipeline cuts none here.
+    """
+
+    pipeline_class = "QwenImageEditPipeline"
+    Conditioning = EditConditioning
+    image_conditioned = True
+    longest_text = 3072  # the table of rotary positions has 4096, and the first are the image's
+
+    @classmethod
+    def own_parts(cls, path: Path) -> dict[str, Any]:
+        return {"processor": ImageProcessor.from_pretrained(path / "processor", local_files_only=True)}
+
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        # The VAE makes the image's latents: a sample of its weights.
+        vae = [parameter.flatten()[0].item() for parameter in self.pipeline.vae.parameters()]
+        return super().encoder_settings | {"size": self.size, "vae": vae}
+
+    def encode_text(self, prompts: Sequence[ImagePrompt]) -> EditConditioning:
+        return concatenate([self._read_both(prompt) for prompt in prompts])
+
+    def _read_both(self, prompt: ImagePrompt) -> EditConditioning:
+        processor, (height, width) = self.pipeline.image_processor, self.size
+        image = processor.resize(load_image(str(prompt.image)), height, width)
+        pixels = processor.preprocess(image, height, width).unsqueeze(2)  # (1, 3, 1, height, width)
+        latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
+        packed = self.pipeline._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])
+        return EditConditioning(*self._read(prompt.text, image=image), packed)
+
+    def placeholder(self, batch: int) -> EditConditioning:
+        image = torch.randn(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
+        return EditConditioning(*super().placeholder(batch), image)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: EditConditioning) -> Tensor:
+        tokens = torch.cat([x, conditioning.image], dim=1)
+        return self._run(tokens, sigma, conditioning, [self.grid, self.grid])[:, : x.shape[1]].contiguous()
