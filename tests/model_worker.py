@@ -95,6 +95,7 @@ def main() -> None:
             stopped = configuration(name, folder, output / "stopped", *settings)
             whole_run(stopped, device, stop_after=4)
             result[form]["resumed"] = whole_run(stopped, device)
+    _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, device)
     print(json.dumps(result))
     finish()
 

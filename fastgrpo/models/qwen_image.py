@@ -195,9 +195,7 @@ class QwenImageEdit(QwenImage):
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
-        # The VAE makes the image's latents: a sample of its weights.
-        vae = [parameter.flatten()[0].item() for parameter in self.pipeline.vae.parameters()]
-        return super().encoder_settings | {"size": self.size, "vae": vae}
+        return super().encoder_settings | {"size": self.size}
 
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> EditConditioning:
         return concatenate([self._read_both(prompt) for prompt in prompts])
