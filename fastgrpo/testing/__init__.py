@@ -19,6 +19,7 @@ from fastgrpo.models.adapter import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
+    "wan": "fastgrpo.testing.wan:FAMILY",
 }
 
 
