@@ -134,10 +134,13 @@ class Engine:
         )
         size = sum(p.numel() for p in parameters)
         config = _config(zero_stage, dtype, max_grad_norm, micro_batch_size, size, zero_options or {})
+        kept = [(p, p.data) for p in _kept_in_float32(policy)] if zero_stage < 3 else []  # stage 3 has shards of one dtype
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, *_ = _deepspeed().initialize(
                 model=policy, optimizer=optimizer, model_parameters=parameters, config=config
             )
+        for p, data in kept:
+            p.data = data.to(p.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(self._engine.device)
 
@@ -325,6 +328,16 @@ def _check(zero_stage: int, dtype: torch.dtype, trained: dict[str, nn.Parameter]
                 f"{name} is trained in {p.dtype}, which float32 training would step without float32 masters; "
                 f"make it float32, or set dtype to {p.dtype}"
             )
+
+
+def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
+    """Frozen weights that a network of diffusers keeps in float32 whatever it is loaded in, and DeepSpeed would cast."""
+    networks = [m for m in policy.modules() if getattr(m, "_keep_in_fp32_modules", None)]
+    return [
+        p for network in networks for name, p in network.named_parameters()
+        if p.dtype == torch.float32 and not p.requires_grad
+        and any(part in name for part in network._keep_in_fp32_modules)
+    ]  # fmt: skip
 
 
 def _check_same(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:

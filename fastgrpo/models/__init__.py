@@ -13,6 +13,7 @@ MODELS = {
     "flux_kontext": "fastgrpo.models.flux:FluxKontext",
     "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
     "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
+    "wan": "fastgrpo.models.wan:Wan",
 }
 
 

@@ -70,6 +70,7 @@ class Adapter:
     lora_targets: ClassVar[tuple[str, ...]]
     takes: ClassVar[frozenset[str]] = frozenset()  # of num_frames, distilled_guidance
     image_conditioned: ClassVar[bool] = False  # prompts come with an input image
+    vae_dtype: ClassVar[torch.dtype | None] = None  # of the decoder, where it is not the model's
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: ClassVar[Callable[[Tensor, Tensor, float], Tensor] | None] = None
 
@@ -87,9 +88,10 @@ class Adapter:
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Adapter":
         """From a folder in the diffusers format; nothing is downloaded."""
         check_folder(path, cls.pipeline_class)
+        dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
         with quiet():
             kind = getattr(diffusers, cls.pipeline_class)
-            pipeline = kind.from_pretrained(path, dtype=dtype, local_files_only=True, **cls.own_parts(path))
+            pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod
@@ -103,7 +105,9 @@ class Adapter:
 
         On the meta device it has shapes only.
         """
-        parts = {name: build(config, dtype, device) for name, config in read_architecture(architecture)["parts"].items()}
+        dtypes = {"vae": cls.vae_dtype or dtype}
+        configs = read_architecture(architecture)["parts"]
+        parts = {name: build(config, dtypes.get(name, dtype), device) for name, config in configs.items()}
         kind = getattr(diffusers, cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(PROMPT_PARTS)}
         return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
@@ -209,7 +213,7 @@ class Adapter:
         draft: by the tiny decoder, if there is one.
         """
         decoder = self.tiny_decoder if draft and self.tiny_decoder is not None else self.pipeline.vae
-        return to_pixels(decoder.decode(self.vae_latents(latents.to(self.dtype), decoder), return_dict=False)[0])
+        return to_pixels(decoder.decode(self.vae_latents(latents.to(decoder.dtype), decoder), return_dict=False)[0])
 
     def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
         """Latents as the decoder reads them: unpacked, and at the scale of its own data."""

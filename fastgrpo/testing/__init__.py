@@ -23,6 +23,7 @@ FAMILIES = {
     "flux_kontext": "fastgrpo.testing.flux:KONTEXT",
     "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
+    "wan": "fastgrpo.testing.wan:FAMILY",
 }
 
 
