@@ -23,6 +23,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -86,7 +87,7 @@ class Adapter:
         """From a folder in the diffusers format; nothing is downloaded."""
         check_folder(path, cls.pipeline_class)
         with quiet():
-            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(path, dtype=dtype, local_files_only=True)
+            pipeline = cls.part_class(cls.pipeline_class).from_pretrained(path, dtype=dtype, local_files_only=True)
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod
@@ -95,10 +96,18 @@ class Adapter:
 
         On the meta device it has shapes only.
         """
-        parts = {name: build(config, dtype, device) for name, config in read_architecture(architecture)["parts"].items()}
-        kind = getattr(diffusers, cls.pipeline_class)
+        configs = read_architecture(architecture)["parts"]
+        parts = {
+            name: build(cls.part_class(config["_class_name"]), config, dtype, device) for name, config in configs.items()
+        }
+        kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(("text_", "token"))}
         return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def part_class(cls, name: str) -> type:
+        """The class of a pipeline or of one of its parts; a family overrides it for what diffusers does not have."""
+        return getattr(diffusers, name)
 
     def _check_settings(self) -> None:
         for name in ("num_frames", "distilled_guidance"):
@@ -264,7 +273,9 @@ class Adapter:
             return
         state = self.transformer.state_dict()
         state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
-        self.transformer.save_pretrained(folder / FULL, state_dict=state)
+        # Not by save_pretrained, which writes the weights of the moment, whatever it is handed.
+        self.transformer.save_config(folder / FULL)
+        save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets become
@@ -297,9 +308,9 @@ def read_architecture(name: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def build(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """One part of a pipeline from its config, with its "_class_name" in diffusers: a scheduler, or a random network."""
-    kind, before = getattr(diffusers, config["_class_name"]), torch.get_default_dtype()
+def build(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """One part of a pipeline from its class and config: a scheduler, or a random network."""
+    before = torch.get_default_dtype()
     if not issubclass(kind, torch.nn.Module):
         return kind.from_config(dict(config))
     torch.set_default_dtype(dtype)
