@@ -57,7 +57,7 @@ def test_every_model_has_a_tiny_family() -> None:
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:  # noqa: ANN001
-    """Step by step, to the last bit, one prompt at a time as the embeddings are made."""
+    """Step by step, to the last bit unless the family says otherwise, one prompt at a time as the embeddings are made."""
     model, family = load(name, folders), load_family(name)
     prompt, latents = family.prompts[0], noise(load(name, folders), 1)
     scheduler = model.pipeline.scheduler
@@ -76,7 +76,8 @@ def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, s
         without = None if scale == 1 else model.encode([without_text(prompt)])
         assert torch.equal(sigmas, scheduler.sigmas.cpu().float())
         for (x, expected), sigma in zip(fed, sigmas, strict=False):
-            assert torch.equal(guided(model, x, sigma[None], conditioning, without, scale, family.guided_together), expected)
+            found = guided(model, x, sigma[None], conditioning, without, scale, family.guided_together)
+            assert found.shape == expected.shape and (found - expected).abs().max() <= family.tolerance
 
 
 def guided(model, x, sigma, conditioning, without, scale, together):  # noqa: ANN001, ANN201
@@ -134,7 +135,7 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
     before = own_images(name, model, 1.0)
     model.train_all(keep_reference=True)
     trained = {n: p for n, p in model.transformer.named_parameters() if p.requires_grad}
-    assert len(trained) == len(list(model.transformer.parameters()))
+    assert trained.keys() == {n for n, _ in model.transformer.named_parameters() if load_family(name).fully_trained in n}
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -142,7 +143,11 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
     with model.reference():
         assert torch.equal(own_images(name, model, 1.0), before)
     assert torch.equal(own_images(name, model, 1.0), after) and not torch.equal(after, before)
-    model.save_trained(tmp_path, {n: p.detach().clone() for n, p in trained.items()})
+    average = {n: p.detach().clone() for n, p in trained.items()}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.zero_()  # what is handed over is saved, not what the network holds
+    model.save_trained(tmp_path, average)
     fresh = load(name, folders)
     fresh.load_trained(tmp_path)
     assert torch.equal(own_images(name, fresh, 1.0), after)

@@ -14,6 +14,7 @@ MODELS = {
     "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
     "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
     "wan": "fastgrpo.models.wan:Wan",
+    "bagel": "fastgrpo.models.bagel:Bagel",
 }
 
 

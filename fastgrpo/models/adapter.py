@@ -23,6 +23,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import save_torch_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,7 +91,7 @@ class Adapter:
         check_folder(path, cls.pipeline_class)
         dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
         with quiet():
-            kind = getattr(diffusers, cls.pipeline_class)
+            kind = cls.part_class(cls.pipeline_class)
             pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
@@ -106,11 +107,18 @@ class Adapter:
         On the meta device it has shapes only.
         """
         dtypes = {"vae": cls.vae_dtype or dtype}
-        configs = read_architecture(architecture)["parts"]
-        parts = {name: build(config, dtypes.get(name, dtype), device) for name, config in configs.items()}
-        kind = getattr(diffusers, cls.pipeline_class)
+        parts = {
+            name: build(cls.part_class(config["_class_name"]), config, dtypes.get(name, dtype), device)
+            for name, config in read_architecture(architecture)["parts"].items()
+        }
+        kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind.__init__).parameters if name.startswith(PROMPT_PARTS)}
         return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def part_class(cls, name: str) -> type:
+        """The class of a pipeline or of one of its parts; a family overrides it for what diffusers does not have."""
+        return getattr(diffusers, name)
 
     def _check_settings(self) -> None:
         for name in ("num_frames", "distilled_guidance"):
@@ -290,7 +298,9 @@ class Adapter:
             return
         state = self.transformer.state_dict()
         state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
-        self.transformer.save_pretrained(folder / FULL, state_dict=state)
+        # Not by save_pretrained, which writes the weights of the moment, whatever it is handed.
+        self.transformer.save_config(folder / FULL)
+        save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         # The metadata carries alpha: without it diffusers takes alpha = rank on load, in silence. Its sets become
@@ -323,9 +333,9 @@ def read_architecture(name: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def build(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """One part of a pipeline from its config, with its "_class_name" in diffusers: a scheduler, or a random network."""
-    kind, before = getattr(diffusers, config["_class_name"]), torch.get_default_dtype()
+def build(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """One part of a pipeline from its class and config: a scheduler, or a random network."""
+    before = torch.get_default_dtype()
     if not issubclass(kind, torch.nn.Module):
         return kind.from_config(dict(config))
     torch.set_default_dtype(dtype)

@@ -24,6 +24,7 @@ FAMILIES = {
     "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
     "wan": "fastgrpo.testing.wan:FAMILY",
+    "bagel": "fastgrpo.testing.bagel:FAMILY",
 }
 
 
@@ -38,9 +39,11 @@ class Family:
     guidance: tuple[float, ...] = (1.0, 3.0)  # scales that the family can do
     guided_together: bool = False  # whether the stock pipeline runs both halves of guidance as one batch
     prompts: tuple[Any, ...] = ("a red circle", "two blue squares left of a cat")
+    tolerance: float = 0.0  # of a velocity, where `call` is not the same sequence of operations
+    fully_trained: str = ""  # what the names of the weights have in common that full fine-tuning trains
 
     def save(self, folder: Path) -> None:
-        """As a folder in the diffusers format."""
+        """As a folder in the diffusers format, or as the family is published."""
         with quiet():
             self.make().save_pretrained(folder)
 

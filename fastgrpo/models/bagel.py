@@ -1,0 +1,176 @@
+"""BAGEL (arXiv 2505.14683): one model that reads text and makes images, here as far as it does the second for the first.
+
+It is not in diffusers, so its network is `fastgrpo.models.bagel_network`, and its folder is read as published by
+`fastgrpo.models.bagel_folder`. Its text encoder is one half of its transformer, the understanding weights, which stay as
+they are: what they make of a prompt is read once and kept. Trained is the other half, the generation weights, as Flow-GRPO
+does (arXiv 2505.05470).
+
+Letters: B samples, L text tokens, G heads of keys and values, K width of a head, N image tokens, C channels of a latent.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from torch import Tensor
+from transformers import Qwen2Tokenizer
+
+from fastgrpo.models.adapter import Adapter, quiet
+from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
+from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
+
+SHIFT = 3.0  # of the noise levels
+
+
+class Conditioning(NamedTuple):
+    """A prompt as the generation path sees it: its keys and values in every layer, zero from its length on.
+
+    In bfloat16 and at full size 57 kB for each of the L tokens.
+    """
+
+    keys: Tensor  # (B, layers, G, L, K)
+    values: Tensor  # (B, layers, G, L, K)
+    length: Tensor  # (B,) int64, 0 for no prompt
+
+
+class BagelPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+    """The parts under diffusers' names. Of its loaders this is the one that knows a transformer's LoRA and nothing else."""
+
+    def __init__(
+        self,
+        transformer: BagelTransformer,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        tokenizer: Qwen2Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.default_sample_size = transformer.config.max_latent_size * PATCH
+
+
+class Bagel(Adapter):
+    pipeline_class = "BagelPipeline"
+    Conditioning = Conditioning
+    lora_targets = (
+        "self_attn.q_proj_moe_gen", "self_attn.k_proj_moe_gen", "self_attn.v_proj_moe_gen", "self_attn.o_proj_moe_gen",
+        "mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj",
+    )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Bagel":
+        """From the published folder; nothing is downloaded."""
+        check_bagel_folder(path)
+        with quiet():
+            tokenizer = read_tokenizer(path)
+            pipeline = BagelPipeline(
+                read_network(path, tokenizer, dtype, device), read_autoencoder(path, dtype, device),
+                FlowMatchEulerDiscreteScheduler(shift=SHIFT), tokenizer,
+            )  # fmt: skip
+        return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def part_class(cls, name: str) -> type:
+        own = {kind.__name__: kind for kind in (BagelPipeline, BagelTransformer)}
+        return own.get(name) or super().part_class(name)
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.settings.max_text_tokens < 3:
+            raise ValueError(
+                f"model.max_text_tokens = {self.settings.max_text_tokens}: two are the prompt's marks; take more"
+            )
+        for name, value in zip(("height", "width"), self.size, strict=True):
+            if value > self.default_size:
+                raise ValueError(f"model.{name} = {value}: BAGEL has positions for {self.default_size} pixels at most")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        height, width = (side // self.pixels_per_token for side in self.size)
+        return height, width
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        rows, columns = self.grid
+        return rows * columns, PATCH**2 * self.pipeline.vae.config.latent_channels
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        return [] if self.pipeline.tokenizer is None else [self.transformer.understanding()]
+
+    def release_encoders(self) -> None:
+        """Nothing to release: every step needs the understanding weights too, for the marks around the latents."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """A prompt too long is cut before its closing mark."""
+        if not self.transformer.embed_tokens.weight.numel():
+            raise ValueError("engine.zero_stage = 3: shards the weights that BAGEL reads prompts with; take 1 or 2")
+        tokenizer, room = self.pipeline.tokenizer, self.settings.max_text_tokens
+        opening, closing = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        texts = [[opening, *tokenizer.encode(text)[: room - 2], closing] if text else [] for text in prompts]
+        ids = torch.tensor([[*text, *[closing] * (room - len(text))] for text in texts], device=self.device)
+        length = torch.tensor([len(text) for text in texts], device=self.device)
+        return Conditioning(*self.transformer.read(ids, length), length)
+
+    def placeholder(self, batch: int) -> Conditioning:
+        config, tokens = self.transformer.config, self.settings.max_text_tokens
+        shape = (batch, config.num_hidden_layers, config.num_key_value_heads, tokens, self.transformer.head_width)
+        keys, values = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        return Conditioning(keys, values, torch.full((batch,), tokens, device=self.device))
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.network(x, sigma, conditioning.keys, conditioning.values, conditioning.length, self.grid)
+
+    @staticmethod
+    def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """Guidance that never makes a sample's velocity longer than it is without (cfg_renorm "global", from 0 to 1).
+
+        v_uncond has no text at all. Always on, as in Flow-GRPO; the published demo guides only where sigma > 0.4.
+        """
+        plain, without = v.float(), v_uncond.float()
+        guided = without + scale * (plain - without)
+        dims = tuple(range(1, v.ndim))
+        ratio = plain.norm(dim=dims, keepdim=True) / (guided.norm(dim=dims, keepdim=True) + 1e-8)
+        return (guided * ratio.clamp(max=1)).to(v.dtype)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """s t / (1 + (s - 1) t) of evenly spaced t: the published schedule of num_timesteps = num_steps + 1 points."""
+        scheduler = self.scheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps))
+        return scheduler.sigmas.cpu()
+
+    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+        """A token is its square of latents row by row, channels last."""
+        rows, columns = self.grid
+        squares = latents.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, 2, 2, C)
+        image = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return super().vae_latents(image, decoder)
+
+    def use_attention(self, name: str) -> None:
+        if name != "native":
+            raise ValueError(f"model.attention = {name!r}: BAGEL masks the end of short prompts, which needs native")
+
+    def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
+        """Only beside weights that the prompt is not read with, as what was read of it is kept."""
+        reading = set(self.transformer.understanding())
+        for name, module in self.transformer.named_modules():
+            if module in reading and any(name == t or name.endswith("." + t) for t in targets or ()):
+                raise ValueError(
+                    f"model.lora.targets: {name} reads the prompt and is not trained; name generation weights, such as "
+                    f"{', '.join(self.lora_targets[:2])}"
+                )
+        super().add_lora(rank=rank, alpha=alpha, targets=targets)
+
+    def train_all(self, *, keep_reference: bool) -> None:
+        """Make the generation weights trainable, as published those of the layers; the copy shares all others."""
+        fixed = {id(p): p for name, p in self.transformer.named_parameters() if GEN not in name}
+        if keep_reference:
+            self._frozen = copy.deepcopy(self.transformer, fixed)
+        for name, parameter in self.transformer.named_parameters():
+            parameter.requires_grad_(GEN in name)
