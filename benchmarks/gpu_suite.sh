@@ -10,9 +10,9 @@ run() {
   echo "== $*"
   timeout 300 "$@" || failed+=("$*")
 }
-run python -m pytest -q tests/test_philox.py tests/test_sde_step.py tests/test_transition.py tests/test_rollout.py tests/test_graph.py
+run python -m pytest -q tests/test_philox.py tests/test_sde_step.py tests/test_transition.py tests/test_rollout.py tests/test_graph.py tests/test_lora.py
 run python benchmarks/kernel_speed.py
-run python benchmarks/rollout_speed.py --batches 1 2 9 24 --guidance 1
+run python benchmarks/rollout_speed.py --batches 1 2 9 24 --guidance 1 --fp8
 run python benchmarks/iteration_speed.py --rounds 3
 
 if [ ${#failed[@]} -gt 0 ]; then

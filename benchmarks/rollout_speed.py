@@ -8,6 +8,7 @@
     compiled             the same, torch.compile of the transformer's block
     captured             the same as eager, one CUDA graph (GPU)
     captured, compiled   both (GPU)
+    fp8                  --fp8: frozen layers multiply in 8 bits; on a GPU captured too
 
 All forms of a row draw in turn, round after round, so that a machine that slows down slows them all. Writes
 results/rollout_speed_DEVICE.{json,png}.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from fastgrpo import sde
 from fastgrpo.graph import CapturedRollout, CudaCapture
-from fastgrpo.models.sd3 import SD3
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.rollout import Policy, rollout, with_unconditional
 from fastgrpo.trajectory import TRAIN, Steps, noise_address
 from fastgrpo_kernels import sde_step
@@ -36,7 +37,7 @@ from fastgrpo_kernels import sde_step
 WINDOW = 3
 
 
-def steps_of(model: SD3, num_steps: int, batch: int) -> Steps:
+def steps_of(model: Adapter, num_steps: int, batch: int) -> Steps:
     sigmas = model.sigmas(num_steps)
     start = torch.ones(batch, dtype=torch.int64)
     size = min(WINDOW, num_steps - 2)
@@ -44,7 +45,7 @@ def steps_of(model: SD3, num_steps: int, batch: int) -> Steps:
     return Steps(sigmas.to(DEVICE), table, start.to(DEVICE), size, torch.zeros(num_steps, device=DEVICE))
 
 
-def forms(models: dict[str, SD3], batch: int, num_steps: int, guidance: float) -> dict[str, Callable[[], Any]]:
+def forms(models: dict[str, Adapter], batch: int, num_steps: int, guidance: float) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: each a function that draws `batch` images' latents."""
     eager, rival = models["eager"], models["diffusers"]
     plain, steps = conditioning(eager, batch), steps_of(eager, num_steps, batch)
@@ -64,17 +65,25 @@ def forms(models: dict[str, SD3], batch: int, num_steps: int, guidance: float) -
 
     found = {"diffusers": stock}
     for name in (name for name in models if name != "diffusers"):
-        model = models[name]
-        policy = Policy(model)
-        found[name] = lambda p=policy: rollout(p, steps, address, rows, **options)
+        found[name] = drawing(rollout, models[name], steps, address, rows, options)
         if DEVICE.type == "cuda":
-            captured = CapturedRollout(CudaCapture())
-            label = "captured" if name == "eager" else "captured, compiled"
-            found[label] = lambda c=captured, p=policy: c(p, steps, address, rows, **options)
+            label = "captured" if name == "eager" else f"captured, {name}"
+            found[label] = drawing(CapturedRollout(CudaCapture()), models[name], steps, address, rows, options)
     return found
 
 
-def measure(models: dict[str, SD3], batch: int, num_steps: int, guidance: float, rounds: int) -> dict[str, Any]:
+def drawing(form: Callable[..., Any], model: Any, *arguments: Any) -> Callable[[], Any]:
+    """The rollout of a model, in 8 bits where it was prepared for that."""
+    policy, (*inputs, options) = Policy(model), arguments
+
+    def draw() -> Any:
+        with model.drafting():
+            return form(policy, *inputs, **options)
+
+    return draw
+
+
+def measure(models: dict[str, Adapter], batch: int, num_steps: int, guidance: float, rounds: int) -> dict[str, Any]:
     functions = forms(models, batch, num_steps, guidance)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():  # compile, capture, warm up
@@ -93,7 +102,7 @@ def measure(models: dict[str, SD3], batch: int, num_steps: int, guidance: float,
     return row
 
 
-def phases(model: SD3, batch: int) -> dict[str, float]:
+def phases(model: Adapter, batch: int) -> dict[str, float]:
     """Seconds of each part of a step, and of the decoder once an image batch."""
     rows, x = conditioning(model, batch), torch.randn(batch, *model.latent_shape, device=DEVICE)
     sigma, steps = torch.full((batch,), 0.7, device=DEVICE), steps_of(model, 10, batch)
@@ -109,7 +118,7 @@ def phases(model: SD3, batch: int) -> dict[str, float]:
         }
 
 
-def flops_of(model: SD3) -> float:
+def flops_of(model: Adapter) -> float:
     """Of one forward pass of one image, by counting."""
     rows, x = conditioning(model, 1), torch.randn(1, *model.latent_shape, device=DEVICE, dtype=model.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -147,6 +156,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.5])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled forms")
+    parser.add_argument("--fp8", action="store_true", help="8-bit rollouts too")
     arguments = parser.parse_args()
     results = []
     for resolution in arguments.resolutions if arguments.model != "tiny" else [32]:
@@ -157,6 +167,9 @@ def main() -> None:
         if not arguments.no_compile:
             models["compiled"] = copy.deepcopy(models["eager"])
             models["compiled"].compile_blocks()
+        if arguments.fp8:
+            models["fp8"] = copy.deepcopy(models["eager"])
+            models["fp8"].prepare_drafts()
         peak, source = peak_flops(models["eager"].dtype)
         flops, rows = flops_of(models["eager"]), []
         grid = list(product(arguments.batches, arguments.steps, arguments.guidance))

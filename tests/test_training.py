@@ -144,6 +144,14 @@ def test_bfloat16_is_exactly_on_policy_too(tmp_path: Path) -> None:
         assert row["first_ratio_deviation"] == 0.0 and row["grad_norm"] > 0
 
 
+def test_eight_bit_rollouts_are_scored_again_exactly(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Other samples than those of an exact rollout, but near; and the first ratio is 1 of what scored them."""
+    run(command(tmp_path / "fp8", "rollout.precision=fp8", "update.old_velocity=recompute", "iterations=2"))
+    for row, exact in zip(rows(tmp_path / "fp8"), rows(finished[0]), strict=False):
+        assert row["first_ratio_deviation"] == 0
+        assert row["reward"] == pytest.approx(exact["reward"], abs=0.2) and row["kl"] != exact["kl"]
+
+
 def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Other ways to the same run: the rollout's numbers are the same bits, and the first update is exactly on-policy."""
     settings = [
