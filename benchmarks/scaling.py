@@ -4,10 +4,12 @@
 
 For N images an iteration on W ranks, U optimiser steps, G bytes of gradient in float32 and C ranks that really run at once:
 
-    T(W) = N c / min(W, C)  +  U (2 log2(W) a + 2 (W - 1) / W G / b)
+    T(W) = N c k(W) / min(W, C)  +  U (2 log2(W) a + 2 (W - 1) / W G / b)
 
-c is measured with one rank; a (seconds a message) and b (bytes a second) by all-reduces of two sizes between two ranks. So
-runs with 2 and 4 ranks test the model, none of them having gone into it. CPU ranks get one thread each.
+c is measured with one rank; k, what ranks lose to each other's use of memory and caches, by C runs of one rank at the same
+time that know nothing of each other (k = 1 for one rank, and on GPUs, which share neither); a (seconds a message) and b
+(bytes a second) by all-reduces of two sizes between two ranks. So runs with 2 and 4 ranks test the model, none of them
+having gone into it. CPU ranks get one thread each.
 
 For GPUs nothing was measured: c, a and b are assumptions, printed with the result, for LoRA on SD3.5-M at 512 px.
 """
@@ -38,20 +40,36 @@ GPU = {"images_per_second": 10.0, "latency": 20e-6, "bandwidth": 40e9, "gradient
 
 
 def launch(ranks: int, arguments: list[str]) -> str:
+    return finished(begin(ranks, arguments))
+
+
+def begin(ranks: int, arguments: list[str]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def iteration_seconds(ranks: int, config: Path) -> float:
+def finished(process: subprocess.Popen) -> str:
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(process.args)} ended with {process.returncode}:\n{output}{errors}")
+    return output
+
+
+def iteration_seconds(ranks: int, config: Path, copies: int = 1) -> float:
+    """Of a run, or the mean of several that run at the same time."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [part for setting in (*SETTINGS, f"output={folder}/run") for part in ("--set", setting)]
-        launch(ranks, [str(ROOT / "fastgrpo" / "train.py"), "--config", str(config), *options])
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(sum(row["seconds"].values()) for row in rows[1:])  # the first warms up
+        outputs = [Path(folder) / f"run{i}" for i in range(copies)]
+        runs = []
+        for output in outputs:
+            options = [part for setting in (*SETTINGS, f"output={output}") for part in ("--set", setting)]
+            runs.append(begin(ranks, [str(ROOT / "fastgrpo" / "train.py"), "--config", str(config), *options]))
+        for run in runs:
+            finished(run)
+        found = [[json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] for output in outputs]
+    # The first iteration warms up.
+    return statistics.mean(statistics.median(sum(row["seconds"].values()) for row in rows[1:]) for rows in found)
 
 
 def probe() -> None:
@@ -142,11 +160,13 @@ def main() -> None:
     alone = rows[0]["seconds"] * rows[0]["ranks"] if rows[0]["ranks"] == 1 else None
     if alone is None:
         parser.error("--ranks must begin with 1, from which the cost of an image is taken")
+    together = iteration_seconds(1, arguments.config, copies=cores) / alone
     for row in rows:
         talk = 2 * communication(row["ranks"], latency, bandwidth, gradient)
-        row["predicted_seconds"] = round(alone / min(row["ranks"], cores) + talk, 4)
+        contention = 1.0 if row["ranks"] == 1 else together
+        row["predicted_seconds"] = round(alone * contention / min(row["ranks"], cores) + talk, 4)
         row["error"] = round(row["predicted_seconds"] / row["seconds"] - 1, 4)
-    fitted = {"latency_s": latency, "bandwidth_bytes_s": bandwidth, "gradient_bytes": gradient, "cores": cores}
+    fitted = {"contention": round(together, 4), "latency_s": latency, "bandwidth_bytes_s": bandwidth, "gradient_bytes": gradient, "cores": cores}
     predicted = gpu_rows()
     finish("scaling", {"images": IMAGES, "fitted": fitted, "rows": rows, "gpu_assumptions": GPU, "gpu": predicted},
            draw(rows, predicted))  # fmt: skip
