@@ -166,7 +166,10 @@ def main() -> None:
         contention = 1.0 if row["ranks"] == 1 else together
         row["predicted_seconds"] = round(alone * contention / min(row["ranks"], cores) + talk, 4)
         row["error"] = round(row["predicted_seconds"] / row["seconds"] - 1, 4)
-    fitted = {"contention": round(together, 4), "latency_s": latency, "bandwidth_bytes_s": bandwidth, "gradient_bytes": gradient, "cores": cores}
+    fitted = {
+        "contention": round(together, 4), "latency_s": latency, "bandwidth_bytes_s": bandwidth,
+        "gradient_bytes": gradient, "cores": cores,
+    }  # fmt: skip
     predicted = gpu_rows()
     finish("scaling", {"images": IMAGES, "fitted": fitted, "rows": rows, "gpu_assumptions": GPU, "gpu": predicted},
            draw(rows, predicted))  # fmt: skip
