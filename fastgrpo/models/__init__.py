@@ -9,6 +9,7 @@ from typing import Any
 
 MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
+    "z_image": "fastgrpo.models.z_image:ZImage",
 }
 
 

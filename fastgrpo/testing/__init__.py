@@ -19,6 +19,7 @@ from fastgrpo.models.adapter import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
+    "z_image": "fastgrpo.testing.z_image:FAMILY",
 }
 
 
