@@ -9,6 +9,8 @@ from typing import Any
 
 MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
+    "flux2": "fastgrpo.models.flux2:Flux2",
+    "flux2_klein": "fastgrpo.models.flux2:Flux2Klein",
     "z_image": "fastgrpo.models.z_image:ZImage",
 }
 

@@ -19,6 +19,8 @@ from fastgrpo.models.adapter import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
+    "flux2": "fastgrpo.testing.flux2:DEV",
+    "flux2_klein": "fastgrpo.testing.flux2:KLEIN",
     "z_image": "fastgrpo.testing.z_image:FAMILY",
 }
 
