@@ -15,6 +15,9 @@ MODELS = {
     "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
     "wan": "fastgrpo.models.wan:Wan",
     "bagel": "fastgrpo.models.bagel:Bagel",
+    "flux2": "fastgrpo.models.flux2:Flux2",
+    "flux2_klein": "fastgrpo.models.flux2:Flux2Klein",
+    "z_image": "fastgrpo.models.z_image:ZImage",
 }
 
 

@@ -25,6 +25,9 @@ FAMILIES = {
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
     "wan": "fastgrpo.testing.wan:FAMILY",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
+    "flux2": "fastgrpo.testing.flux2:DEV",
+    "flux2_klein": "fastgrpo.testing.flux2:KLEIN",
+    "z_image": "fastgrpo.testing.z_image:FAMILY",
 }
 
 

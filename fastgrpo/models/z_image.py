@@ -1,0 +1,167 @@
+"""Z-Image and Z-Image-Turbo (arXiv 2511.22699): one stream of image and text tokens, Qwen3 for the text.
+
+The stock transformer takes captions as lists of tensors, and their lengths, from which it makes masks and positions, on the
+host. `velocity` runs its layers on padded captions instead, with lengths as tensors: a batch has one shape whatever its
+prompts, a sample's result depends on no other's length, and nothing in a rollout waits for the device.
+
+A caption has n tokens, then the network's own pad token up to p, the next multiple of 32, then what is masked up to P:
+
+    sequence    image tokens 0..N, text tokens 0..n, pad token n..p, masked p..P
+    positions   text token i at (1 + i, 0, 0), image token at row h and column w at (1 + p, h, w)
+
+The stock pipeline adds G (v - v_uncond) to v, so that its guidance_scale of G is one of 1 + G here, where 1 is none as with
+every other model: published are G = 0 for Z-Image-Turbo and 3 to 5 for Z-Image.
+
+Letters: B samples, (C, H, W) a latent, N image tokens, a multiple of 32 by its own pad token, P text tokens, E text width,
+K width of a head.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fastgrpo.models.adapter import Adapter
+
+PATCH = "2-1"  # the key of the layers for patches of two by two pixels and one frame, the only ones published
+
+
+class Conditioning(NamedTuple):
+    """What the transformer reads of a prompt."""
+
+    embeds: Tensor  # (B, P, E), zeros from n on
+    length: Tensor  # (B,) int64, n
+
+
+class ZImage(Adapter):
+    pipeline_class = "ZImagePipeline"
+    Conditioning = Conditioning
+    lora_targets = (
+        "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    )  # fmt: skip
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        # Past their ends the tables of rotations would be read out of bounds, which on a GPU ends the process.
+        places, rows, columns = self.transformer.config.axes_lens
+        most = {
+            "max_text_tokens": (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF,
+            "height": rows * self.pixels_per_token,
+            "width": columns * self.pixels_per_token,
+        }
+        for name, value in zip(most, (self.settings.max_text_tokens, *self.size), strict=True):
+            if value > most[name]:
+                raise ValueError(f"model.{name} = {value}: this model's positions end at {most[name]}; take at most that")
+
+    @property
+    def default_size(self) -> int:
+        return 1024  # of the pipeline, which keeps it in no attribute
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        height, width = (side // self.pipeline.vae_scale_factor for side in self.size)
+        return self.transformer.config.in_channels, height, width
+
+    @property
+    def text_tokens(self) -> int:
+        """P"""
+        return -(-self.settings.max_text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        scheduler = self.scheduler()
+        config, tokens = scheduler.config, self.latent_shape[1] * self.latent_shape[2] // 4
+        mu = calculate_shift(
+            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+        )  # fmt: skip
+        scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(num_steps), mu=mu)
+        return scheduler.sigmas.cpu()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        captions, _ = self.pipeline.encode_prompt(
+            list(prompts), self.text_encoders[0].device, do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.max_text_tokens,
+        )  # fmt: skip
+        embeds = torch.stack([pad(caption, (0, 0, 0, self.text_tokens - len(caption))) for caption in captions])
+        length = torch.tensor([len(caption) for caption in captions])
+        return Conditioning(embeds.to(self.device), length.to(self.device))
+
+    def placeholder(self, batch: int) -> Conditioning:
+        width, tokens = self.transformer.config.cap_feat_dim, self.settings.max_text_tokens
+        embeds = torch.randn(batch, tokens, width, device=self.device, dtype=self.dtype)
+        return Conditioning(
+            pad(embeds, (0, 0, 0, self.text_tokens - tokens)), torch.full((batch,), tokens, device=self.device)
+        )
+
+    @staticmethod
+    def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """v_uncond + scale (v - v_uncond), added up in the pipeline's order, so that the last bit is the same."""
+        exact = v.float()
+        return (exact + (scale - 1) * (exact - v_uncond.float())).to(v.dtype)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        network, (embeds, length) = self.network, conditioning
+        # 1 - sigma, rounded as the pipeline makes it of the scheduler's timesteps.
+        time = network.t_embedder((1000 - sigma * 1000) / 1000 * network.t_scale).type_as(x)
+        real = torch.arange(embeds.shape[1], device=x.device)[None] < length[:, None]  # (B, P)
+        rotations, text_mask = positions(network, x, conditioning)
+        image_rotations, text_rotations = rotations.split([rotations.shape[1] - embeds.shape[1], embeds.shape[1]], dim=1)
+
+        image = pad_image(network.all_x_embedder[PATCH](patches(x)), network.x_pad_token)
+        for block in network.noise_refiner:
+            image = run(network, block, image, None, image_rotations, time)
+        text = torch.where(real[..., None], network.cap_embedder(embeds), network.cap_pad_token)
+        for block in network.context_refiner:
+            text = run(network, block, text, text_mask, text_rotations)
+        both, mask = torch.cat([image, text], dim=1), pad(text_mask, (image.shape[1], 0), value=True)
+        for block in network.layers:
+            both = run(network, block, both, mask, rotations, time)
+        return -images(network.all_final_layer[PATCH](both, c=time), x)  # the network's own sign is data - noise
+
+    def use_attention(self, name: str) -> None:
+        if name != "native":
+            raise ValueError(f"model.attention = {name!r}: Z-Image masks its padded captions; take native, which can")
+
+
+def run(network: nn.Module, block: nn.Module, *inputs: Any) -> Tensor:
+    """A block, its activations kept for the backward pass or, with gradient checkpointing, made again there."""
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        return network._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
+def patches(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W / 4, 4 C), the pixels of a patch before their channels."""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(B, H * W // 4, 4 * C)
+
+
+def images(tokens: Tensor, x: Tensor) -> Tensor:
+    """The inverse of `patches`, of the first tokens, in the shape of x."""
+    B, C, H, W = x.shape
+    tokens = tokens[:, : H * W // 4].view(B, H // 2, W // 2, 2, 2, C)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def pad_image(tokens: Tensor, token: Tensor) -> Tensor:
+    """Image tokens and the network's own pad token, to a multiple of 32 of them: (B, N, width)."""
+    B, count, width = tokens.shape
+    return torch.cat([tokens, token.expand(B, -count % SEQ_MULTI_OF, width)], dim=1)
+
+
+def positions(network: nn.Module, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    """Rotations (B, N + P, K / 2) complex by the positions of all tokens, and which text tokens are attended to (B, P)."""
+    (B, _, H, W), device = x.shape, x.device
+    text = torch.arange(conditioning.embeds.shape[1], device=device)  # (P,)
+    padded = (conditioning.length + SEQ_MULTI_OF - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF  # (B,) p
+    grid = torch.cartesian_prod(*(torch.arange(side // 2, device=device) for side in (H, W)))  # (H W / 4, 2)
+    image_ids = torch.cat([(1 + padded).view(B, 1, 1).expand(-1, len(grid), -1), grid.expand(B, -1, -1)], dim=2)
+    image_ids = pad(image_ids, (0, 0, 0, -len(grid) % SEQ_MULTI_OF))  # the pad token at (0, 0, 0)
+    text_ids = pad(1 + text[:, None], (0, 2)).expand(B, -1, -1)
+    ids = torch.cat([image_ids, text_ids], dim=1)  # (B, N + P, 3)
+    return network.rope_embedder(ids.flatten(0, 1)).view(*ids.shape[:2], -1), text < padded[:, None]
