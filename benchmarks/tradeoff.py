@@ -156,6 +156,9 @@ def draw_training(panels: Any, rows: list[dict[str, Any]]) -> None:
     by_steps.set_xticks([], minor=True)
     by_noise.set(xlabel="noise level (10 steps)")
     front.set(xscale="log", xlabel="images a second, whole iterations", title="Pareto front")
+    speeds = sorted({round(row["images_per_second"]) for row in rows})
+    front.set_xticks(speeds[::2], speeds[::2])
+    front.set_xticks([], minor=True)
     by_steps.legend(frameon=False)
 
 

@@ -28,8 +28,8 @@ def models() -> dict:
     return {name: adapter(name) for name in NAMES}
 
 
-def recorded(pipeline, prompt: str, **options) -> list[tuple]:  # noqa: ANN001, ANN003
-    """(latents, velocity) of each step of a stock run."""
+def recorded(pipeline, prompt: str, **options) -> tuple[list[tuple], torch.Tensor]:  # noqa: ANN001, ANN003
+    """(latents, velocity) of each step of a stock run, and its images."""
     fed, step = [], pipeline.scheduler.step
 
     def record(velocity, timestep, sample, **options):  # noqa: ANN001, ANN202
@@ -38,7 +38,7 @@ def recorded(pipeline, prompt: str, **options) -> list[tuple]:  # noqa: ANN001, 
 
     pipeline.scheduler.step = record
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(prompt=prompt, max_sequence_length=TEXT_TOKENS, output_type="pt", **options).images
+    images = pipeline(prompt=prompt, max_sequence_length=TEXT_TOKENS, **{"output_type": "pt", **options}).images
     del pipeline.scheduler.step
     return fed, images
 
@@ -77,6 +77,13 @@ def test_images_need_not_be_square(name: str, height: int, width: int) -> None:
     decoded = model.decode(final)
     assert decoded.shape == (1, 3, height, width)
     assert (decoded.float() - images.float() * 255).abs().max() <= 1
+
+
+def test_the_decoder_reads_what_the_pipeline_gives_it(models) -> None:  # noqa: ANN001
+    model = models["flux2_klein"]
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    (((x, velocity),), expected) = recorded(model.pipeline, PROMPTS[1], **options)
+    torch.testing.assert_close(model.vae_latents(x - velocity, model.pipeline.vae), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_steps", [2, 5])
