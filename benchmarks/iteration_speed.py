@@ -49,7 +49,9 @@ LADDER = {
 
 
 def released(config: Any) -> Released:
-    model = load_model("sd3", path=config.model.path, dtype=torch.float32, device=DEVICE, max_text_tokens=1)
+    model = load_model(
+        "sd3", path=config.model.path, dtype=getattr(torch, config.model.dtype), device=DEVICE, max_text_tokens=1
+    )
     lora = config.model.lora
     add_stock_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     return Released(config, model, load_prompts(config.prompts.train))
