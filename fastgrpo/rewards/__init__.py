@@ -24,6 +24,7 @@ REWARDS = {
     "hpsv2": "fastgrpo.rewards.hpsv2:HPSv2",
     "aesthetic": "fastgrpo.rewards.aesthetic:Aesthetic",
     "image_reward": "fastgrpo.rewards.image_reward:ImageReward",
+    "vlm_judge": "fastgrpo.rewards.judge:VLMJudge",
 }
 
 
