@@ -37,6 +37,8 @@ setup(
         "test": ["pytest", "ruff"],
         "flash": ["flash-attn>=2.6.3"],
         "xformers": ["xformers>=0.0.29"],
+        # The client of vlm_judge; huggingface_hub 2 brings it along.
+        "judge": ["httpx2>=2,<3"],
     },
     entry_points={"console_scripts": ["fastgrpo=fastgrpo.cli:main"]},
 )

@@ -13,7 +13,8 @@ FLOORS = [
 HOMES = {
     "deepspeed": ["fastgrpo.engine"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "transformers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
+    "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
+    "httpx2": ["fastgrpo.rewards.judge"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
 }

@@ -19,6 +19,12 @@ REWARDS = {
     "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
+    "clip_score": "fastgrpo.rewards.clip:ClipScore",
+    "pickscore": "fastgrpo.rewards.clip:PickScore",
+    "hpsv2": "fastgrpo.rewards.hpsv2:HPSv2",
+    "aesthetic": "fastgrpo.rewards.aesthetic:Aesthetic",
+    "image_reward": "fastgrpo.rewards.image_reward:ImageReward",
+    "vlm_judge": "fastgrpo.rewards.judge:VLMJudge",
 }
 
 

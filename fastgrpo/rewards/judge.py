@@ -1,0 +1,220 @@
+"""A vision-language model as the judge, behind any endpoint that speaks OpenAI's chat completions (vLLM, SGLang, ...).
+
+    score = (what the judge answered - low) / (high - low)          its own scale, low to high, onto 0 to 1
+
+    reward:
+      settings:
+        vlm_judge: {url: "http://localhost:8000/v1", model: Qwen/Qwen2.5-VL-7B-Instruct, preset: general}
+
+Each image travels as a PNG with its own question, many at once, and the scores come back in order. An endpoint that is
+busy, broken or silent is asked again, after 1, 2, 4, ... seconds give or take a half; so is a judge that gave no score on
+its scale, now at a temperature, since at 0 it would say the same. After the last try it is an error: a score is never
+made up. (Flow-GRPO takes 0 for such an answer, and score / 5 for the rest.)
+
+Of the judges of Flow-GRPO, DeQA is not here: its score is the mean of five words' probabilities, not a text.
+"""
+
+import base64
+import io
+import math
+import os
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx2
+import torch
+from PIL import Image
+from torch import Tensor
+
+RETRY_TEMPERATURE = 0.7
+LONGEST_WAIT = 30.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a judge is asked, and how its answer is read."""
+
+    prompt: str
+    """The text beside the image; `{prompt}` in it becomes the image's prompt."""
+    score: str
+    """Regular expression whose first group is the score; of several matches the last counts."""
+    low: float
+    """The judge's worst score."""
+    high: float
+    """The judge's best score."""
+
+
+GENERAL = """\
+This image was generated for the prompt: {prompt}
+How well does it show what the prompt asks for, and how good is it as an image? Consider every object, attribute, number \
+and relation of the prompt; then the sharpness, the anatomy and the composition. Reason in a few sentences. End with one \
+line "Final Score: X", where X is from 0 (nothing fits, or unrecognisable) to 10 (everything fits, and flawless)."""
+
+# Flow-GRPO's question to CodeGoat24/UnifiedReward-7b-v1.5 (flow_grpo/rewards.py), which was trained on these words.
+UNIFIED_REWARD = """\
+<image>
+You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on \
+two key criteria:
+1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the accuracy of \
+depicted objects, their relationships, and attributes as described in the caption.
+2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, color \
+accuracy, and overall aesthetic appeal.
+Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+
+# Flow-GRPO's question to Qwen2.5-VL (flow_grpo/qwenvl.py): of the image alone.
+QWEN_VL_QUALITY = """\
+
+Your role is to evaluate the aesthetic quality score of given images.
+1. Bad: Extremely blurry, underexposed with significant noise, indiscernible
+subjects, and chaotic composition.
+2. Poor: Noticeable blur, poor lighting, washed-out colors, and awkward
+composition with cut-off subjects.
+3. Fair: In focus with adequate lighting, dull colors, decent composition but
+lacks creativity.
+4. Good: Sharp, good exposure, vibrant colors, thoughtful composition with
+a clear focal point.
+5. Excellent: Exceptional clarity, perfect exposure, rich colors, masterful
+composition with emotional impact.
+
+Please first provide a detailed analysis of the evaluation process, including the criteria for judging aesthetic \
+quality, within the <Thought> tag. Then, give a final score from 1 to 5 within the <Score> tag.
+<Thought>
+[Analyze the evaluation process in detail here]
+</Thought>
+<Score>X</Score>
+"""
+
+FINAL_SCORE = r"Final Score:\**\s*(\d+(?:\.\d+)?)"
+PRESETS = {
+    "general": Question(prompt=GENERAL, score=FINAL_SCORE, low=0, high=10),
+    "unified_reward": Question(prompt=UNIFIED_REWARD, score=FINAL_SCORE, low=1, high=5),
+    "qwen_vl_quality": Question(prompt=QWEN_VL_QUALITY, score=r"<Score>\s*(\d+(?:\.\d+)?)\s*</Score>", low=1, high=5),
+}
+
+
+class Unanswered(Exception):
+    """A try that gave no score, and why; another may."""
+
+
+class NoScore(Unanswered):
+    """The judge spoke, but gave no score on its scale."""
+
+
+class VLMJudge:
+    """Asks an endpoint for the score of each image."""
+
+    low, high = 0.0, 1.0
+
+    def __init__(
+        self, device: torch.device, *, url: str, model: str, preset: str = "general", timeout: float = 120.0,
+        retries: int = 5, concurrency: int = 32, backoff: float = 1.0, max_tokens: int = 1024, temperature: float = 0.0,
+        api_key_env: str = "", prompt: str | None = None, score: str | None = None, low: float | None = None,
+        high: float | None = None,
+    ) -> None:  # fmt: skip
+        """
+        url: the endpoint up to and with /v1.    model: as it serves it.
+        preset: one of `PRESETS`.    prompt, score, low, high: in place of the preset's; see `Question`.
+        timeout: seconds without a sign of it.    retries: further tries of one image.    backoff: seconds before the first.
+        concurrency: images that it judges at a time.    max_tokens: of its answer.
+        api_key_env: name of the environment variable that holds the key, which does not belong in a configuration.
+        """
+        self.question = checked_question(preset, {"prompt": prompt, "score": score, "low": low, "high": high})
+        self.url, self.retries, self.backoff = url.rstrip("/") + "/chat/completions", retries, backoff
+        self.request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        headers = {"Authorization": f"Bearer {key_from(api_key_env)}"} if api_key_env else {}
+        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self.client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
+        self.concurrency = concurrency
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """images (B, 3, H, W) uint8 -> (B,) float32, 0 to 1."""
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        with ThreadPoolExecutor(self.concurrency, "judge") as pool:
+            scores = list(pool.map(self.judge, arrays, prompts))
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def judge(self, array: Any, prompt: str) -> float:
+        """One image (H, W, 3) uint8, asked about until there is a score."""
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(array)}},
+            {"type": "text", "text": self.question.prompt.replace("{prompt}", prompt)},
+        ]
+        request = self.request | {"messages": [{"role": "user", "content": content}]}
+        for tried in range(self.retries + 1):
+            if tried:
+                # Jitter: else all that failed together would come back together.
+                time.sleep(min(self.backoff * 2 ** (tried - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+            try:
+                return self.read(self.answer(request))
+            except Unanswered as failure:
+                reason = failure
+                if isinstance(failure, NoScore):
+                    request["temperature"] = max(request["temperature"], RETRY_TEMPERATURE)
+        tries = f"no score in {self.retries + 1} tries"
+        raise RuntimeError(f"vlm_judge at {self.url}: {tries} for the prompt {prompt!r}; the last: {reason}")
+
+    def answer(self, request: dict) -> str:
+        """The judge's text. Raises `Unanswered` where another try may help, RuntimeError where none can."""
+        try:
+            response = self.client.post(self.url, json=request)
+        except httpx2.TransportError as failure:
+            raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
+        status, body = response.status_code, response.text[:500]
+        if status == 429 or status >= 500:
+            raise Unanswered(f"status {status}: {body!r}")
+        if status != 200:
+            raise RuntimeError(f"vlm_judge at {self.url} answered {status}: {body!r}; see reward.settings.vlm_judge")
+        try:
+            text = response.json()["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError) as failure:
+            raise Unanswered(f"no chat completion: {body!r}") from failure
+        # null where a reasoning model ran out of tokens before it spoke
+        return text if isinstance(text, str) else ""
+
+    def read(self, answer: str) -> float:
+        """The score in an answer, 0 to 1. Raises `NoScore` where it has none, or one beyond the scale."""
+        low, high = self.question.low, self.question.high
+        found = [match[1] for match in re.finditer(self.question.score, answer)]
+        try:
+            value = float(found[-1])
+        except (IndexError, TypeError, ValueError):
+            value = math.nan
+        if not low <= value <= high:
+            raise NoScore(f"an answer without a score from {low:g} to {high:g}: {answer[-500:]!r}")
+        return (value - low) / (high - low)
+
+
+def checked_question(preset: str, changes: dict[str, Any]) -> Question:
+    """The preset with the changes that are not None, or an error that names the setting."""
+    where = "reward.settings.vlm_judge"
+    if preset not in PRESETS:
+        raise ValueError(f"{where}.preset = {preset!r}: not one of {', '.join(PRESETS)}")
+    question = replace(PRESETS[preset], **{key: value for key, value in changes.items() if value is not None})
+    try:
+        groups = re.compile(question.score).groups
+    except re.error as failure:
+        raise ValueError(f"{where}.score = {question.score!r}: no regular expression: {failure}") from failure
+    if groups < 1:
+        raise ValueError(f"{where}.score = {question.score!r}: has no group (...) around the number")
+    if question.low >= question.high:
+        raise ValueError(f"{where}.low = {question.low} is not below high = {question.high}")
+    return question
+
+
+def key_from(variable: str) -> str:
+    if not os.environ.get(variable):
+        raise ValueError(f"reward.settings.vlm_judge.api_key_env = {variable!r}: this environment variable is not set")
+    return os.environ[variable]
+
+
+def data_url(array: Any) -> str:
+    """An image (H, W, 3) uint8 as a PNG, so that the judge sees every pixel as it is."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
