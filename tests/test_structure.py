@@ -13,7 +13,7 @@ FLOORS = [
 HOMES = {
     "deepspeed": ["fastgrpo.engine"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "transformers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
+    "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
 }

@@ -19,6 +19,10 @@ REWARDS = {
     "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
+    "ocr": "fastgrpo.rewards.ocr:OCR",
+    "video_ocr": "fastgrpo.rewards.ocr:VideoOCR",
+    "geneval": "fastgrpo.rewards.geneval:GenEval",
+    "geneval_graded": "fastgrpo.rewards.geneval:GenEvalGraded",
 }
 
 
