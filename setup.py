@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# Its models are in its wheel. It asks for opencv-python; where that cannot be had (no libGL), opencv-python-headless works.
+OCR = "rapidocr-onnxruntime>=1.4; python_version < '3.13'"
+
 setup(
     name="fastgrpo",
     version="0.1.0",
@@ -34,7 +37,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", OCR],
+        "ocr": [OCR],
         "flash": ["flash-attn>=2.6.3"],
         "xformers": ["xformers>=0.0.29"],
         # The client of vlm_judge; huggingface_hub 2 brings it along.

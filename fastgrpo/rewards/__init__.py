@@ -25,6 +25,10 @@ REWARDS = {
     "aesthetic": "fastgrpo.rewards.aesthetic:Aesthetic",
     "image_reward": "fastgrpo.rewards.image_reward:ImageReward",
     "vlm_judge": "fastgrpo.rewards.judge:VLMJudge",
+    "ocr": "fastgrpo.rewards.ocr:OCR",
+    "video_ocr": "fastgrpo.rewards.ocr:VideoOCR",
+    "geneval": "fastgrpo.rewards.geneval:GenEval",
+    "geneval_graded": "fastgrpo.rewards.geneval:GenEvalGraded",
 }
 
 

@@ -1,0 +1,136 @@
+"""How well an image shows the text that its prompt quotes (Flow-GRPO, arXiv 2505.05470).
+
+    reward = 1 - min(distance, N) / N        N: letters of the target; 1 where the target stands inside what was read
+
+The target is the first text in double quotes; target and recognised text are compared in lower case and without
+spaces, by their Levenshtein distance. Both rewards lie in [0, 1], more is better.
+
+Recognition is RapidOCR's (PaddleOCR's PP-OCRv4 models as ONNX, in its wheel: nothing is fetched) or PaddleOCR's own,
+both on the CPU. As PaddleOCR 2 does by default, which Flow-GRPO used, images of up to 960 pixels are read at their
+size, without turning lines around. The recogniser reads Chinese and English, Flow-GRPO's English alone.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONGEST_SIDE = 960  # pixels: larger images are made smaller before text is looked for
+QUOTED = re.compile(r'"([^"]*)"')
+
+
+class OCR:
+    """Images (B, 3, H, W) uint8 -> (B,). engine: "rapid" or "paddle"."""
+
+    low, high = 0.0, 1.0
+
+    def __init__(self, device: torch.device, engine: str = "rapid") -> None:
+        if engine not in ENGINES:
+            raise ValueError(f"engine = {engine!r}: there are {', '.join(ENGINES)}")
+        self.read = ENGINES[engine]()
+
+    @staticmethod
+    def check(metadata: list[dict]) -> None:
+        """Refuse prompts that quote no text."""
+        for record in metadata:
+            target_text(record["prompt"])
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        targets = [target_text(prompt) for prompt in prompts]
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor([similarity(self.read(image), t) for image, t in zip(arrays, targets, strict=True)])
+
+
+class VideoOCR(OCR):
+    """Clips (B, T, 3, H, W) uint8 -> (B,): the mean over every 4th frame, from the first.
+
+    Flow-GRPO's released code leaves frames that score 0 out of the mean, which lets a clip show its text for a moment
+    only, and does not look for the target inside longer text; here a frame counts as an image does.
+    """
+
+    def __init__(self, device: torch.device, engine: str = "rapid", every: int = 4) -> None:
+        if every < 1:
+            raise ValueError(f"every = {every}: every how many frames one is read, at least 1")
+        super().__init__(device, engine)
+        self.every = every
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        if images.dim() != 5:
+            raise ValueError(f"video_ocr reads clips (B, T, 3, H, W), not {tuple(images.shape)}; set reward.frames: clip")
+        frames = images[:, :: self.every]
+        count = frames.shape[1]
+        every = [[item for item in items for _ in range(count)] for items in (prompts, metadata)]
+        return super().__call__(frames.flatten(0, 1), *every).view(-1, count).mean(dim=1)
+
+
+def target_text(prompt: str) -> str:
+    """The first text in double quotes, as it is compared."""
+    found = QUOTED.search(prompt)
+    if found is None or not _plain(found[1]):
+        raise ValueError(f'prompt {prompt!r} quotes no text: put what the image shall show in straight double quotes, "so"')
+    return _plain(found[1])
+
+
+def similarity(text: str, target: str) -> float:
+    """1 where the plain `target` stands in `text`, less by each letter to change, 0 where all of them are."""
+    text = _plain(text)
+    if target in text:
+        return 1.0
+    return 1 - min(levenshtein(text, target), len(target)) / len(target)
+
+
+def _plain(text: str) -> str:
+    return "".join(text.lower().split())
+
+
+def levenshtein(a: str, b: str) -> int:
+    """How many letters to insert, delete or replace until a is b: a row of the table a letter of a."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
+
+
+def _import(module: str, packages: str):  # noqa: ANN202 (a module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this OCR engine needs `pip install {packages}` ({error})") from error
+
+
+def _rapid() -> Callable[[np.ndarray], str]:
+    """RapidOCR: (H, W, 3) uint8 RGB -> text, line after line from the top."""
+    package = _import("rapidocr_onnxruntime", "rapidocr-onnxruntime (or fastgrpo[ocr]); engine: paddle is the other")
+    # Left alone it takes every core in every rank.
+    threads = torch.get_num_threads()
+    engine = package.RapidOCR(
+        det_limit_side_len=LONGEST_SIDE, det_limit_type="max", use_cls=False, intra_op_num_threads=threads
+    )
+
+    def read(image: np.ndarray) -> str:
+        lines, _ = engine(np.ascontiguousarray(image[..., ::-1]))  # it expects BGR
+        return "".join(text for _, text, _ in lines or [])
+
+    return read
+
+
+def _paddle() -> Callable[[np.ndarray], str]:
+    """PaddleOCR 3: (H, W, 3) uint8 RGB -> text; it fetches its models when first used."""
+    package = _import("paddleocr", "'paddleocr>=3' paddlepaddle; engine: rapid is the other")
+    engine = package.PaddleOCR(
+        lang="en", device="cpu", use_doc_orientation_classify=False, use_doc_unwarping=False,
+        use_textline_orientation=False, text_det_limit_side_len=LONGEST_SIDE, text_det_limit_type="max",
+    )
+
+    def read(image: np.ndarray) -> str:
+        return "".join(text for page in engine.predict(np.ascontiguousarray(image[..., ::-1])) for text in page["rec_texts"])
+
+    return read
+
+
+ENGINES = {"rapid": _rapid, "paddle": _paddle}
