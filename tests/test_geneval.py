@@ -214,6 +214,24 @@ def test_the_whole_path(folders: dict[str, Path]) -> None:
     assert graded.tolist() == [0, 1 if number == 1 else 0, 0.5 if number == 1 else 0]
 
 
+def test_a_color_is_the_one_whose_wordings_are_nearest(folders: dict[str, Path]) -> None:
+    """Against CLIP's vectors one by one, for objects of two classes in a batch."""
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    items = [(image, seen("cat")), (image, seen("bed", 10, 10))]
+    clip, tokenizer = CLIPModel.from_pretrained(folders["clip"]), clip_tokenizer()
+    for (_, item), color in zip(items, Colors(folders["clip"], CPU)(items).values(), strict=True):
+        crop = CLIPImageProcessorPil.from_pretrained(folders["clip"])(_cut_out(image, item), return_tensors="pt")
+        with torch.no_grad():
+            shown, likeness = clip.get_image_features(**crop).pooler_output[0], {}
+            for name in COLORS:
+                texts = [f"a photo of a {name} {item.name}", f"a photo of a {name}-colored {item.name}"]
+                texts = [tokenizer(t, return_tensors="pt") for t in [*texts, f"a photo of a {name} object"]]
+                vectors = [clip.get_text_features(**t).pooler_output[0] for t in texts]
+                mean = sum(v / v.norm() for v in vectors) / 3
+                likeness[name] = float(shown @ mean / mean.norm())
+        assert color == max(likeness, key=likeness.get)
+
+
 def test_padding_of_the_detectors_input_is_not_part_of_the_image(folders: dict[str, Path], tmp_path: Path) -> None:
     """A processor that pads to a square: boxes still lie in the image, and masks have its size."""
     detector = Detector(folders["detector"], CPU)
