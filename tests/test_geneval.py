@@ -45,6 +45,7 @@ THREE = record("counting", clause("bird", 3), exclude=clause("bird", 4))
 RED = record("colors", clause("kite", color="red"))
 ABOVE = record("position", clause("bed"), clause("oven", position=["above", 0]))
 BOTH = record("color_attr", clause("kite", color="red"), clause("vase", color="blue"))
+OVER_RED = record("position", clause("bed", color="red"), clause("oven", position=["above", 0]))
 BIRDS = [seen("bird", 30 * i) for i in range(5)]
 
 # what it is, record, detections, colours by class, strict, graded, part of the reason
@@ -78,6 +79,7 @@ CASES = [
     ("nothing to be above", ABOVE, [seen("oven")], {}, False, 1 / 3, "no target for oven to be above"),
     ("nothing that is above", ABOVE, [seen("bed")], {}, False, 1 / 3, "expected oven>=1, found 0"),
     ("the surest is placed", ABOVE, [seen("oven", 0, 90, 0.5), seen("oven"), seen("bed", 0, 60)], {}, True, 1 / 3, ""),
+    ("above a wrong one", OVER_RED, [seen("oven"), seen("bed", 0, 60)], {"bed": "blue"}, False, 0.5, "no target for oven"),
     ("both colours", BOTH, [seen("kite"), seen("vase")], {"kite": "red", "vase": "blue"}, True, 1, ""),
     ("swapped", BOTH, [seen("kite"), seen("vase")], {"kite": "blue", "vase": "red"}, False, 0.5, "expected blue vase>=1"),
     ("one colour", BOTH, [seen("kite"), seen("vase")], {"kite": "red", "vase": "red"}, False, 0.75, "found red"),
