@@ -45,6 +45,7 @@ THREE = record("counting", clause("bird", 3), exclude=clause("bird", 4))
 RED = record("colors", clause("kite", color="red"))
 ABOVE = record("position", clause("bed"), clause("oven", position=["above", 0]))
 BOTH = record("color_attr", clause("kite", color="red"), clause("vase", color="blue"))
+OVER_RED = record("position", clause("bed", color="red"), clause("oven", position=["above", 0]))
 BIRDS = [seen("bird", 30 * i) for i in range(5)]
 
 # what it is, record, detections, colours by class, strict, graded, part of the reason
@@ -78,6 +79,7 @@ CASES = [
     ("nothing to be above", ABOVE, [seen("oven")], {}, False, 1 / 3, "no target for oven to be above"),
     ("nothing that is above", ABOVE, [seen("bed")], {}, False, 1 / 3, "expected oven>=1, found 0"),
     ("the surest is placed", ABOVE, [seen("oven", 0, 90, 0.5), seen("oven"), seen("bed", 0, 60)], {}, True, 1 / 3, ""),
+    ("above a wrong one", OVER_RED, [seen("oven"), seen("bed", 0, 60)], {"bed": "blue"}, False, 0.5, "no target for oven"),
     ("both colours", BOTH, [seen("kite"), seen("vase")], {"kite": "red", "vase": "blue"}, True, 1, ""),
     ("swapped", BOTH, [seen("kite"), seen("vase")], {"kite": "blue", "vase": "red"}, False, 0.5, "expected blue vase>=1"),
     ("one colour", BOTH, [seen("kite"), seen("vase")], {"kite": "red", "vase": "red"}, False, 0.75, "found red"),
@@ -212,6 +214,24 @@ def test_the_whole_path(folders: dict[str, Path]) -> None:
     graded = GenEvalGraded(device=CPU, **folders)(shown, prompts, lines)
     number = len(kept(found[1], "colors")[surest.name])
     assert graded.tolist() == [0, 1 if number == 1 else 0, 0.5 if number == 1 else 0]
+
+
+def test_a_color_is_the_one_whose_wordings_are_nearest(folders: dict[str, Path]) -> None:
+    """Against CLIP's vectors one by one, for objects of two classes in a batch."""
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    items = [(image, seen("cat")), (image, seen("bed", 10, 10))]
+    clip, tokenizer = CLIPModel.from_pretrained(folders["clip"]), clip_tokenizer()
+    for (_, item), color in zip(items, Colors(folders["clip"], CPU)(items).values(), strict=True):
+        crop = CLIPImageProcessorPil.from_pretrained(folders["clip"])(_cut_out(image, item), return_tensors="pt")
+        with torch.no_grad():
+            shown, likeness = clip.get_image_features(**crop).pooler_output[0], {}
+            for name in COLORS:
+                texts = [f"a photo of a {name} {item.name}", f"a photo of a {name}-colored {item.name}"]
+                texts = [tokenizer(t, return_tensors="pt") for t in [*texts, f"a photo of a {name} object"]]
+                vectors = [clip.get_text_features(**t).pooler_output[0] for t in texts]
+                mean = sum(v / v.norm() for v in vectors) / 3
+                likeness[name] = float(shown @ mean / mean.norm())
+        assert color == max(likeness, key=likeness.get)
 
 
 def test_padding_of_the_detectors_input_is_not_part_of_the_image(folders: dict[str, Path], tmp_path: Path) -> None:
