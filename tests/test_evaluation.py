@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings
 from fastgrpo.prompts import PromptSet
+from fastgrpo.rewards import RewardSum
 from fastgrpo.rollout import Policy
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
@@ -25,8 +26,9 @@ def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
     records = [{"prompt": prompt, "tag": tag} for prompt, tag in zip(PROMPTS, TAGS, strict=True)]
     settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0) | options
     return Evaluator(
-        model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records), reward=mean_pixel, **settings
-    )
+        model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records),
+        reward=RewardSum(rewards={"mean": mean_pixel}, weights={"mean": 1.0}), **settings,
+    )  # fmt: skip
 
 
 def test_categories_get_the_same_number_of_images(tiny_model) -> None:  # noqa: ANN001
@@ -53,6 +55,18 @@ def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:  # noqa: ANN
     assert accuracy["overall"] == pytest.approx(np.mean([accuracy[tag] for tag in list(accuracy)[1:]]))
 
 
+def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:  # noqa: ANN001
+    alone = evaluator(tiny_model)
+    rewards = {"mean": mean_pixel, "prompt": lambda images, prompts, metadata: torch.tensor([len(p) for p in prompts])}
+    both = replace(alone, reward=RewardSum(rewards=rewards, weights={"mean": 0.5, "prompt": 2.0}))
+    row, mean = both.accuracy(Policy(tiny_model), 7), alone.accuracy(Policy(tiny_model), 7)["accuracy"]
+    accuracy, categories = row["accuracy"], row["categories"]
+    assert list(accuracy) == ["overall", "mean", "prompt"] and list(categories) == list(mean)[1:]
+    assert {"overall": accuracy["mean"], **{tag: scores["mean"] for tag, scores in categories.items()}} == mean
+    assert categories["single_object"]["prompt"] == len(PROMPTS[0])
+    assert accuracy["overall"] == pytest.approx(0.5 * accuracy["mean"] + 2 * accuracy["prompt"])
+
+
 def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
     """Seven images in batches of three: two ranks draw some twice, and count none twice."""
     alone = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)["accuracy"]
@@ -60,7 +74,7 @@ def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
 
     def collect(scores: Tensor) -> Tensor:
         shares.append(scores)
-        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares))])
+        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares), 1)])
 
     for rank in range(2):
         together = evaluator(tiny_model, rank=rank, world_size=2, gather=collect).accuracy(Policy(tiny_model), 7)
