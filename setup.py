@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+SERVE = ["fastapi", "uvicorn", "httpx"]  # rewards behind HTTP
+
 setup(
     name="fastgrpo",
     version="0.1.0",
@@ -34,7 +36,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", *SERVE],
+        "serve": SERVE,
         "flash": ["flash-attn>=2.6.3"],
         "xformers": ["xformers>=0.0.29"],
     },

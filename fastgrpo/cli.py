@@ -1,4 +1,4 @@
-"""The console script: `fastgrpo train`, `plan`, `eval`, `sample` and `report`.
+"""The console script: `fastgrpo train`, `plan`, `eval`, `sample`, `report` and `serve-reward`.
 
 fastgrpo plan --config configs/sd3_compressibility.yaml              what a run will need, before a machine is rented
 fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
@@ -6,6 +6,7 @@ fastgrpo eval runs/tiny_shapes --base                                the model i
 fastgrpo eval runs/tiny_shapes --prompts a.txt --reward tiny_shapes --reward jpeg_compressibility --table
 fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
 fastgrpo report runs/tiny_shapes                                     write report.html anew
+fastgrpo serve-reward --reward tiny_shapes --port 8000               score images for runs on other machines
 """
 
 import argparse
@@ -18,6 +19,8 @@ from typing import Any
 from fastgrpo.config import Config, ConfigError, load_config
 from fastgrpo.plan import add_arguments as add_plan_arguments
 from fastgrpo.plan import run as run_plan
+from fastgrpo.rewards import RewardUnavailable
+from fastgrpo.schema import apply_override
 from fastgrpo.train import add_arguments, train
 
 
@@ -97,6 +100,31 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def serve_reward(arguments: argparse.Namespace) -> int:
+    """A reward behind HTTP."""
+    import os
+
+    import torch
+
+    try:
+        from fastgrpo.rewards.service import make_service, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: pip install 'fastgrpo[serve]'") from None
+
+    settings: dict = {}
+    for setting in arguments.settings:
+        apply_override(settings, setting, "--settings")
+    token = os.environ.get(arguments.token_env) if arguments.token_env else None
+    if arguments.token_env and not token:
+        raise ValueError(f"--token-env {arguments.token_env}: this environment variable is not set")
+    service = make_service(
+        arguments.reward, device="cuda" if torch.cuda.is_available() else "cpu", settings=settings, token=token,
+        max_images=arguments.max_images, max_bytes=arguments.max_bytes,
+    )  # fmt: skip
+    serve(service, arguments.host, arguments.port)
+    return 0
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """What a run will need."""
     return run_plan(arguments, load_config(arguments.config, arguments.set))
@@ -109,11 +137,22 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; else the run's own")
 
 
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--reward", required=True, help="a name, module:function or module:Class")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of the machine's")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must send")
+    command.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="what the reward is made with")
+    command.add_argument("--max-images", type=int, default=64, help="of a request, and of requests scored together")
+    command.add_argument("--max-bytes", type=int, default=1 << 28, help="of a request's pixels")
+    command.set_defaults(function=serve_reward)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report}")
+    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report,serve-reward}")
     command = commands.add_parser("train", help="train a model")
     add_arguments(command)
     command.set_defaults(function=train)
@@ -149,12 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("run", type=Path, help="folder of a run")
     command.set_defaults(function=report)
 
+    _serve_arguments(commands.add_parser("serve-reward", help="score images for runs on other machines"))
+
     arguments = parser.parse_args(argv)
     try:
         return arguments.function(arguments)
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RewardUnavailable as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 75
 
 
 if __name__ == "__main__":

@@ -64,17 +64,17 @@ def relative_paths(data: Any, folder: Path) -> Any:
     return data
 
 
-def apply_override(data: dict, override: str) -> None:
+def apply_override(data: dict, override: str, option: str = "--set") -> None:
     """Put `a.b=value` into the mapping; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"--set {override}: expected key.path=value, for example rollout.num_steps=8")
+        raise ConfigError(f"{option} {override}: expected key.path=value, for example rollout.num_steps=8")
     *sections, key = path.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-    data[key] = parse_yaml(text, f"--set {override}")
+            raise ConfigError(f"{option} {override}: {section!r} is a value, not a section")
+    data[key] = parse_yaml(text, f"{option} {override}")
 
 
 def build(cls: type, data: Any, prefix: str = "") -> Any:

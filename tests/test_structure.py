@@ -16,6 +16,9 @@ HOMES = {
     "transformers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
+    "fastapi": ["fastgrpo.rewards.service"],
+    "uvicorn": ["fastgrpo.rewards.service"],
+    "httpx": ["fastgrpo.rewards.remote"],
 }
 
 

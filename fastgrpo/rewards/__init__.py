@@ -34,6 +34,7 @@ REWARDS = {
     "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
+    "remote": "fastgrpo.rewards.remote:Remote",
 }
 
 
