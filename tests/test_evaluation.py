@@ -12,6 +12,7 @@ from fastgrpo.generation import Embeddings
 from fastgrpo.prompts import PromptSet
 from fastgrpo.rewards import RewardSum
 from fastgrpo.rollout import Policy
+from fastgrpo.scores import scores_by_reward, table
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
 TAGS = ["single_object", "counting", "two_object", "counting"]
@@ -88,3 +89,19 @@ def test_samples_are_always_the_same(tiny_model) -> None:  # noqa: ANN001
     assert [record["prompt"] for record in records] == [PROMPTS[i] for i in (0, 1, 2, 0)]
     other, _ = evaluator(tiny_model, seed=1).samples(Policy(tiny_model), 4)
     assert not torch.equal(first, other)
+
+
+def test_a_table_has_a_row_a_prompt_file_and_category_and_a_column_a_reward() -> None:
+    several = {"accuracy": {"overall": 3.0, "a": 0.5, "b": 20.0}}
+    several["categories"] = {"x": {"a": 0.25, "b": 19.0}, "y": {"a": 0.75, "b": 21.0}}
+    plain = {"accuracy": {"overall": 3.0, "a": 1.0, "b": 7.0}, "categories": {"all": {"a": 1.0, "b": 7.0}}}
+    rows = [*scores_by_reward("first", several, ["a", "b"]), *scores_by_reward("second", plain, ["a", "b"])]
+    assert table(rows).splitlines() == [
+        "             a   b",
+        "first    50.0%  20",
+        "  x      25.0%  19",
+        "  y      75.0%  21",
+        "second  100.0%   7",
+    ]
+    one = scores_by_reward("first", {"accuracy": {"overall": 0.5, "x": 0.25, "y": 0.75}}, ["a"])
+    assert one == [("first", {"a": 0.5}), ("  x", {"a": 0.25}), ("  y", {"a": 0.75})]
