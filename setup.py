@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # Its models are in its wheel. It asks for opencv-python; where that cannot be had (no libGL), opencv-python-headless works.
 OCR = "rapidocr-onnxruntime>=1.4; python_version < '3.13'"
+HTTP = "httpx2>=2,<3"  # of judges and remote rewards; huggingface_hub 2 brings it along
+SERVE = ["fastapi", "uvicorn", HTTP]  # rewards behind HTTP
 
 setup(
     name="fastgrpo",
@@ -37,12 +39,12 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", OCR],
+        "test": ["pytest", "ruff", OCR, *SERVE],
         "ocr": [OCR],
+        "judge": [HTTP],
+        "serve": SERVE,
         "flash": ["flash-attn>=2.6.3"],
         "xformers": ["xformers>=0.0.29"],
-        # The client of vlm_judge; huggingface_hub 2 brings it along.
-        "judge": ["httpx2>=2,<3"],
     },
     entry_points={"console_scripts": ["fastgrpo=fastgrpo.cli:main"]},
 )

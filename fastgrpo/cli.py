@@ -1,10 +1,12 @@
-"""The console script: `fastgrpo train`, `plan`, `eval`, `sample` and `report`.
+"""The console script: `fastgrpo train`, `plan`, `eval`, `sample`, `report` and `serve-reward`.
 
 fastgrpo plan --config configs/sd3_compressibility.yaml              what a run will need, before a machine is rented
 fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
 fastgrpo eval runs/tiny_shapes --base                                the model it started from
+fastgrpo eval runs/tiny_shapes --prompts a.txt --reward tiny_shapes --reward jpeg_compressibility --table
 fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
 fastgrpo report runs/tiny_shapes                                     write report.html anew
+fastgrpo serve-reward --reward tiny_shapes --port 8000               score images for runs on other machines
 """
 
 import argparse
@@ -17,16 +19,18 @@ from typing import Any
 from fastgrpo.config import Config, ConfigError, load_config
 from fastgrpo.plan import add_arguments as add_plan_arguments
 from fastgrpo.plan import run as run_plan
+from fastgrpo.rewards import RewardUnavailable
+from fastgrpo.schema import apply_override
 from fastgrpo.train import add_arguments, train
 
 
-def load_run(run: Path, base: bool) -> tuple[Config, Any]:
+def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Config, Any]:
     """A run's configuration and its model, with the trained LoRA unless `base`."""
     import torch
 
     from fastgrpo.models import configured_model
 
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", overrides)
     model = configured_model(config.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not base:
         model.load_trained(run)
@@ -34,23 +38,32 @@ def load_run(run: Path, base: bool) -> tuple[Config, Any]:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Accuracy of a saved run, as one line of JSON."""
+    """Scores of a saved run: a line of JSON for each prompt file, or one table, a row a file and category."""
     from fastgrpo.evaluation import Evaluator
     from fastgrpo.generation import Embeddings
     from fastgrpo.prompts import load_prompts
-    from fastgrpo.rewards import load_reward
+    from fastgrpo.rewards import load_rewards
     from fastgrpo.rollout import Policy
+    from fastgrpo.scores import Row, scores_by_reward, table
 
-    config, model = load_run(arguments.run, arguments.base)
-    settings = config.evaluation
-    evaluator = Evaluator(
-        model=model, embeddings=Embeddings(model),
-        prompts=load_prompts(arguments.prompts or config.prompts.eval, model.image_conditioned),
-        reward=load_reward(config.reward.eval, config.reward.frames), num_steps=arguments.steps or settings.num_steps,
-        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
-        batch_size=settings.batch_size, seed=config.seed if arguments.seed is None else arguments.seed,
-    )  # fmt: skip
-    print(json.dumps(evaluator.accuracy(Policy(model), arguments.images or settings.images)))
+    asked = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
+    config, model = load_run(arguments.run, arguments.base, [*arguments.set, *asked])
+    settings, reward = config.evaluation, config.reward
+    (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
+    rows: list[Row] = []
+    for path in arguments.prompts or [config.prompts.eval]:
+        evaluator = Evaluator(
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, model.image_conditioned), reward=rewards,
+            num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
+            guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+            seed=config.seed if arguments.seed is None else arguments.seed,
+        )  # fmt: skip
+        row = {"prompts": str(path), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
+        rows += scores_by_reward(path.stem, row, rewards.names)
+        if not arguments.table:
+            print(json.dumps(row), flush=True)
+    if arguments.table:
+        print(table(rows))
     return 0
 
 
@@ -87,6 +100,31 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def serve_reward(arguments: argparse.Namespace) -> int:
+    """A reward behind HTTP."""
+    import os
+
+    import torch
+
+    try:
+        from fastgrpo.rewards.service import make_service, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: pip install 'fastgrpo[serve]'") from None
+
+    settings: dict = {}
+    for setting in arguments.settings:
+        apply_override(settings, setting, "--settings")
+    token = os.environ.get(arguments.token_env) if arguments.token_env else None
+    if arguments.token_env and not token:
+        raise ValueError(f"--token-env {arguments.token_env}: this environment variable is not set")
+    service = make_service(
+        arguments.reward, device="cuda" if torch.cuda.is_available() else "cpu", settings=settings, token=token,
+        max_images=arguments.max_images, max_bytes=arguments.max_bytes,
+    )  # fmt: skip
+    serve(service, arguments.host, arguments.port)
+    return 0
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """What a run will need."""
     return run_plan(arguments, load_config(arguments.config, arguments.set))
@@ -99,11 +137,22 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; else the run's own")
 
 
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--reward", required=True, help="a name, module:function or module:Class")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of the machine's")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must send")
+    command.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="what the reward is made with")
+    command.add_argument("--max-images", type=int, default=64, help="of a request, and of requests scored together")
+    command.add_argument("--max-bytes", type=int, default=1 << 28, help="of a request's pixels")
+    command.set_defaults(function=serve_reward)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report}")
+    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report,serve-reward}")
     command = commands.add_parser("train", help="train a model")
     add_arguments(command)
     command.set_defaults(function=train)
@@ -114,7 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("eval", help="accuracy of a run on its held-out prompts")
     _run_arguments(command)
-    command.add_argument("--prompts", type=Path, help="another prompt file")
+    command.add_argument("--prompts", type=Path, action="append", help="another prompt file; may be given more than once")
+    command.add_argument("--reward", action="append", help="instead of the run's own; may be given more than once")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, say reward.settings.NAME.path=..."
+    )
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a line for each prompt file (as without this)")
+    form.add_argument("--table", action="store_true", help="prompt files and their categories by reward")
     command.add_argument("--images", type=int, help="how many images, over all categories")
     command.add_argument("--seed", type=int, help="of the noise; else the run's own")
     command.set_defaults(function=evaluate)
@@ -132,12 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("run", type=Path, help="folder of a run")
     command.set_defaults(function=report)
 
+    _serve_arguments(commands.add_parser("serve-reward", help="score images for runs on other machines"))
+
     arguments = parser.parse_args(argv)
     try:
         return arguments.function(arguments)
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RewardUnavailable as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 75
 
 
 if __name__ == "__main__":

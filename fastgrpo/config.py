@@ -9,6 +9,7 @@ relative to the file it stands in.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from fastgrpo import schema
 from fastgrpo.models import MODELS
 from fastgrpo.objectives import OBJECTIVES
-from fastgrpo.rewards import REWARDS
+from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.schema import ConfigError
 from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
 
@@ -82,10 +83,13 @@ class PromptsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    train: str
-    """What is maximised: a name from fastgrpo/rewards or your own `module:function`."""
-    eval: str
+    train: str | dict[str, float]
+    """What is maximised: a name from fastgrpo/rewards or your own `module:function` or `module:Class`; or several with
+    their weights, say {tiny_shapes: 1, jpeg_compressibility: 0.01}, and their weighted sum is maximised."""
+    eval: str | dict[str, float]
     """What evaluation reports, likewise."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What rewards are made with, by name, say {remote: {urls: ["http://10.0.0.2:8000"]}}."""
     frames: Literal["each", "clip"] = "each"
     """Of a video the mean of its frames' scores, or one score of the whole clip (B, T, 3, H, W)."""
 
@@ -218,6 +222,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     data = schema.relative_paths(data, path.parent)
     for override in overrides:
         schema.apply_override(data, override)
+    # What is still relative came with an override, from the folder where the command is given.
+    data = schema.relative_paths(data, Path.cwd())
     config = schema.build(Config, data)
     check(config)
     return config
@@ -231,7 +237,8 @@ def dump_config(config: Config) -> str:
 def differences(before: Config, after: Config, but: typing.Sequence[str] = ()) -> list[str]:
     """The keys in which two configurations differ, except those in `but`, as "key: before -> after"."""
     old, new = schema.flat(schema.plain(before)), schema.flat(schema.plain(after))
-    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and key not in but]
+    rows = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new} if key not in but}
+    return [f"{key}: {before} -> {after}" for key, (before, after) in rows.items() if before != after]
 
 
 def check(config: Config) -> None:
@@ -241,9 +248,7 @@ def check(config: Config) -> None:
     schema.choice("model.name", config.model.name, MODELS)
     schema.choice("rollout.sampler", rollout.sampler, SAMPLERS)
     schema.choice("objective.name", config.objective.name, OBJECTIVES)
-    for key, name in (("reward.train", config.reward.train), ("reward.eval", config.reward.eval)):
-        if ":" not in name:
-            schema.choice(key, name, REWARDS)
+    _check_rewards(config.reward)
     if rollout.group_size < 2:
         schema.refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
     if rollout.num_steps < 2:
@@ -271,6 +276,21 @@ def check(config: Config) -> None:
             config.evaluation.samples,
             f"at most evaluation.batch_size = {config.evaluation.batch_size}",
         )
+
+
+def _check_rewards(reward: RewardConfig) -> None:
+    used = dict.fromkeys([*REWARDS, *weights_of(reward.train), *weights_of(reward.eval)])
+    for key, asked in (("reward.train", reward.train), ("reward.eval", reward.eval)):
+        if not asked:
+            schema.refuse(key, asked, f"name at least one; choices: {', '.join(REWARDS)}")
+        for name, weight in weights_of(asked).items():
+            if ":" not in name:
+                schema.choice(key, name, REWARDS)
+            if not math.isfinite(weight):
+                schema.refuse(f"{key}.{name}", weight, "a weight must be finite")
+    for name in reward.settings:
+        if name not in used:
+            raise ConfigError(f"reward.settings.{name}: no such reward; {schema.nearest(name, used)}")
 
 
 def check_ranks(config: Config, world_size: int) -> None:

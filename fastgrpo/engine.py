@@ -298,6 +298,23 @@ class Engine:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    @contextmanager
+    def together(self, kind: type[Exception]) -> Iterator[None]:
+        """What is raised inside on one rank is raised on every rank when all have left the block, so that all can save.
+
+        Collective on leaving; inside, nothing may be. Other kinds of exceptions pass at once, and the launcher ends the job.
+        """
+        lost = None
+        try:
+            yield
+        except kind as error:
+            lost = error
+        messages = [None] * self.world_size
+        dist.all_gather_object(messages, str(lost) if lost else None)
+        if any(messages):
+            rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
+            raise lost or kind(f"on rank {rank}: {message}")
+
     def barrier(self) -> None:
         """Waits until all ranks are here. Collective."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

@@ -242,17 +242,22 @@ def _footer(run: Run) -> str:
 def _training(run: Run) -> str:
     cards = {
         "Accuracy on held-out prompts" if _are_shares(run) else "Score on held-out prompts": _accuracy(run),
-        "Reward of the training images": _curve(run, "reward"),
+        "Reward of the training images": _curve(run.metrics, "reward"),
     }
+    # Of several rewards the curve above is their weighted sum, and each has its own.
+    rows = (row for row in run.metrics if isinstance(row.get("rewards"), dict))
+    apart = [{"iteration": row["iteration"], **row["rewards"]} for row in rows]
+    names = dict.fromkeys(name for row in apart for name in row if name != "iteration")
+    cards |= {f"Reward {_title(name)}": _curve(apart, name) for name in names}
     return _cards(cards) or _none("No training iteration has been recorded.")
 
 
 def _health(run: Run) -> str:
     cards = {
-        "KL to the base": _curve(run, "kl", zero=True),
-        "Clipped samples": _curve(run, "clip_fraction", percent=True, zero=True),
-        "Gradient norm": _curve(run, "grad_norm", zero=True),
-        "Groups without variance": _curve(run, "zero_groups", percent=True, zero=True),
+        "KL to the base": _curve(run.metrics, "kl", zero=True),
+        "Clipped samples": _curve(run.metrics, "clip_fraction", percent=True, zero=True),
+        "Gradient norm": _curve(run.metrics, "grad_norm", zero=True),
+        "Groups without variance": _curve(run.metrics, "zero_groups", percent=True, zero=True),
     }
     return _cards(cards) or _none("No training iteration has been recorded.")
 
@@ -264,9 +269,9 @@ def _cards(cards: dict[str, str]) -> str:
     return f'<div class="charts">{text}</div>' if text else ""
 
 
-def _curve(run: Run, key: str, percent: bool = False, zero: bool = False) -> str:
+def _curve(rows: list[dict], key: str, percent: bool = False, zero: bool = False) -> str:
     """One metric over the iterations: each value in light, the running mean on top; empty without values."""
-    points = _series(run.metrics, key)
+    points = _series(rows, key)
     if not points:
         return ""
     window = max(1, len(points) // 20) | 1  # odd, so that it is centred

@@ -64,17 +64,17 @@ def relative_paths(data: Any, folder: Path) -> Any:
     return data
 
 
-def apply_override(data: dict, override: str) -> None:
+def apply_override(data: dict, override: str, option: str = "--set") -> None:
     """Put `a.b=value` into the mapping; the value is YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"--set {override}: expected key.path=value, for example rollout.num_steps=8")
+        raise ConfigError(f"{option} {override}: expected key.path=value, for example rollout.num_steps=8")
     *sections, key = path.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-    data[key] = parse_yaml(text, f"--set {override}")
+            raise ConfigError(f"{option} {override}: {section!r} is a value, not a section")
+    data[key] = parse_yaml(text, f"{option} {override}")
 
 
 def build(cls: type, data: Any, prefix: str = "") -> Any:
@@ -115,8 +115,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
-            refuse(path, value, "expected a mapping, for example {counting: 2, position: 1}")
+            refuse(path, value, f"expected a mapping of names to {_type_name(arguments[1])}")
         return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+    if hint is Any:
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str):
@@ -127,9 +129,12 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
-    """X | None takes null or an X; int | Literal[...] a number or one of the names."""
+    """X | None takes null or an X; int | Literal[...] a number or one of the names; X | dict[...] a mapping or an X."""
     if value is None and type(None) in hints:
         return None
+    mappings = [hint for hint in hints if typing.get_origin(hint) is dict]
+    if isinstance(value, dict) and mappings:
+        return _convert(value, mappings[0], path)
     hints = tuple(hint for hint in hints if hint is not type(None))
     names = [hint for hint in hints if typing.get_origin(hint) is Literal]
     return _convert(value, names[0] if names and isinstance(value, str) else hints[0], path)
@@ -169,7 +174,7 @@ def describe(cls: type, prefix: str = "") -> typing.Iterator[str]:
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(str(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def _field_docs(cls: type) -> dict[str, str]:

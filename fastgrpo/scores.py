@@ -1,6 +1,6 @@
 """How a score is shown to people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def are_shares(scores: Iterable[float]) -> bool:
@@ -10,3 +10,33 @@ def are_shares(scores: Iterable[float]) -> bool:
 
 def score_text(score: float, shares: bool) -> str:
     return f"{score:.1%}" if shares else f"{score:.4g}"
+
+
+Row = tuple[str, dict[str, float]]  # its name, and its scores by column
+
+
+def scores_by_reward(name: str, row: Mapping, rewards: Sequence[str]) -> list[Row]:
+    """A prompt file's mean score by each reward, and below it those of its categories if it has some.
+
+    row: what `Evaluator.accuracy` returns, which lays out one reward by category, and several by name.
+    """
+    accuracy = row["accuracy"]
+    if len(rewards) == 1:
+        whole = {rewards[0]: accuracy["overall"]}
+        categories = {tag: {rewards[0]: score} for tag, score in accuracy.items() if tag != "overall"}
+    else:
+        whole, categories = {reward: accuracy[reward] for reward in rewards}, row["categories"]
+    return [(name, whole), *((f"  {tag}", scores) for tag, scores in categories.items() if len(categories) > 1)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text; a column of shares is in percent."""
+    columns = list(rows[0][1])
+    shares = {column: are_shares(scores[column] for _, scores in rows) for column in columns}
+    cells = [["", *columns]]
+    cells += [[name, *(score_text(scores[column], shares[column]) for column in columns)] for name, scores in rows]
+    first, *widths = (max(len(line[i]) for line in cells) for i in range(len(columns) + 1))
+    lines = []
+    for name, *texts in cells:
+        lines.append("  ".join([name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths, strict=True))]))
+    return "\n".join(lines)

@@ -47,6 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
         return 2
     # After the configuration is known to be good: these take seconds to load.
     from fastgrpo.engine import finish, start
+    from fastgrpo.rewards import RewardUnavailable
     from fastgrpo.trainer import Trainer
 
     device = start()
@@ -55,17 +56,28 @@ def train(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RewardUnavailable as error:
+        return stopped(error, "nothing was begun")
     if trainer.engine.rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output / "config.yaml", dump_config(config))
-    summary = trainer.run()
-    if trainer.engine.rank == 0:
+    try:
+        summary, status = trainer.run(), 0
+    except RewardUnavailable as error:
+        summary, status = {}, stopped(error, f"the state after iteration {trainer.saved} is saved")
+    if summary:
         print(table(summary))
         print(f"report: {config.output / 'report.html'}")
     trainer.engine.close()
     del trainer
     finish()
-    return 0
+    return status
+
+
+def stopped(error: Exception, state: str) -> int:
+    """Say why a run stopped that can go on; its exit status, "try again later" by the convention of sysexits.h."""
+    print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
+    return 75
 
 
 def check_folder(config: Config) -> None:

@@ -27,9 +27,9 @@ from fastgrpo.generation import Embeddings, without_text
 from fastgrpo.graph import captured_or_eager
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.objectives import OBJECTIVES, effective_clip_range
-from fastgrpo.prompts import ImagePrompt, asked, check_held_out, load_prompts, prompts_of_iteration, shares
+from fastgrpo.prompts import ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
-from fastgrpo.rewards import load_reward
+from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
 from fastgrpo.scores import are_shares, score_text
@@ -49,8 +49,10 @@ class Trainer:
         held_out = load_prompts(config.prompts.eval, images)
         check_held_out(self.prompts, held_out)
         self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
-        self.reward = load_reward(config.reward.train, config.reward.frames)
-
+        reward = config.reward
+        self.reward, held_out_reward = load_rewards(
+            reward.train, reward.eval, device=device, settings=reward.settings, frames=reward.frames
+        )
         self.model = configured_model(config.model, device)
         self.model.use_attention(config.model.attention)
         if config.model.tiny_decoder:
@@ -74,7 +76,7 @@ class Trainer:
         self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.scorer = ThreadPoolExecutor(1, "reward")
         self.learner, self._micro_batch_known = self._learner(), config.update.micro_batch_size != "largest"
-        self.evaluator = self._evaluator(held_out)
+        self.evaluator = self._evaluator(held_out, held_out_reward)
 
     def _add_trained(self) -> None:
         lora = self.config.model.lora
@@ -108,44 +110,50 @@ class Trainer:
         self.engine.barrier()
         self.model.release_encoders()
 
-    def _evaluator(self, held_out) -> Evaluator:  # noqa: ANN001
+    def _evaluator(self, held_out: PromptSet, reward: RewardSum) -> Evaluator:
         evaluation = self.config.evaluation
         return Evaluator(
-            model=self.model, embeddings=self.embeddings, prompts=held_out,
-            reward=load_reward(self.config.reward.eval, self.config.reward.frames), num_steps=evaluation.num_steps,
+            model=self.model, embeddings=self.embeddings, prompts=held_out, reward=reward, num_steps=evaluation.num_steps,
             guidance_scale=evaluation.guidance_scale, batch_size=evaluation.batch_size, seed=self.config.seed,
             rank=self.engine.rank, world_size=self.engine.world_size, gather=self.engine.gather,
+            together=partial(self.engine.together, RewardUnavailable),
         )  # fmt: skip
 
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary."""
-        config, folder = self.config, self.config.output
-        done, seconds = self._resume()
-        self.log = RunLog(folder, done) if self.engine.rank == 0 else None
+        self.done, self.seconds = self._resume()
+        self.saved = self.done
+        self.log = RunLog(self.config.output, self.done) if self.engine.rank == 0 else None
         if self.log:
             print(f"rollout: {self.rollout_kind}", flush=True)
-        # Rank 0 looks for all: the others could see the file appear.
-        if self.engine.broadcast_object(not read_lines(folder / "evaluations.jsonl")):
-            self.evaluate(0, config.evaluation.images, base=True)
+        try:
+            self._train()
+        except RewardUnavailable:
+            # Raised on all ranks (`Engine.together`) and never within an update: the state is that of the last iteration.
+            self.scorer.shutdown(wait=False, cancel_futures=True)
+            if self.done > self.saved:
+                self._save(self.done, self.seconds)
+            raise
+        return self._finish(self.seconds)
+
+    def _train(self) -> None:
+        config = self.config
+        for iteration in dict.fromkeys((0, self.done)):  # the base, and one before which the run was stopped
+            self._evaluate_if_due(iteration)
         bar = tqdm(
-            range(done + 1, config.iterations + 1), desc="training", initial=done, total=config.iterations,
+            range(self.done + 1, config.iterations + 1), desc="training", initial=self.done, total=config.iterations,
             disable=self.engine.rank != 0, dynamic_ncols=True,
         )  # fmt: skip
         for iteration in bar:
             began = time.perf_counter()
             metrics = self.iterate(iteration)
-            last = iteration == config.iterations
-            seconds += time.perf_counter() - began
+            self.done, self.seconds = iteration, self.seconds + time.perf_counter() - began
             bar.set_postfix_str(progress(metrics))
             if self.log:
                 self.log.metrics(metrics)
-            if config.evaluation.every and iteration % config.evaluation.every == 0 and not last:
-                self.evaluate(iteration, config.evaluation.images_between)
-            if last:
-                self.evaluate(iteration, config.evaluation.images)
-            if last or iteration % config.checkpoint.every == 0:
-                self._save(iteration, seconds)
-        return self._finish(seconds)
+            self._evaluate_if_due(iteration)
+            if iteration == config.iterations or iteration % config.checkpoint.every == 0:
+                self._save(self.done, self.seconds)
 
     def iterate(self, iteration: int) -> dict:
         """One rollout and its updates."""
@@ -155,7 +163,7 @@ class Trainer:
         chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
         tables = self._tables(iteration)
         rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
-        scores = []
+        waiting = []
         first = self.engine.rank * share
         for start in range(first, first + share, batch):
             sample_id = torch.arange(start, start + batch)
@@ -170,19 +178,17 @@ class Trainer:
             with clock("decode"):
                 images = self.model.decode(result.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
-            scores.append(self.scorer.submit(self._score, images, prompts, records))
+            waiting.append(self.scorer.submit(self.reward, images, prompts, records))
             rollouts.append((sample_id, steps, conditioning, result))
-        with clock("reward"):
-            rewards = [score.result() for score in scores]
+        with clock("reward"), self.engine.together(RewardUnavailable):
+            scores = torch.cat([score.result() for score in waiting])
         with clock("update"):
-            all_rewards, advantages = self._advantages(torch.cat(rewards))
+            scores = self.engine.gather(scores.to(self.model.device))
+            advantages = self._advantages(self.reward.total(scores))
             metrics = self._update(rollouts, advantages)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
-        return self._metrics(iteration, all_rewards, advantages, metrics, clock)
-
-    def _score(self, images: Tensor, prompts: list[str], records: list[dict]) -> Tensor:
-        return checked(self.reward(images, prompts, records), self.config.reward.train, prompts)
+        return self._metrics(iteration, scores, advantages, metrics, clock)
 
     def _tables(self, iteration: int) -> dict[str, Tensor]:
         """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
@@ -210,13 +216,12 @@ class Trainer:
                 guidance_rule=self.model.guide,
             )  # fmt: skip
 
-    def _advantages(self, rewards: Tensor) -> tuple[Tensor, Advantages]:
-        """Rewards of the whole iteration (N,), and its advantages, the same bits on every rank."""
+    def _advantages(self, rewards: Tensor) -> Advantages:
+        """Of the rewards of the whole iteration (N,), the same bits on every rank."""
         rollout, objective = self.config.rollout, self.config.objective
-        everyone = self.engine.gather(rewards.to(self.model.device))
-        group = torch.arange(len(everyone), device=everyone.device) // rollout.group_size
-        return everyone, group_advantages(
-            everyone, group, num_groups=rollout.groups, std=objective.advantage_std,
+        group = torch.arange(len(rewards), device=rewards.device) // rollout.group_size
+        return group_advantages(
+            rewards, group, num_groups=rollout.groups, std=objective.advantage_std,
             adv_clip_max=objective.adv_clip_max,
         )  # fmt: skip
 
@@ -247,21 +252,37 @@ class Trainer:
             tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
 
     def _metrics(
-        self, iteration: int, rewards: Tensor, advantages: Advantages, metrics: dict[str, Tensor], clock: "Stopwatch"
+        self, iteration: int, scores: Tensor, advantages: Advantages, metrics: dict[str, Tensor], clock: "Stopwatch"
     ) -> dict:
-        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
+        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device.
+
+        scores (N, R): of several rewards each one's mean stands apart, before its weight.
+        """
         values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
         row = dict(zip(metrics, values.tolist(), strict=True))
+        rewards, names = self.reward.total(scores), self.reward.names
         groups = rewards.view(-1, self.config.rollout.group_size)
         return {
             "iteration": iteration,
             "reward": rewards.mean().item(),
+            **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
             "reward_std": groups.std(dim=1, correction=0).mean().item(),
             "zero_groups": 1 - advantages.weight.mean().item(),
             **row,
             "images": iteration * len(rewards),
             "seconds": clock.seconds,
         }
+
+    def _evaluate_if_due(self, iteration: int) -> None:
+        """The evaluation that belongs to an iteration, unless the run has it already."""
+        evaluation, last = self.config.evaluation, iteration == self.config.iterations
+        if not (iteration == 0 or last or (evaluation.every and iteration % evaluation.every == 0)):
+            return
+        # Rank 0 looks for all: the others could see the file appear.
+        rows = read_lines(self.config.output / "evaluations.jsonl")
+        if self.engine.broadcast_object(iteration not in {row["iteration"] for row in rows}):
+            images = evaluation.images if iteration == 0 or last else evaluation.images_between
+            self.evaluate(iteration, images, base=iteration == 0)
 
     def evaluate(self, iteration: int, images: int, base: bool = False) -> None:
         """Accuracy on held-out prompts and samples to look at, with the averaged weights."""
@@ -296,6 +317,7 @@ class Trainer:
         state = {"seconds": seconds, "ema": self.ema.state_dict()}
         folder = self.config.output
         save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
+        self.saved = iteration
         if self.engine.rank == 0:
             self.model.save_trained(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
             if self.log:
@@ -343,16 +365,6 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def checked(rewards: Tensor, name: str, prompts: list[str]) -> Tensor:
-    """Rewards (B,) float32, or an error that names the reward and the prompt."""
-    if rewards.shape != (len(prompts),):
-        raise ValueError(f"reward {name!r} returned shape {tuple(rewards.shape)} for {len(prompts)} images, not (B,)")
-    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"reward {name!r} returned {rewards[bad[0]].item()} for the prompt {prompts[bad[0]]!r}")
-    return rewards.float()
 
 
 def progress(metrics: dict) -> str:

@@ -36,6 +36,13 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("objective.kl=papr", r"objective\.kl = 'papr': did you mean 'paper'"),
         ("objective.name=grpo", r"objective\.name = 'grpo': did you mean 'grpo_clip'"),
         ("reward.train=tiny_shape", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
+        ("reward.train={tiny_shape: 1}", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
+        ("reward.train={tiny_shapes: much}", r"reward\.train\.tiny_shapes = 'much': expected float, found str"),
+        ("reward.eval={tiny_shapes: .inf}", r"reward\.eval\.tiny_shapes = inf: a weight must be finite"),
+        ("reward.eval={}", r"reward\.eval = \{\}: name at least one; choices: tiny_shapes"),
+        ("reward.eval=3", r"reward\.eval = 3: expected str, found int"),
+        ("reward.settings={tiny_shape: {a: 1}}", r"reward\.settings\.tiny_shape: no such .* did you mean 'tiny_shapes'"),
+        ("reward.settings={tiny_shapes: 1}", r"reward\.settings\.tiny_shapes = 1: expected a mapping of names to Any"),
         ("model.name=sd4", r"model\.name = 'sd4': did you mean 'sd3'"),
         ("prompts.weights=3", r"prompts\.weights = 3: expected a mapping"),
         ("prompts.weights={counting: many}", r"prompts\.weights\.counting = 'many': expected float, found str"),
@@ -105,6 +112,26 @@ def test_dump_reads_back_equal_from_anywhere(tmp_path: Path) -> None:
     assert again == config and differences(config, again) == []
     other = load_config(TINY, ["output=" + str(tmp_path), "objective.beta=0.5"])
     assert any(row.startswith("objective.beta: ") for row in differences(config, other))
+
+
+def test_several_rewards_and_their_settings(tmp_path: Path) -> None:
+    """A path in the file is relative to it, a path in an override to the working directory; the dump keeps both."""
+    text = TINY.read_text().replace("../", f"{TINY.parent}/../").replace("  train: tiny_shapes\n", """
+  train: {tiny_shapes: 1, "mine:Class": 0.5}
+  settings: {"mine:Class": {path: ./weights, nested: {path: ../b, names: [a, 1]}}}
+""")
+    (tmp_path / "a.yaml").write_text(text)
+    config = load_config(tmp_path / "a.yaml", ["reward.settings.tiny_shapes={path: ./here}", f"output={tmp_path}"])
+    assert config.reward.train == {"tiny_shapes": 1.0, "mine:Class": 0.5} and config.reward.eval == "tiny_shapes"
+    nested = {"path": str(tmp_path.parent / "b"), "names": ["a", 1]}
+    assert config.reward.settings == {
+        "mine:Class": {"path": str(tmp_path / "weights"), "nested": nested},
+        "tiny_shapes": {"path": str(Path.cwd() / "here")},
+    }
+    (tmp_path / "dump.yaml").write_text(dump_config(config))
+    assert differences(config, load_config(tmp_path / "dump.yaml")) == []
+    other = load_config(TINY, [f"output={tmp_path}"])
+    assert "reward.train: absent -> tiny_shapes" in differences(config, other)
 
 
 def test_help_describes_every_key() -> None:

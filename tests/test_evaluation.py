@@ -10,7 +10,9 @@ from torch import Tensor
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings
 from fastgrpo.prompts import PromptSet
+from fastgrpo.rewards import RewardSum
 from fastgrpo.rollout import Policy
+from fastgrpo.scores import scores_by_reward, table
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
 TAGS = ["single_object", "counting", "two_object", "counting"]
@@ -25,8 +27,9 @@ def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
     records = [{"prompt": prompt, "tag": tag} for prompt, tag in zip(PROMPTS, TAGS, strict=True)]
     settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0) | options
     return Evaluator(
-        model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records), reward=mean_pixel, **settings
-    )
+        model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records),
+        reward=RewardSum(rewards={"mean": mean_pixel}, weights={"mean": 1.0}), **settings,
+    )  # fmt: skip
 
 
 def test_categories_get_the_same_number_of_images(tiny_model) -> None:  # noqa: ANN001
@@ -53,6 +56,18 @@ def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:  # noqa: ANN
     assert accuracy["overall"] == pytest.approx(np.mean([accuracy[tag] for tag in list(accuracy)[1:]]))
 
 
+def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:  # noqa: ANN001
+    alone = evaluator(tiny_model)
+    rewards = {"mean": mean_pixel, "prompt": lambda images, prompts, metadata: torch.tensor([len(p) for p in prompts])}
+    both = replace(alone, reward=RewardSum(rewards=rewards, weights={"mean": 0.5, "prompt": 2.0}))
+    row, mean = both.accuracy(Policy(tiny_model), 7), alone.accuracy(Policy(tiny_model), 7)["accuracy"]
+    accuracy, categories = row["accuracy"], row["categories"]
+    assert list(accuracy) == ["overall", "mean", "prompt"] and list(categories) == list(mean)[1:]
+    assert {"overall": accuracy["mean"], **{tag: scores["mean"] for tag, scores in categories.items()}} == mean
+    assert categories["single_object"]["prompt"] == len(PROMPTS[0])
+    assert accuracy["overall"] == pytest.approx(0.5 * accuracy["mean"] + 2 * accuracy["prompt"])
+
+
 def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
     """Seven images in batches of three: two ranks draw some twice, and count none twice."""
     alone = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)["accuracy"]
@@ -60,7 +75,7 @@ def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
 
     def collect(scores: Tensor) -> Tensor:
         shares.append(scores)
-        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares))])
+        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares), 1)])
 
     for rank in range(2):
         together = evaluator(tiny_model, rank=rank, world_size=2, gather=collect).accuracy(Policy(tiny_model), 7)
@@ -74,3 +89,19 @@ def test_samples_are_always_the_same(tiny_model) -> None:  # noqa: ANN001
     assert [record["prompt"] for record in records] == [PROMPTS[i] for i in (0, 1, 2, 0)]
     other, _ = evaluator(tiny_model, seed=1).samples(Policy(tiny_model), 4)
     assert not torch.equal(first, other)
+
+
+def test_a_table_has_a_row_a_prompt_file_and_category_and_a_column_a_reward() -> None:
+    several = {"accuracy": {"overall": 3.0, "a": 0.5, "b": 20.0}}
+    several["categories"] = {"x": {"a": 0.25, "b": 19.0}, "y": {"a": 0.75, "b": 21.0}}
+    plain = {"accuracy": {"overall": 3.0, "a": 1.0, "b": 7.0}, "categories": {"all": {"a": 1.0, "b": 7.0}}}
+    rows = [*scores_by_reward("first", several, ["a", "b"]), *scores_by_reward("second", plain, ["a", "b"])]
+    assert table(rows).splitlines() == [
+        "             a   b",
+        "first    50.0%  20",
+        "  x      25.0%  19",
+        "  y      75.0%  21",
+        "second  100.0%   7",
+    ]
+    one = scores_by_reward("first", {"accuracy": {"overall": 0.5, "x": 0.25, "y": 0.75}}, ["a"])
+    assert one == [("first", {"a": 0.5}), ("  x", {"a": 0.25}), ("  y", {"a": 0.75})]

@@ -322,3 +322,11 @@ def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastgrpo.report", str(tmp_path / "none")]
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 1 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
+
+
+def test_several_rewards_have_a_curve_each(run: Path) -> None:
+    rows = [metrics_row(i, rewards={"ocr": i / 100, "pick_score": 20.0 + i}) for i in range(1, 41)]
+    write_lines(run / "metrics.jsonl", rows)
+    page = Page(write_report(run))
+    assert "Reward ocr" in page.source and "Reward pick score" in page.source
+    assert page.source.count("<polyline") + page.source.count("<path") > 0

@@ -4,10 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.rewards import load_reward
+from fastgrpo.rewards import RewardSum, checked, load_reward, load_rewards, reward_version
 from fastgrpo.tiny.render import render
 from fastgrpo.tiny.world import sample_scene, split_prompts
-from fastgrpo.trainer import checked
 
 
 @pytest.mark.parametrize("name", ["tiny_shapes", "tiny_shapes_graded"])
@@ -44,7 +43,7 @@ def test_videos_are_scored_by_frame_or_as_clips() -> None:
     records = [{"bonus": 1}, {"bonus": 2}]
     name = f"{__name__}:mean_red"
     torch.testing.assert_close(load_reward(name)(videos, ["a", "b"], records), torch.tensor([1 + 1 / 3, 2 + 0.2 / 3]))
-    torch.testing.assert_close(load_reward(name, "clip")(videos, ["a", "b"], records), torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(load_reward(name, frames="clip")(videos, ["a", "b"], records), torch.tensor([2.0, 2.0]))
     images = load_reward(name)(videos[:, 2], ["a", "b"], records)
     torch.testing.assert_close(images, torch.tensor([2.0, 2.0]))
 
@@ -65,4 +64,72 @@ def test_bad_scores_name_the_reward_and_the_prompt() -> None:
         checked(torch.tensor([0.0, float("nan")]), "mine", ["a", "b"])
     with pytest.raises(ValueError, match=r"reward 'mine' returned shape \(2, 1\) for 2 images"):
         checked(torch.zeros(2, 1), "mine", ["a", "b"])
+    with pytest.raises(ValueError, match=r"'mine' returned 1\.5 for the prompt 'b', outside of its range \[0, 1\]"):
+        checked(torch.tensor([0.0, 1.5]), "mine", ["a", "b"], 0, 1)
+    with pytest.raises(ValueError, match=r"'mine' returned -1\.0 for the prompt 'a', outside of its range \[0, inf\]"):
+        checked(torch.tensor([-1.0, 1.5]), "mine", ["a", "b"], low=0)
+    assert checked(torch.tensor([0.1]), "mine", ["a"], 0, 0.1).item() == pytest.approx(0.1)
     assert checked(torch.tensor([0, 1]), "mine", ["a", "b"]).dtype == torch.float32
+
+
+class Brightness:
+    """A reward that is made once; `made` counts."""
+
+    low, high = 0.0, 0.1
+    made = 0
+
+    def __init__(self, *, device: torch.device, scale: float, offset: float = 0.0) -> None:
+        Brightness.made += 1
+        self.device, self.scale, self.offset = device, scale, offset
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        return images.float().mean((1, 2, 3)) / 255 * self.scale + self.offset
+
+
+MINE = f"{__name__}:Brightness"
+
+
+def test_a_class_is_made_once_with_the_device_and_its_settings() -> None:
+    before = Brightness.made
+    both = load_rewards(MINE, {MINE: 3.0}, device="cpu", settings={MINE: {"scale": 0.1}}, frames="clip")
+    assert Brightness.made == before + 1 and both[0].rewards[MINE] is both[1].rewards[MINE]
+    reward = both[0].rewards[MINE]
+    assert reward.device == torch.device("cpu") and (reward.scale, reward.offset) == (0.1, 0.0)
+
+
+def test_settings_that_a_reward_does_not_take_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Brightness\.scal: not a setting .* 'scale'\? choices: scale, offset"):
+        load_reward(MINE, settings={"scal": 1})
+    with pytest.raises(ValueError, match=r"Brightness\.scale: missing; .* takes scale, offset"):
+        load_reward(MINE)
+    with pytest.raises(ValueError, match=r"tiny_shapes\.path: not a setting of this reward; it takes none"):
+        load_reward("tiny_shapes", settings={"path": "a"})
+    with pytest.raises(ValueError, match="'no.such.module:f': No module named"):
+        load_reward("no.such.module:f")
+
+
+@pytest.mark.parametrize("frames", ["each", "clip"])
+def test_a_sum_checks_each_reward_and_keeps_it_apart(frames: str) -> None:
+    asked = {MINE: 10.0, "jpeg_incompressibility": -0.5}
+    (total,) = load_rewards(asked, device="cpu", settings={MINE: {"scale": 0.1}}, frames=frames)
+    white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    scores = total(white, ["a", "b"], [{}, {}])
+    assert scores.shape == (2, 2) and scores.dtype == torch.float32 and scores[0, 0].item() == pytest.approx(0.1)
+    torch.testing.assert_close(total.total(scores), 10 * scores[:, 0] - 0.5 * scores[:, 1])
+    (bad,) = load_rewards(asked, device="cpu", settings={MINE: {"scale": 0.2}}, frames=frames)
+    with pytest.raises(ValueError, match=r"Brightness' returned 0\.2.* prompt 'a', outside of its range \[0, 0\.1\]"):
+        bad(white, ["a", "b"], [{}, {}])
+
+
+def test_one_reward_of_weight_one_is_itself_to_the_bit() -> None:
+    one = RewardSum(rewards={"a": lambda images, prompts, metadata: images[:, 0]}, weights={"a": 1.0})
+    scores = one(torch.rand(100, 1, generator=torch.Generator().manual_seed(0)), [""] * 100, [{}] * 100)
+    assert torch.equal(one.total(scores), scores[:, 0])
+
+
+def test_a_version_says_name_settings_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = reward_version("a", {"x": 1, "y": 2})
+    assert version == reward_version("a", {"y": 2, "x": 1})
+    assert len({version, reward_version("b", {"x": 1, "y": 2}), reward_version("a", {"x": 1, "y": 3})}) == 3
+    monkeypatch.setattr("fastgrpo.rewards.__version__", "9.9")
+    assert reward_version("a", {"x": 1, "y": 2}) != version

@@ -14,9 +14,11 @@ HOMES = {
     "deepspeed": ["fastgrpo.engine"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "httpx2": ["fastgrpo.rewards.judge"],
+    "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.remote"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
+    "fastapi": ["fastgrpo.rewards.service"],
+    "uvicorn": ["fastgrpo.rewards.service"],
 }
 
 

@@ -1,18 +1,33 @@
-"""Rewards by name: a callable `(images, prompts, metadata) -> (B,) float32`, and nothing else.
+"""Rewards by name: a callable `(images, prompts, metadata) -> (B,) float32`, of which more is better, and nothing else.
 
     images     (B, 3, H, W) uint8, what a viewer would see; of a clip (B, T, 3, H, W)
     prompts    list of B strings
     metadata   list of B dicts: the prompts' lines of the prompt file
 
-A new reward is one file here and one line in `REWARDS`; your own needs neither: name it `package.module:function`.
+It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. Either may say in its
+attributes `low` and `high` in which range its scores lie. A new reward is one file here and one line in `REWARDS`; your own
+needs neither: name it `package.module:function` or `package.module:Class`.
+
+A run may maximise several: B scores of R rewards are a tensor (B, R), and what is maximised is their weighted sum.
 """
 
+import hashlib
 import importlib
-from collections.abc import Callable
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastgrpo import __version__
+from fastgrpo.schema import nearest
+
 Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
+Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
 
 REWARDS = {
     "tiny_shapes": "fastgrpo.rewards.tiny_shapes:strict",
@@ -29,19 +44,118 @@ REWARDS = {
     "video_ocr": "fastgrpo.rewards.ocr:VideoOCR",
     "geneval": "fastgrpo.rewards.geneval:GenEval",
     "geneval_graded": "fastgrpo.rewards.geneval:GenEvalGraded",
+    "remote": "fastgrpo.rewards.remote:Remote",
 }
 
 
-def load_reward(name: str, frames: str = "each") -> Reward:
-    """The reward of that name from `REWARDS`, or the `module:function` that it spells out.
+class RewardUnavailable(RuntimeError):
+    """What scores is gone and did not come back: the run saves its state and stops, for no score may be made up."""
 
+
+def load_reward(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    frames: str = "each",
+) -> Reward:
+    """The reward of that name from `REWARDS`, or the `module:attribute` that it spells out.
+
+    device, settings: what a class is made with; a function has none.
     frames: of videos (B, T, 3, H, W) it is given each frame, and the mean is the score, or the whole clip.
     """
     module, colon, attribute = REWARDS.get(name, name).partition(":")
     if not colon:
         raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
-    reward = getattr(importlib.import_module(module), attribute)
+    try:
+        reward = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+    _check_settings(name, reward, settings or {})
+    if inspect.isclass(reward):
+        reward = reward(device=torch.device(device), **(settings or {}))
     return reward if frames == "clip" else _mean_over_frames(reward)
+
+
+def _check_settings(name: str, reward: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the reward does not take, and a reward without one that it needs."""
+    parameters = dict(inspect.signature(reward).parameters) if inspect.isclass(reward) else {}
+    parameters.pop("device", None)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    takes = [key for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for key in settings:
+        if key not in takes and inspect.Parameter.VAR_KEYWORD not in kinds:
+            way_out = nearest(key, takes) if takes else "it takes none"
+            raise ValueError(f"reward.settings.{name}.{key}: not a setting of this reward; {way_out}")
+    for key in takes:
+        if key not in settings and parameters[key].default is inspect.Parameter.empty:
+            raise ValueError(f"reward.settings.{name}.{key}: missing; reward {name!r} takes {', '.join(takes)}")
+
+
+def score_range(reward: Reward) -> tuple[float, float]:
+    """The lowest and the highest score that there are."""
+    return float(getattr(reward, "low", -math.inf)), float(getattr(reward, "high", math.inf))
+
+
+def reward_version(name: str, settings: Mapping[str, Any]) -> str:
+    """Equal where scores must be: a hash of the reward's name, its settings and this package's version."""
+    text = json.dumps([name, settings, __version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checked(rewards: Tensor, name: str, prompts: Sequence[str], low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Rewards (B,) as float32 on the CPU, or an error that names the reward, the prompt and the value."""
+    if rewards.shape != (len(prompts),):
+        raise ValueError(f"reward {name!r} returned shape {tuple(rewards.shape)} for {len(prompts)} images, not (B,)")
+    scores = rewards.detach().float().cpu()
+    # As float32, like the scores: 0.1 is less than the float32 nearest to it.
+    bottom, top = torch.tensor([low, high], dtype=torch.float32)
+    bad = (~torch.isfinite(scores) | (scores < bottom) | (scores > top)).nonzero().flatten().tolist()
+    if bad:
+        value, where = rewards[bad[0]].item(), f"for the prompt {prompts[bad[0]]!r}"
+        outside = f", outside of its range [{low:g}, {high:g}]" if math.isfinite(value) else ""
+        raise ValueError(f"reward {name!r} returned {value} {where}{outside}")
+    return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSum:
+    """What a run maximises or reports: rewards by name, each checked apart, and their weighted sum."""
+
+    rewards: dict[str, Reward]
+    weights: dict[str, float]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.weights)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """Each reward's scores (B, R) float32, on the CPU."""
+        columns = []
+        for name in self.weights:
+            reward = self.rewards[name]
+            columns.append(checked(reward(images, prompts, metadata), name, prompts, *score_range(reward)))
+        return torch.stack(columns, dim=1)
+
+    def total(self, scores: Tensor) -> Tensor:
+        """(N, R) -> (N,), the weighted sums."""
+        return (scores * torch.tensor(list(self.weights.values()), device=scores.device)).sum(dim=1)
+
+
+def load_rewards(
+    *asked: Weights, device: torch.device | str, settings: Mapping[str, Mapping[str, Any]], frames: str
+) -> list[RewardSum]:
+    """A `RewardSum` for each of what a configuration asks for; a reward that stands in several is loaded once."""
+    weights = [weights_of(one) for one in asked]
+    rewards = {
+        name: load_reward(name, device=device, settings=settings.get(name), frames=frames)
+        for name in dict.fromkeys(name for one in weights for name in one)
+    }
+    return [RewardSum(rewards=rewards, weights=one) for one in weights]
+
+
+def weights_of(asked: Weights) -> dict[str, float]:
+    return {asked: 1.0} if isinstance(asked, str) else dict(asked)
 
 
 def _mean_over_frames(reward: Reward) -> Reward:
@@ -50,6 +164,8 @@ def _mean_over_frames(reward: Reward) -> Reward:
             return reward(images, prompts, metadata)
         count = images.shape[1]
         every = [[item for item in items for _ in range(count)] for items in (prompts, metadata)]
-        return reward(images.flatten(0, 1), *every).view(-1, count).float().mean(dim=1)
+        # In double: rounding must not carry a mean out of the range of its scores.
+        return reward(images.flatten(0, 1), *every).view(-1, count).double().mean(dim=1).float()
 
+    score.low, score.high = score_range(reward)
     return score
