@@ -39,7 +39,7 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: Path
-    """Folder of the pretrained pipeline, in the diffusers format."""
+    """Folder of the pretrained pipeline, in the diffusers format; of BAGEL as published."""
     name: str = "sd3"
     """Model family, see fastgrpo/models."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

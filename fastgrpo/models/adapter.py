@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import save_torch_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -197,6 +198,16 @@ class Adapter:
         """The noise levels of the pipeline's own scheduler, falling from 1 to 0: (num_steps + 1,) float32."""
         scheduler = self.scheduler()
         scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.cpu()
+
+    def shifted_sigmas(self, spaced: Sequence[float], tokens: int) -> Tensor:
+        """`sigmas` of pipelines that shift spaced ones (num_steps,) towards noise, the more tokens an image has the more."""
+        scheduler = self.scheduler()
+        config = scheduler.config
+        scheduler.set_timesteps(sigmas=spaced, mu=calculate_shift(
+            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+        ))  # fmt: skip
         return scheduler.sigmas.cpu()
 
     @property

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import load_image
 from torch import Tensor
 
@@ -84,13 +83,7 @@ class Flux(Adapter):
 
     def sigmas(self, num_steps: int) -> Tensor:
         """As the pipeline makes them: where the scheduler shifts dynamically, more noise for more tokens."""
-        scheduler = self.scheduler()
-        config = scheduler.config
-        mu = calculate_shift(
-            self.latent_shape[0], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.cpu()
+        return self.shifted_sigmas(np.linspace(1.0, 1 / num_steps, num_steps), self.latent_shape[0])
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(

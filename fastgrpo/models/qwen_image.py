@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.utils import load_image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -109,13 +108,7 @@ class QwenImage(Adapter):
 
     def sigmas(self, num_steps: int) -> Tensor:
         """As the pipeline's scheduler shifts them for an image of this many tokens."""
-        scheduler = self.scheduler()
-        config = scheduler.config
-        shift = calculate_shift(
-            self.latent_shape[0], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=shift)
-        return scheduler.sigmas.cpu()
+        return self.shifted_sigmas(np.linspace(1.0, 1 / num_steps, num_steps), self.latent_shape[0])
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         # One by one, so that what a prompt becomes does not depend on the others.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -73,14 +73,7 @@ class ZImage(Adapter):
         return -(-self.settings.max_text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
     def sigmas(self, num_steps: int) -> Tensor:
-        scheduler = self.scheduler()
-        config, tokens = scheduler.config, self.latent_shape[1] * self.latent_shape[2] // 4
-        mu = calculate_shift(
-            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-        )  # fmt: skip
-        scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(num_steps), mu=mu)
-        return scheduler.sigmas.cpu()
+        return self.shifted_sigmas(get_default_z_image_sigmas(num_steps), self.latent_shape[1] * self.latent_shape[2] // 4)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         captions, _ = self.pipeline.encode_prompt(
