@@ -1,10 +1,14 @@
 """`fastgrpo plan`: its counts against formulas and figures from elsewhere; and random weights, of the same architectures."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_training import PROCESS_SETTINGS, ROOT
 from torch import nn
 
 from fastgrpo import plan as planning
@@ -154,6 +158,24 @@ def test_random_weights_need_no_checkpoint(tiny_architecture: None) -> None:
         model, Policy(model), Embeddings(model), prompts, torch.arange(2), stream=2, seed=0, num_steps=2, guidance_scale=3.0
     )
     assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
+
+
+def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path) -> None:
+    """`--random-weights` from the command on: no checkpoint is looked for, and the run ends with a LoRA and a report."""
+    settings = [
+        "model.architecture=tiny", "model.height=16", "model.width=16", "model.dtype=float32", "prompts.cache=null",
+        "iterations=1", "rollout.groups=4", "rollout.group_size=4", "rollout.num_steps=4", "evaluation.num_steps=2",
+        "evaluation.images=8", f"output={tmp_path / 'run'}", f"model.path={tmp_path / 'nowhere'}",
+    ]  # fmt: skip
+    options = ["--config", str(CONFIG), "--random-weights", *(part for one in settings for part in ("--set", one))]
+    program = (
+        "import sys; from pathlib import Path; from fastgrpo.models import adapter; from fastgrpo.train import main; "
+        f"adapter.ARCHITECTURES = Path({str(adapter.ARCHITECTURES)!r}); sys.exit(main({options!r}))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
 def test_random_weights_of_nothing_are_refused() -> None:
