@@ -164,7 +164,7 @@ def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path
     """`--random-weights` from the command on: no checkpoint is looked for, and the run ends with a LoRA and a report."""
     settings = [
         "model.architecture=tiny", "model.height=16", "model.width=16", "model.dtype=float32", "prompts.cache=null",
-        "iterations=1", "rollout.groups=4", "rollout.group_size=4", "rollout.num_steps=4", "evaluation.num_steps=2",
+        "iterations=1", "rollout.groups=4", "rollout.group_size=4", "rollout.num_steps=6", "evaluation.num_steps=2",
         "evaluation.images=8", f"output={tmp_path / 'run'}", f"model.path={tmp_path / 'nowhere'}",
     ]  # fmt: skip
     options = ["--config", str(CONFIG), "--random-weights", *(part for one in settings for part in ("--set", one))]
