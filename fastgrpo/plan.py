@@ -87,11 +87,12 @@ def flash_attention() -> Iterator[None]:
     functional = torch.nn.functional
     stock = functional.scaled_dot_product_attention
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+    # Named as torch names them: some call it by keyword.
+    def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
         # A mask changes neither FLOPs nor what is kept; heads that share keys are as many products as others.
-        if k.shape[1] != q.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+        if key.shape[1] != query.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 
     functional.scaled_dot_product_attention = flash
     try:

@@ -15,6 +15,7 @@ from fastgrpo import plan as planning
 from fastgrpo.cli import main
 from fastgrpo.config import ConfigError, load_config
 from fastgrpo.models import adapter, model_class
+from fastgrpo.models.adapter import read_architecture
 from fastgrpo.plan import Counts, activation_bytes, count, flops_per_image, memory, plan
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sd3_compressibility.yaml"
@@ -129,6 +130,21 @@ def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pyt
     total = result["flops_per_image"]["total"]
     assert result["images_per_second_and_gpu"] == pytest.approx(0.4 * 989e12 / total)
     assert result["seconds_per_iteration"] == pytest.approx(768 / 2 / result["images_per_second_and_gpu"])
+
+
+CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_can_be_planned(name: str) -> None:
+    """At full size: a forward pass costs about two FLOPs a parameter and token, more where tokens meet in attention."""
+    config = load_config(CONFIG.parent / f"{name}.yaml")
+    counts = count(config)
+    assert counts.parameters == read_architecture(config.model.architecture)["transformer_parameters"]
+    assert counts.trained > 1e6 and counts.activation_bytes > 1e6
+    # Twice, with checkpointing three times, a forward pass, and flash attention's backward is 2.5 of its forwards.
+    assert 2 < counts.train_flops / counts.forward_flops < 3.6
+    assert 0.1 < counts.forward_flops / (2 * counts.parameters * 1024) < 10
 
 
 @pytest.mark.parametrize(
