@@ -142,6 +142,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
     axes.set_xticks(places, labels, fontsize=7)
     axes.axhline(1, color="#888", linewidth=0.8)
     axes.set(ylabel="images a second, diffusers = 1", title="Rollout speed")
+    axes.margins(y=0.15)  # room for the legend
     axes.legend(frameon=False, fontsize=8, ncols=len(names))
     return figure
 

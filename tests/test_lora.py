@@ -130,7 +130,7 @@ def test_drafts_are_near_and_only_inside() -> None:
 def test_which_layers_are_drafted() -> None:
     """The frozen ones of the blocks, base layers of a LoRA included; neither the LoRA's own nor what is outside."""
     model = load_tuned_model()
-    count = prepare_fp8(model.blocks)
+    count = len(prepare_fp8(model.blocks))
     drafted = {name for name, m in model.transformer.named_modules() if isinstance(m, Fp8Linear)}
     assert len(drafted) == count and all(name.startswith("transformer_blocks.") for name in drafted)
     assert "transformer_blocks.0.attn.to_q.base_layer" in drafted and not any("lora_" in name for name in drafted)
@@ -146,7 +146,7 @@ def test_one_layer_is_its_rounded_weights() -> None:
     x8, w8 = (x / a).to(torch.float8_e4m3fn).double(), (layer.weight / b).to(torch.float8_e4m3fn).double()
     expected = (x8 * a) @ (w8 * b).T + layer.bias
     Fp8Linear.convert(layer)
-    with drafting(layer):
+    with drafting([layer]):
         torch.testing.assert_close(layer(x).double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 

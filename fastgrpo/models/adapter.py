@@ -83,6 +83,7 @@ class Adapter:
         self.tiny_decoder: AutoencoderTiny | None = None
         self._frozen: torch.nn.Module | None = None  # of full fine-tuning: the transformer before it
         self._in_reference = False
+        self._drafted: list[torch.nn.Module] = []  # layers that can multiply in 8 bits
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
             module.requires_grad_(False)
 
@@ -259,11 +260,11 @@ class Adapter:
 
     def prepare_drafts(self) -> None:
         """Make ready for `drafting`; after the trained weights are in place."""
-        prepare_fp8(self.blocks)
+        self._drafted = prepare_fp8(self.blocks)
 
     def drafting(self) -> AbstractContextManager[None]:
         """Inside, the transformer multiplies in 8 bits where it is frozen, see `fastgrpo.models.fp8`; else as always."""
-        return drafting(self.transformer)
+        return drafting(self._drafted)
 
     def use_attention(self, name: str) -> None:
         """Which attention kernels the transformer runs on, see `fastgrpo.models.attention`."""

@@ -44,8 +44,8 @@ class Fp8Linear(nn.Linear):
         return y.view(*x.shape[:-1], -1)
 
 
-def prepare_fp8(blocks: Sequence[nn.Module]) -> int:
-    """Give every frozen linear layer of the blocks an 8-bit copy of its weight; returns how many there are."""
+def prepare_fp8(blocks: Sequence[nn.Module]) -> list[Fp8Linear]:
+    """Give every frozen linear layer of the blocks an 8-bit copy of its weight, and return those layers."""
     if next(blocks[0].parameters()).is_cuda and torch.cuda.get_device_capability() < (8, 9):
         name = torch.cuda.get_device_name()
         raise ValueError(f"rollout.precision = 'fp8': {name} has no 8-bit matrix units (8.9 and later have); take model")
@@ -57,13 +57,12 @@ def prepare_fp8(blocks: Sequence[nn.Module]) -> int:
         raise ValueError("rollout.precision = 'fp8': no frozen linear layer in the transformer's blocks; take model")
     for layer in found:
         Fp8Linear.convert(layer)
-    return len(found)
+    return found
 
 
 @contextmanager
-def drafting(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the layers that `prepare_fp8` found multiply in 8 bits."""
-    layers = [layer for layer in transformer.modules() if isinstance(layer, Fp8Linear)]
+def drafting(layers: Sequence[Fp8Linear]) -> Iterator[None]:
+    """Inside, the layers, those that `prepare_fp8` returned, multiply in 8 bits."""
     try:
         for layer in layers:
             layer.drafting = True
