@@ -2,7 +2,8 @@
 
 As the released script does: embeddings made again for every batch, the schedule looked up on the host, every step of the
 trajectory kept with its log-prob, one forward a time step with the log-probs subtracted, another with the adapter off for
-the KL, rewards waited for. Model, prompts, reward, batches and optimiser steps are those of the run it is compared with.
+the KL, rewards waited for. With `drop_dead` it also leaves out of the update, as that script does, the samples of groups whose
+rewards are all equal. Model, prompts, reward, batches and optimiser steps are those of the run it is compared with.
 """
 
 import math
@@ -32,8 +33,8 @@ class Sample:
 class Released:
     """One process, plain AdamW."""
 
-    def __init__(self, config: Config, model: SD3, prompts: PromptSet) -> None:
-        self.config, self.model, self.prompts = config, model, prompts
+    def __init__(self, config: Config, model: SD3, prompts: PromptSet, *, drop_dead: bool = False) -> None:
+        self.config, self.model, self.prompts, self.drop_dead = config, model, prompts, drop_dead
         self.reward = load_reward(config.reward.train)
         self.trained = [p for p in model.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.update.learning_rate, weight_decay=1e-4)
@@ -57,11 +58,21 @@ class Released:
         parts = advantages.split(rollout.batch_size)
         share = len(samples) // self.config.update.steps_per_rollout
         for n, (sample, advantage) in enumerate(zip(samples, parts, strict=True), 1):
-            self.backward(sample, advantage.clamp(-5, 5), share)
+            live = advantage.nonzero().flatten() if self.drop_dead else torch.arange(len(advantage))
+            if len(live):
+                self.backward(self.only(sample, live), advantage[live].clamp(-5, 5), share)
             if n % share == 0:
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+
+    def only(self, sample: Sample, live: Tensor) -> Sample:
+        """Those rows of a batch; under guidance, of the empty prompt too."""
+        rows = torch.cat([live, live + len(sample.groups)]) if self.guided else live
+        return Sample(
+            sample.embeds[rows], sample.pooled[rows], [x[live] for x in sample.latents],
+            [log_prob[live] for log_prob in sample.log_probs], sample.rewards[live], sample.groups[live],
+        )  # fmt: skip
 
     @torch.no_grad()
     def sample(self, records: list[dict], groups: Tensor) -> Sample:

@@ -154,6 +154,9 @@ class UpdateConfig:
     number; or the most that GPU memory holds, found by a trial at the start."""
     old_velocity: Literal["rollout", "recompute"] = "rollout"
     """v_old as the rollout left it, or from another forward pass in the update's own shape, where that differs."""
+    skip_dead: bool = True
+    """Leave out of an optimiser step the batches that would hold only samples of weight 0, whose gradient is 0: groups of
+    equal rewards, and what `advantage.keep` leaves out. It saves where a step has several batches."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

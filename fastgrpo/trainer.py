@@ -33,8 +33,8 @@ from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
 from fastgrpo.scores import are_shares, score_text
-from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, noise_address
-from fastgrpo.update import Learner, largest_micro_batch, recompute_old, update
+from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, experience_of, noise_address
+from fastgrpo.update import Learner, largest_micro_batch, live_batches, live_count, recompute_old, update
 
 
 class Trainer:
@@ -230,18 +230,25 @@ class Trainer:
         experiences = []
         for sample_id, steps, conditioning, result in rollouts:
             mine = sample_id.to(self.model.device)
-            weight = advantages.weight[mine]
-            experiences.append(Experience(result, conditioning, steps, advantages.values[mine], weight))
+            experiences.append(experience_of(result, steps, conditioning, advantages.values[mine], advantages.weight[mine]))
         if not self._micro_batch_known:
             self._try_micro_batches(experiences[0])
+        size = len(experiences) // self.config.update.steps_per_rollout
+        parts = [self._worth_running(experiences[i : i + size]) for i in range(0, len(experiences), size)]
         if self.config.update.old_velocity == "recompute":
-            experiences = [recompute_old(self.learner, experience) for experience in experiences]
-        part = len(experiences) // self.config.update.steps_per_rollout
-        updates = [update(self.learner, experiences[i : i + part]) for i in range(0, len(experiences), part)]
+            parts = [[recompute_old(self.learner, experience) for experience in part] for part in parts]
+        samples = size * self.config.rollout.batch_size
+        updates = [update(self.learner, part, samples) for part in parts]
         mean = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
         first = updates[0]
         deviation = torch.maximum((first["ratio_max"] - 1).abs(), (first["ratio_min"] - 1).abs())
         return {**mean, "first_ratio_deviation": deviation}
+
+    def _worth_running(self, part: list[Experience]) -> list[Experience]:
+        """Without whole batches of samples that teach nothing; the same number of batches on every rank."""
+        if not self.config.update.skip_dead:
+            return part
+        return live_batches(part, int(self.engine.all_reduce(live_count(part), "max")))
 
     def _try_micro_batches(self, experience: Experience) -> None:
         """The largest micro-batch that every rank can hold, once and for all."""

@@ -59,10 +59,64 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """One batch to learn from. It has the shape of its rollout, so that the ratio of the first update is exactly 1."""
+    """One batch of transitions to learn from, S of each of B samples; a row of the rollout's batch size is one of its steps."""
 
-    rollout: Rollout
+    x: Tensor  # (S, B, *D) float32, what the network sees
+    x_next: Tensor  # (S, B, *D) float32, after the step; of the forward process the velocity to match
+    v_old: Tensor  # (S, B, *D) velocity, under guidance the guided one in float32, else in the model's dtype
+    sigma: Tensor  # (S, B) float32
+    coefficients: Tensor  # (S, B, 4) float32, columns c_x, c_v, s, w
+    kl_weight: Tensor  # (S, B) float32
+    loss_weight: Tensor  # (S, B) float32
     conditioning: tuple  # of tensors (B, ...), or (2 B, ...) under guidance
-    steps: Steps
     advantages: Tensor  # (B,) float32
     weight: Tensor  # (B,) float32, 0 where the group teaches nothing
+
+
+STEPS_FIRST = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight", "loss_weight")  # (S, B, ...)
+
+
+def experience_of(
+    rollout: Rollout, steps: Steps, conditioning: tuple, advantages: Tensor, weight: Tensor
+) -> Experience:
+    """The trained steps of a rollout, in its own shape, so that the ratio of the first update is exactly 1."""
+    batch = len(advantages)
+    rows = torch.arange(batch, device=steps.start.device)
+    index = torch.arange(steps.size, device=steps.start.device)[:, None] + steps.start  # (S, B) step of the rollout
+    kl_weight = steps.kl_weight[index]
+    return Experience(
+        rollout.latents[:-1], rollout.latents[1:], rollout.v_old, steps.sigmas[index], steps.table[rows, index],
+        kl_weight, torch.ones_like(kl_weight), conditioning, advantages, weight,
+    )  # fmt: skip
+
+
+def conditioning_rows(conditioning: C, sample: Tensor, batch: int) -> C:
+    """The rows of samples of a batch; under guidance, of the empty prompt first."""
+    guided = len(conditioning[0]) == 2 * batch
+    return take(conditioning, torch.cat([sample, sample + batch]) if guided else sample)
+
+
+def select(experience: Experience, sample: Tensor) -> Experience:
+    """The samples (n,) of an experience, in that order."""
+    return Experience(
+        **{name: getattr(experience, name)[:, sample] for name in STEPS_FIRST},
+        conditioning=conditioning_rows(experience.conditioning, sample, len(experience.advantages)),
+        advantages=experience.advantages[sample],
+        weight=experience.weight[sample],
+    )
+
+
+def join(experiences: Sequence[Experience]) -> Experience:
+    """Several batches as one."""
+    guided = len(experiences[0].conditioning[0]) == 2 * len(experiences[0].advantages)
+    conditioning = [e.conditioning for e in experiences]
+    if guided:  # the empty prompts of all before the prompts of all
+        halves = [[type(c)(*(t.chunk(2)[half] for t in c)) for c in conditioning] for half in (0, 1)]
+        conditioning = [*halves[0], *halves[1]]
+    joined = {name: torch.cat([getattr(e, name) for e in experiences], dim=1) for name in STEPS_FIRST}
+    return Experience(
+        **joined,
+        conditioning=concatenate(conditioning),
+        advantages=torch.cat([e.advantages for e in experiences]),
+        weight=torch.cat([e.weight for e in experiences]),
+    )

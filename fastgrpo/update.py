@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastgrpo.objectives import Loss, StepRows
 from fastgrpo.rollout import GuidanceRule, velocities
-from fastgrpo.trajectory import Experience, take
+from fastgrpo.trajectory import STEPS_FIRST, Experience, conditioning_rows, join, select
 from fastgrpo_kernels import transition
 from fastgrpo_kernels.sde_step import guided_velocity_ref
 
@@ -49,12 +49,13 @@ class Learner(NamedTuple):
 class Transitions(NamedTuple):
     """Some transitions of an experience: N of its S B."""
 
-    x: Tensor  # (N, *D) float32, before the step
-    x_next: Tensor  # (N, *D) float32, after it
+    x: Tensor  # (N, *D) float32, what the network sees
+    x_next: Tensor  # (N, *D) float32, after the step; of the forward process the velocity to match
     v_old: Tensor  # (N, *D) float32, or without guidance in the model's dtype
     sigma: Tensor  # (N,) float32
     coefficients: Tensor  # (N, 4) float32
     kl_weight: Tensor  # (N,) float32
+    loss_weight: Tensor  # (N,) float32
     conditioning: tuple  # of tensors (N, ...), or (2 N, ...) under guidance
     advantages: Tensor  # (N,) float32
     weight: Tensor  # (N,) float32
@@ -62,49 +63,68 @@ class Transitions(NamedTuple):
 
 def micro_batches(experience: Experience, size: int) -> Iterator[Transitions]:
     """The transitions of an experience, step by step and `size` at a time."""
-    rollout, steps = experience.rollout, experience.steps
-    trained, batch = rollout.v_old.shape[:2]
-    device = steps.start.device
-    sample = torch.arange(batch, device=device).repeat(trained)  # (S B,)
-    index = (torch.arange(trained, device=device)[:, None] + steps.start).flatten()  # (S B,) step of the rollout
-    x, x_next, v_old = (t.flatten(0, 1) for t in (rollout.latents[:-1], rollout.latents[1:], rollout.v_old))
-    if len(sample) % size:
+    trained, batch = experience.sigma.shape
+    if trained * batch % size:
         raise ValueError(f"micro_batch_size {size} does not divide {trained} steps of {batch} samples into whole batches")
-    for start in range(0, len(sample), size):
+    sample = torch.arange(batch, device=experience.sigma.device).repeat(trained)  # (S B,)
+    flat = [getattr(experience, name).flatten(0, 1) for name in STEPS_FIRST]
+    for start in range(0, trained * batch, size):
         part = slice(start, start + size)
-        who, step = sample[part], index[part]
+        who = sample[part]
         yield Transitions(
-            x[part], x_next[part], v_old[part], steps.sigmas[step], steps.table[who, step], steps.kl_weight[step],
-            _conditioning_rows(experience.conditioning, who, batch), experience.advantages[who], experience.weight[who],
+            *(tensor[part] for tensor in flat), conditioning_rows(experience.conditioning, who, batch),
+            experience.advantages[who], experience.weight[who],
         )  # fmt: skip
 
 
-def _conditioning_rows(conditioning: tuple, sample: Tensor, batch: int) -> tuple:
-    """The rows of samples; under guidance, of the empty prompt first."""
-    guided = len(conditioning[0]) == 2 * batch
-    return take(conditioning, torch.cat([sample, sample + batch]) if guided else sample)
+def live_batches(experiences: Sequence[Experience], count: int) -> list[Experience]:
+    """The samples that teach something, in `count` batches of the same size, the last filled up with others.
+
+    Samples of weight 0 add nothing to the gradient: a batch of them need not be run. The shapes stay what they were, so
+    that neither ratios nor captured graphs nor compiled blocks know of it.
+    """
+    if count == len(experiences):
+        return list(experiences)
+    batch, every = len(experiences[0].advantages), join(experiences)
+    order = (every.weight == 0).to(torch.uint8).argsort(stable=True)  # the live ones first
+    return [select(every, chosen) for chosen in order[: count * batch].split(batch)]
 
 
-def update(learner: Learner, experiences: Sequence[Experience]) -> dict[str, Tensor]:
-    """One optimiser step on all transitions of `experiences`; metrics as scalars on the device."""
+def live_count(experiences: Sequence[Experience]) -> Tensor:
+    """How many batches their live samples fill, () int64; at least one, as an optimiser step needs a gradient."""
+    live = sum((experience.weight > 0).sum() for experience in experiences)
+    batch = len(experiences[0].advantages)
+    return torch.div(live + batch - 1, batch, rounding_mode="floor").clamp(min=1)
+
+
+def update(learner: Learner, experiences: Sequence[Experience], samples: int | None = None) -> dict[str, Tensor]:
+    """One optimiser step on all transitions of `experiences`; metrics as scalars on the device.
+
+    samples: over how many the loss is a mean, if some that teach nothing were left out (`live_batches`).
+    """
     size = learner.micro_batch_size
-    total = sum(experience.rollout.log_prob.numel() for experience in experiences) // size
+    steps, batch = experiences[0].sigma.shape
+    passes = len(experiences) * steps * batch // size
+    total = (samples or len(experiences) * batch) * steps / size
     losses = []
     for experience in experiences:
         for transitions in micro_batches(experience, size):
             loss = transition_loss(learner, transitions)
             losses.append(loss)
-            learner.engine.backward(loss.loss / total, last=len(losses) == total)
+            learner.engine.backward(loss.loss / total, last=len(losses) == passes)
     metrics = {"grad_norm": learner.engine.step()}
     for name in Loss._fields:
         values = torch.stack([getattr(loss, name).detach() for loss in losses])
-        metrics[name] = {"ratio_min": values.amin, "ratio_max": values.amax}.get(name, values.mean)()
+        if name in ("ratio_min", "ratio_max"):
+            metrics[name] = values.amin() if name == "ratio_min" else values.amax()
+        else:  # what is weighted is a mean over all samples, the rest over those that were run
+            metrics[name] = values.sum() / (total if name in ("loss", "policy", "kl") else passes)
     return metrics
 
 
 def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     """The objective on a micro-batch, each sample's mean over elements."""
-    x, x_next, v_old, sigma, coefficients, kl_weight, conditioning, advantages, weight = transitions
+    x, x_next, v_old, sigma, coefficients, kl_weight, _, conditioning, advantages, weight = transitions
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
     v, v_uncond = velocities(
@@ -137,8 +157,7 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
             x_model = transitions.x.to(learner.model_dtype)
             v = _guided(learner, x_model, transitions.sigma, transitions.conditioning)
         parts.append(v.detach())
-    v_old = torch.cat(parts).view_as(experience.rollout.v_old)
-    return replace(experience, rollout=replace(experience.rollout, v_old=v_old))
+    return replace(experience, v_old=torch.cat(parts).view_as(experience.v_old))
 
 
 def _guided(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
@@ -151,7 +170,7 @@ def largest_micro_batch(learner: Learner, experience: Experience) -> int:
 
     On a CPU nothing can be tried without harm, and all are taken at once.
     """
-    transitions = experience.rollout.log_prob.numel()
+    transitions = experience.sigma.numel()
     # The bare policy: the engine would count a gradient that is only tried as part of an update.
     with learner.engine.rollout_policy() as policy:
         trained = [p for p in policy.parameters() if p.requires_grad]

@@ -73,20 +73,20 @@ def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float
     model = load_tuned_model()
     rival = Released(config, model, load_prompts(config.prompts.train))
     prompts = ["a red circle", "two blue squares", "a green triangle"]
-    experience, learner = own_update(model, prompts, guidance_scale, config)
+    experience, result, learner = own_update(model, prompts, guidance_scale, config)
 
-    x, x_next, v = experience.rollout.latents[1], experience.rollout.latents[2], experience.rollout.v_old[1]
-    c_x, c_v, s, _ = experience.steps.table[0, 1].double()
+    x, x_next, v = experience.x[1], experience.x_next[1], experience.v_old[1]
+    c_x, c_v, s, _ = experience.coefficients[1, 0].double()
     _, log_prob, mean, _ = rival.step(x, v, rival.timesteps[1].expand(3), x_next)
     torch.testing.assert_close(mean.double(), c_x * x.double() + c_v * v.double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_prob, experience.rollout.log_prob[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_prob, result.log_prob[1], rtol=1e-4, atol=1e-4)
     assert usual_step(x, v, rival.timesteps[1].expand(3), rival.timesteps, rival.sigmas)[0].shape == x.shape
 
     update(learner, [experience])
     own = {n: p.grad.clone() for n, p in model.transformer.named_parameters() if p.grad is not None}
     model.transformer.zero_grad()
-    latents = [experience.rollout.latents[i] for i in range(4)]
-    log_probs = [experience.rollout.log_prob[j] for j in range(3)]
+    latents = [result.latents[i] for i in range(4)]
+    log_probs = [result.log_prob[j] for j in range(3)]
     embeds, pooled = experience.conditioning
     sample = Sample(embeds, pooled, latents, log_probs, torch.zeros(3), torch.zeros(3))
     rival.backward(sample, experience.advantages, batches=1)
@@ -105,7 +105,7 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
     from fastgrpo.generation import Embeddings
     from fastgrpo.objectives import grpo_clip
     from fastgrpo.rollout import Policy, rollout
-    from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
+    from fastgrpo.trajectory import TRAIN, Steps, experience_of, noise_address
 
     sigmas = model.sigmas(4)
     start = torch.zeros(len(prompts), dtype=torch.int64)
@@ -116,7 +116,7 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
         Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(len(prompts))), conditioning,
         guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
     )  # fmt: skip
-    experience = Experience(result, conditioning, steps, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
+    experience = experience_of(result, steps, conditioning, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
     objective = partial(grpo_clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
     learner = Learner(PlainEngine(Policy(model)), objective, model.reference, guidance_scale, model.dtype, len(prompts))
-    return experience, learner
+    return experience, result, learner

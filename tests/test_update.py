@@ -3,6 +3,7 @@
 import copy
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,8 +14,17 @@ from fastgrpo import sde
 from fastgrpo.generation import Embeddings
 from fastgrpo.objectives import grpo_clip
 from fastgrpo.rollout import Policy, rollout
-from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
-from fastgrpo.update import Learner, largest_micro_batch, micro_batches, recompute_old, transition_loss, update
+from fastgrpo.trajectory import TRAIN, Experience, Steps, experience_of, noise_address
+from fastgrpo.update import (
+    Learner,
+    largest_micro_batch,
+    live_batches,
+    live_count,
+    micro_batches,
+    recompute_old,
+    transition_loss,
+    update,
+)
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
 
@@ -45,14 +55,14 @@ def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Step
     return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float())
 
 
-def experience_of(model, guidance_scale: float, sampler: str, size: int = 3) -> Experience:  # noqa: ANN001
+def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int = 0) -> Experience:  # noqa: ANN001
     steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
     conditioning = Embeddings(model)(PROMPTS, guidance_scale=guidance_scale)
     result = rollout(
-        Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(4)), conditioning,
+        Policy(model), steps, noise_address(TRAIN, seed, 1, torch.arange(4)), conditioning,
         guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
     )  # fmt: skip
-    return Experience(result, conditioning, steps, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4))
+    return experience_of(result, steps, conditioning, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4))
 
 
 def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
@@ -65,7 +75,7 @@ def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: str) -> None:  # noqa: ANN001
     """Bit for bit, with a window of its own for each group, with the reference switched in between, in training mode."""
-    experience = experience_of(tuned_model, guidance_scale, sampler)
+    experience = rolled(tuned_model, guidance_scale, sampler)
     learner = learner_of(tuned_model, guidance_scale)
     for transitions in micro_batches(experience, 4):
         loss = transition_loss(learner, transitions)
@@ -75,7 +85,7 @@ def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: s
 
 
 def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    experience = rolled(tuned_model, 1.0, "flow_sde")
     with torch.no_grad():
         for name, parameter in tuned_model.transformer.named_parameters():
             if "lora_B" in name:
@@ -87,7 +97,7 @@ def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: float) -> None:  # noqa: ANN001
     """Against torch.distributions in float64 on the whole model: clipped surrogate of subtracted log-probs, and KL."""
-    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+    experience = rolled(tuned_model, guidance_scale, "flow_sde")
     with torch.no_grad():  # off-policy, so that ratio, clip and drift all matter
         for name, parameter in tuned_model.transformer.named_parameters():
             if "lora_B" in name:
@@ -100,11 +110,9 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
     model = copy.deepcopy(tuned_model.transformer).double()
     for p in model.parameters():
         p.grad = None
-    steps, result = experience.steps, experience.rollout
 
     def velocity(j: int) -> Tensor:
-        x = result.latents[j].double()
-        sigma = steps.sigmas[steps.start + j].double()
+        x, sigma = experience.x[j].double(), experience.sigma[j].double()
         embeds, pooled = (t.double() for t in experience.conditioning)
         if guidance_scale != 1:
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
@@ -117,20 +125,20 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
         return v_uncond + guidance_scale * (v - v_uncond)
 
     total = 0.0
-    for j in range(steps.size):
-        c_x, c_v, s, _ = steps.table[torch.arange(4), steps.start + j].double().view(4, 4, 1, 1, 1).unbind(1)
-        x, x_next = result.latents[j].double(), result.latents[j + 1].double()
+    for j in range(3):
+        c_x, c_v, s, _ = experience.coefficients[j].double().view(4, 4, 1, 1, 1).unbind(1)
+        x, x_next = experience.x[j].double(), experience.x_next[j].double()
         model.disable_adapters()
         with torch.no_grad():
             reference = torch.distributions.Normal(c_x * x + c_v * velocity(j), s.expand_as(x))
         model.enable_adapters()
         new = torch.distributions.Normal(c_x * x + c_v * velocity(j), s.expand_as(x))
-        old = torch.distributions.Normal(c_x * x + c_v * result.v_old[j].double(), s.expand_as(x))
+        old = torch.distributions.Normal(c_x * x + c_v * experience.v_old[j].double(), s.expand_as(x))
         ratio = (new.log_prob(x_next) - old.log_prob(x_next)).flatten(1).mean(1).exp()
         a = experience.advantages.double()
         policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - 1e-3, 1 + 1e-3))
         kl = torch.distributions.kl_divergence(new, reference).flatten(1).mean(1)
-        total = total + (policy + beta * kl).mean() / steps.size
+        total = total + (policy + beta * kl).mean() / 3
     total.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() and len(found) > 10
@@ -139,26 +147,26 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
 
 
 def test_dead_groups_leave_no_gradient(tuned_model) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
-    dead = Experience(experience.rollout, experience.conditioning, experience.steps, torch.zeros(4), torch.zeros(4))
+    experience = rolled(tuned_model, 1.0, "flow_sde")
+    dead = replace(experience, advantages=torch.zeros(4), weight=torch.zeros(4))
     update(learner_of(tuned_model, 1.0), [dead])
     assert all(p.grad is None or (p.grad == 0).all() for p in tuned_model.transformer.parameters())
 
 
 def test_without_beta_the_reference_is_not_run(tuned_model) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    experience = rolled(tuned_model, 1.0, "flow_sde")
     learner = learner_of(tuned_model, 1.0, beta=0.0)
     calls = []
     learner.engine.policy.register_forward_hook(lambda *_: calls.append(1))
     update(learner, [experience])
-    assert len(calls) == experience.steps.size
+    assert len(calls) == len(experience.x)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
 def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
     """Transition by transition, or all steps of all samples at once: the same gradient up to the order of its sums."""
-    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+    experience = rolled(tuned_model, guidance_scale, "flow_sde")
 
     def gradients(micro_batch_size: int) -> dict[str, Tensor]:
         learner = learner_of(tuned_model, guidance_scale, micro_batch_size=micro_batch_size)
@@ -179,7 +187,7 @@ def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: i
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [2, 12])
 def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, guidance_scale, "flow_sde")
+    experience = rolled(tuned_model, guidance_scale, "flow_sde")
     learner = learner_of(tuned_model, guidance_scale, micro_batch_size=size)
     for transitions in micro_batches(recompute_old(learner, experience), size):
         loss = transition_loss(learner, transitions)
@@ -189,11 +197,11 @@ def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scal
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa: ANN001
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
-    eager = experience_of(tuned_model, 1.0, "flow_sde")
+    eager = rolled(tuned_model, 1.0, "flow_sde")
     tuned_model.compile_blocks()
     assert tuned_model.blocks and all(block._compiled_call_impl is not None for block in tuned_model.blocks)
-    compiled = experience_of(tuned_model, 1.0, "flow_sde")
-    torch.testing.assert_close(compiled.rollout.final, eager.rollout.final, rtol=1e-3, atol=1e-3)
+    compiled = rolled(tuned_model, 1.0, "flow_sde")
+    torch.testing.assert_close(compiled.x_next[-1], eager.x_next[-1], rtol=1e-3, atol=1e-3)
     learner = learner_of(tuned_model, 1.0)
     for transitions in micro_batches(compiled, 4):
         loss = transition_loss(learner, transitions)
@@ -201,20 +209,20 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa
 
 
 def test_recomputing_in_the_rollouts_shape_changes_nothing(tuned_model) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    experience = rolled(tuned_model, 1.0, "flow_sde")
     again = recompute_old(learner_of(tuned_model, 1.0), experience)
-    assert torch.equal(again.rollout.v_old, experience.rollout.v_old)
+    assert torch.equal(again.v_old, experience.v_old)
 
 
 def test_a_fold_that_does_not_divide_is_refused(tuned_model) -> None:  # noqa: ANN001
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    experience = rolled(tuned_model, 1.0, "flow_sde")
     with pytest.raises(ValueError, match="micro_batch_size 5 does not divide 3 steps of 4 samples"):
         next(micro_batches(experience, 5))
 
 
 def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:  # noqa: ANN001
     """With a device that holds five transitions' activations, four is the largest divisor of the twelve."""
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    experience = rolled(tuned_model, 1.0, "flow_sde")
     learner = learner_of(tuned_model, 1.0)
     assert largest_micro_batch(learner, experience) == 12
     room = 5
@@ -229,3 +237,34 @@ def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:  # noqa:
     with pytest.raises(torch.OutOfMemoryError, match="gradient_checkpointing"):
         largest_micro_batch(learner, experience)
     assert all(p.grad is None for p in tuned_model.transformer.parameters())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("live", [[0, 5, 6, 11], [1, 2, 3, 4, 8, 10], [], list(range(12))])
+def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:  # noqa: ANN001
+    """12 samples in 3 batches: the same gradient from as few batches as the live ones fill, and a first ratio of 1."""
+    weight = torch.zeros(12).index_fill(0, torch.tensor(live, dtype=torch.int64), 1.0)
+    parts = [
+        replace(rolled(tuned_model, guidance_scale, "flow_sde", seed=i), advantages=torch.randn(4), weight=weight[4 * i : 4 * i + 4])
+        for i in range(3)
+    ]  # fmt: skip
+    transformer = tuned_model.transformer
+    learner = learner_of(tuned_model, guidance_scale)
+    whole = update(learner, parts)
+    expected = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
+    transformer.zero_grad()
+
+    count = live_count(parts)
+    assert count == max(1, -(-len(live) // 4))
+    packed = live_batches(parts, int(count))
+    assert len(packed) == count and all(len(e.advantages) == 4 for e in packed)
+    learner.engine.lasts.clear()
+    metrics = update(learner, packed, samples=12)
+    assert learner.engine.lasts == [False] * (3 * int(count) - 1) + [True]
+    assert metrics["ratio_min"].item() == metrics["ratio_max"].item() == 1.0
+    for name in ("loss", "policy", "kl"):
+        torch.testing.assert_close(metrics[name], whole[name], rtol=1e-5, atol=1e-9)
+    for name, gradient in expected.items():
+        found = transformer.get_parameter(name).grad
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-12)
+    assert len(expected) > 10
