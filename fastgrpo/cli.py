@@ -41,7 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Scores of a saved run: a line of JSON for each prompt file, or one table, a row a file and category."""
     from fastgrpo.evaluation import Evaluator
     from fastgrpo.generation import Embeddings
-    from fastgrpo.prompts import load_prompts
+    from fastgrpo.prompts import INPUT, load_prompts
     from fastgrpo.rewards import load_rewards
     from fastgrpo.rollout import Policy
     from fastgrpo.scores import Row, scores_by_reward, table
@@ -53,7 +53,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     for path in arguments.prompts or [config.prompts.eval]:
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, model.image_conditioned), reward=rewards,
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, INPUT if model.image_conditioned else ()), reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,

@@ -147,6 +147,8 @@ class UpdateConfig:
     """Gradients are scaled down to this norm."""
     steps_per_rollout: int = 2
     """Optimiser steps an iteration, each on its share of the samples; only the first is exactly on-policy."""
+    inner_epochs: int = 1
+    """Times the samples of an iteration are gone through; more than once asks for a trust region that holds (dppo)."""
     ema_decay: float = 0.9
     """Of the average that is evaluated and saved, once an iteration."""
     micro_batch_size: int | Literal["rollout", "largest"] = "rollout"
@@ -159,6 +161,26 @@ class UpdateConfig:
     equal rewards, and what `advantage.keep` leaves out. It saves where a step has several batches."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldPolicyConfig:
+    rate: float = 0.001
+    """The old policy keeps min(rate x (iteration - start), limit) of itself at each iteration, and takes the rest anew."""
+    limit: float = 0.5
+    """Likewise."""
+    start: int = 0
+    """Likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+    num_timesteps: int = 2
+    """Noise levels at which an objective of the forward process (nft, awm, dpo, sft) trains each sample."""
+    range: tuple[int, int] | None = None
+    """[lo, hi) of the rollout's steps whose noise levels are drawn; left out: all."""
+    old_policy: OldPolicyConfig = field(default_factory=OldPolicyConfig)
+    """Of nft, which samples with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +230,7 @@ class Config:
     """Of everything random: the same seed gives the same noise on any number of ranks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,13 +1,14 @@
 """Prompt files, and which prompts an iteration trains on.
 
 A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads.
-GenEval's metadata files are read as they are.
+GenEval's metadata files are read as they are. A folder of images, each with its caption in a .txt of the same name, is read as
+such lines too, for training on images.
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 class ImagePrompt(NamedTuple):
     """What an image-conditioned model is asked: a text about an input image."""
 
     text: str
     image: Path
+
+
+INPUT = ("image",)  # what a prompt of an image-conditioned model has besides
 
 
 def asked(record: dict, images: bool) -> str | ImagePrompt:
@@ -39,18 +45,20 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_prompts(path: Path, images: bool = False) -> PromptSet:
-    """Read a .txt or .jsonl file; an empty file or a line that is no prompt is refused with its number.
+def load_prompts(path: Path, images: Sequence[str] = ()) -> PromptSet:
+    """Read a .txt or .jsonl file, or a folder of captioned images; what is no prompt is refused with its line's number.
 
-    images: every line must have an "image", a file's path (relative to the prompt file's folder), which is opened.
+    images: keys that every line must have, each an image's path (relative to the prompt file's folder), which is opened.
     """
+    if path.is_dir():
+        return _load_folder(path, *images)
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
     records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
             record = _parse(line, path, number)
-            records.append({**record, "image": _image(record, path, number)} if images else record)
+            records.append({**record, **{key: _image(record, key, path, number) for key in images}})
     if not records:
         raise ValueError(f"{path}: holds no prompts")
     return PromptSet([record["prompt"] for record in records], records)
@@ -68,19 +76,39 @@ def _parse(line: str, path: Path, number: int) -> dict:
     return record
 
 
-def _image(record: dict, path: Path, number: int) -> str:
+def _load_folder(folder: Path, *keys: str) -> PromptSet:
+    """Images with their captions beside them, by name."""
+    if len(keys) != 1:
+        raise ValueError(f"{folder}: is a folder, which holds one image a prompt; give a .txt or .jsonl file")
+    records = []
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
+        caption = file.with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"{file}: has no caption; write it to {caption.name} beside it")
+        _opened(file, str(file))
+        records.append({"prompt": caption.read_text().strip(), keys[0]: str(file.resolve())})
+    if not records:
+        raise ValueError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return PromptSet([record["prompt"] for record in records], records)
+
+
+def _image(record: dict, key: str, path: Path, number: int) -> str:
     """The absolute path of a record's image, after a look at whether it is one."""
-    if not isinstance(record.get("image"), str):
-        raise ValueError(f'{path}:{number}: this model edits images: give an "image", a file, in a .jsonl')
-    file = (path.parent / record["image"]).resolve()
+    if not isinstance(record.get(key), str):
+        raise ValueError(f'{path}:{number}: every prompt needs an image here: give "{key}", a file, in a .jsonl')
+    file = (path.parent / record[key]).resolve()
+    _opened(file, f"{path}:{number}: {key} {file}")
+    return str(file)
+
+
+def _opened(file: Path, what: str) -> None:
     if not file.is_file():
-        raise ValueError(f"{path}:{number}: image {file}: no such file")
+        raise ValueError(f"{what}: no such file")
     try:
         with Image.open(file) as image:
             image.load()
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}:{number}: image {file}: cannot be read ({error})") from None
-    return str(file)
+        raise ValueError(f"{what}: cannot be read ({error})") from None
 
 
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:

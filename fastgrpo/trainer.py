@@ -20,21 +20,20 @@ from fastgrpo import sde
 from fastgrpo.advantages import Advantages, group_advantages
 from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.config import Config, check_ranks
-from fastgrpo.ema import Ema
+from fastgrpo.ema import Ema, warmed_up
 from fastgrpo.engine import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.generation import Embeddings, without_text
+from fastgrpo.generation import Embeddings, ode_steps, without_text
 from fastgrpo.graph import captured_or_eager
 from fastgrpo.models import configured_model, model_class
-from fastgrpo.objectives import OBJECTIVES, effective_clip_range
+from fastgrpo.pairs import Pairs, pairs_of_groups
+from fastgrpo.progress import Stopwatch, accuracy_line, device_name, progress
 from fastgrpo.prompts import ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
-from fastgrpo.scores import are_shares, score_text
-from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, experience_of, noise_address
-from fastgrpo.update import Learner, largest_micro_batch, live_batches, live_count, recompute_old, update
+from fastgrpo.trajectory import TRAIN, Rollout, Steps, noise_address
 
 
 class Trainer:
@@ -45,8 +44,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config = config
         images = model_class(config.model.name).image_conditioned
-        self.prompts = load_prompts(config.prompts.train, images)
-        held_out = load_prompts(config.prompts.eval, images)
+        # Of training on images that are there already: what they are called in the prompts' lines.
+        self.keys = DATA[config.objective.name] if config.objective.offline else ()
+        self.prompts = load_prompts(config.prompts.train, self.keys or (INPUT if images else ()))
+        held_out = load_prompts(config.prompts.eval, INPUT if images else ())
         check_held_out(self.prompts, held_out)
         self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
         reward = config.reward
@@ -71,11 +72,11 @@ class Trainer:
             weight_decay=config.update.weight_decay, max_grad_norm=config.update.max_grad_norm,
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
-        self.ema = Ema(self.engine.trained_state(), config.update.ema_decay)
+        self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
         self._embed([asked(record, images) for record in (*self.prompts.metadata, *held_out.metadata)])
         self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.scorer = ThreadPoolExecutor(1, "reward")
-        self.learner, self._micro_batch_known = self._learner(), config.update.micro_batch_size != "largest"
+        self.learning = Learning(config, self.model, self.engine)
         self.evaluator = self._evaluator(held_out, held_out_reward)
 
     def _add_trained(self) -> None:
@@ -84,22 +85,6 @@ class Trainer:
             self.model.train_all(keep_reference=self.config.objective.beta > 0)
         else:
             self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-
-    def _learner(self) -> Learner:
-        objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
-        elements = torch.Size(self.model.latent_shape).numel()
-        return Learner(
-            engine=self.engine,
-            objective=partial(
-                OBJECTIVES[objective.name], beta=objective.beta,
-                clip_range=effective_clip_range(objective.clip_range, elements),
-            ),
-            reference=self.model.reference if objective.beta > 0 else None,
-            guidance_scale=rollout.guidance_scale,
-            model_dtype=self.model.dtype,
-            micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
-            guidance_rule=self.model.guide,
-        )  # fmt: skip
 
     def _embed(self, prompts: list[str | ImagePrompt]) -> None:
         """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
@@ -157,16 +142,26 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict:
         """One rollout and its updates."""
-        config, clock = self.config, Stopwatch(self.model.device)
-        groups, size, batch = config.rollout.groups, config.rollout.group_size, config.rollout.batch_size
-        share = groups * size // self.engine.world_size
+        clock = Stopwatch(self.model.device)
+        if self.keys:
+            batches, scores = self._data(iteration, clock), None
+        else:
+            batches, scores = self._rollouts(iteration, clock)
+        with clock("update"):
+            advantages, pairs = self._advantages(scores)
+            metrics = self.learning(iteration, batches, advantages, pairs)
+        with clock("other"):
+            self.ema.update(self.engine.trained_state())
+        return self._metrics(iteration, scores, advantages, metrics, clock)
+
+    def _rollouts(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
+        """This rank's batches, and the scores of all ranks' images (N, R)."""
+        config = self.config
+        groups, size = config.rollout.groups, config.rollout.group_size
         chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
         tables = self._tables(iteration)
-        rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
-        waiting = []
-        first = self.engine.rank * share
-        for start in range(first, first + share, batch):
-            sample_id = torch.arange(start, start + batch)
+        batches, waiting = [], []
+        for sample_id in self._sample_ids():
             group = sample_id // size
             records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
             prompts = [record["prompt"] for record in records]
@@ -179,20 +174,37 @@ class Trainer:
                 images = self.model.decode(result.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
             waiting.append(self.scorer.submit(self.reward, images, prompts, records))
-            rollouts.append((sample_id, steps, conditioning, result))
+            batches.append(Batch(sample_id, conditioning, steps, result))
         with clock("reward"), self.engine.together(RewardUnavailable):
             scores = torch.cat([score.result() for score in waiting])
-        with clock("update"):
-            scores = self.engine.gather(scores.to(self.model.device))
-            advantages = self._advantages(self.reward.total(scores))
-            metrics = self._update(rollouts, advantages)
-        with clock("other"):
-            self.ema.update(self.engine.trained_state())
-        return self._metrics(iteration, scores, advantages, metrics, clock)
+        return batches, self.engine.gather(scores.to(self.model.device))
+
+    def _data(self, iteration: int, clock: Stopwatch) -> list[Batch]:
+        """This rank's batches of images that are there already, encoded."""
+        config, guidance = self.config, self.config.rollout.guidance_scale
+        lines = config.rollout.groups * config.rollout.group_size // len(self.keys)
+        chosen = prompts_of_iteration(len(self.prompts), lines, iteration - 1, config.seed)
+        records = image_records([self.prompts.metadata[i] for i in chosen], self.keys)
+        batches = []
+        for sample_id in self._sample_ids():
+            mine = [records[i] for i in sample_id]
+            with clock("data"):
+                x0 = self.model.encode_images(pictures(mine, self.model.size))
+                conditioning = self.embeddings([record["prompt"] for record in mine], guidance_scale=guidance)
+            batches.append(Batch(sample_id, conditioning, None, only_final(x0)))
+        return batches
+
+    def _sample_ids(self) -> Iterable[Tensor]:
+        """The samples of each of this rank's batches, numbered over all ranks."""
+        rollout = self.config.rollout
+        share = rollout.groups * rollout.group_size // self.engine.world_size
+        return torch.arange(self.engine.rank * share, (self.engine.rank + 1) * share).split(rollout.batch_size)
 
     def _tables(self, iteration: int) -> dict[str, Tensor]:
         """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
         rollout, objective = self.config.rollout, self.config.objective
+        if self.learning.objective.forward:
+            return {}
         sigmas = self.model.sigmas(rollout.num_steps)
         groups = torch.arange(rollout.groups)
         start = sde.window_starts(rollout.window, rollout.num_steps, iteration, groups, self.config.seed)
@@ -203,12 +215,14 @@ class Trainer:
         return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
 
     def _steps(self, tables: dict[str, Tensor], group: Tensor) -> Steps:
+        if self.learning.objective.forward:
+            return ode_steps(self.model, self.config.rollout.num_steps, len(group))
         group = group.to(self.model.device)
         size = sde.window_size(self.config.rollout.window, self.config.rollout.num_steps)
         return Steps(tables["sigmas"], tables["table"][group], tables["start"][group], size, tables["kl_weight"])
 
     def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
-        with self.engine.rollout_policy() as policy, self.model.drafting():
+        with self.learning.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
             return self.rollout(
                 policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
                 conditioning, guidance_scale=self.config.rollout.guidance_scale,
@@ -216,68 +230,43 @@ class Trainer:
                 guidance_rule=self.model.guide,
             )  # fmt: skip
 
-    def _advantages(self, rewards: Tensor) -> Advantages:
-        """Of the rewards of the whole iteration (N,), the same bits on every rank."""
+    def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
+        """Of the scores of the whole iteration (N, R), the same bits on every rank; of given images, what was said of them."""
         rollout, objective = self.config.rollout, self.config.objective
+        if scores is None:
+            return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
+        rewards = self.reward.total(scores)
         group = torch.arange(len(rewards), device=rewards.device) // rollout.group_size
-        return group_advantages(
+        advantages = group_advantages(
             rewards, group, num_groups=rollout.groups, std=objective.advantage_std,
             adv_clip_max=objective.adv_clip_max,
         )  # fmt: skip
-
-    def _update(self, rollouts: list, advantages: Advantages) -> dict[str, Tensor]:
-        """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
-        experiences = []
-        for sample_id, steps, conditioning, result in rollouts:
-            mine = sample_id.to(self.model.device)
-            experiences.append(experience_of(result, steps, conditioning, advantages.values[mine], advantages.weight[mine]))
-        if not self._micro_batch_known:
-            self._try_micro_batches(experiences[0])
-        size = len(experiences) // self.config.update.steps_per_rollout
-        parts = [self._worth_running(experiences[i : i + size]) for i in range(0, len(experiences), size)]
-        if self.config.update.old_velocity == "recompute":
-            parts = [[recompute_old(self.learner, experience) for experience in part] for part in parts]
-        samples = size * self.config.rollout.batch_size
-        updates = [update(self.learner, part, samples) for part in parts]
-        mean = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
-        first = updates[0]
-        deviation = torch.maximum((first["ratio_max"] - 1).abs(), (first["ratio_min"] - 1).abs())
-        return {**mean, "first_ratio_deviation": deviation}
-
-    def _worth_running(self, part: list[Experience]) -> list[Experience]:
-        """Without whole batches of samples that teach nothing; the same number of batches on every rank."""
-        if not self.config.update.skip_dead:
-            return part
-        return live_batches(part, int(self.engine.all_reduce(live_count(part), "max")))
-
-    def _try_micro_batches(self, experience: Experience) -> None:
-        """The largest micro-batch that every rank can hold, once and for all."""
-        size = torch.tensor([largest_micro_batch(self.learner, experience)], device=self.model.device)
-        size = int(self.engine.all_reduce(size, "min"))
-        self.learner, self._micro_batch_known = self.learner._replace(micro_batch_size=size), True
-        if self.engine.rank == 0:
-            tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
+        if not self.learning.objective.pairs:
+            return advantages, None
+        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (self.config.advantage.keep or 2) // 2)
 
     def _metrics(
-        self, iteration: int, scores: Tensor, advantages: Advantages, metrics: dict[str, Tensor], clock: "Stopwatch"
+        self, iteration: int, scores: Tensor | None, advantages: Advantages, metrics: dict[str, Tensor], clock: Stopwatch
     ) -> dict:
-        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device.
-
-        scores (N, R): of several rewards each one's mean stands apart, before its weight.
-        """
+        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
         values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
-        row = dict(zip(metrics, values.tolist(), strict=True))
+        return {
+            "iteration": iteration,
+            **({} if scores is None else self._reward_metrics(scores)),
+            "zero_groups": 1 - advantages.weight.mean().item(),
+            **dict(zip(metrics, values.tolist(), strict=True)),
+            "images": iteration * len(advantages.values),
+            "seconds": clock.seconds,
+        }
+
+    def _reward_metrics(self, scores: Tensor) -> dict:
+        """scores (N, R): of several rewards each one's mean stands apart, before its weight."""
         rewards, names = self.reward.total(scores), self.reward.names
         groups = rewards.view(-1, self.config.rollout.group_size)
         return {
-            "iteration": iteration,
             "reward": rewards.mean().item(),
             **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
             "reward_std": groups.std(dim=1, correction=0).mean().item(),
-            "zero_groups": 1 - advantages.weight.mean().item(),
-            **row,
-            "images": iteration * len(rewards),
-            "seconds": clock.seconds,
         }
 
     def _evaluate_if_due(self, iteration: int) -> None:
@@ -317,11 +306,15 @@ class Trainer:
             return 0, 0.0
         iteration, state = loaded
         self.ema.load_state_dict(state["ema"])
+        if self.learning.old is not None:
+            self.learning.old.load_state_dict(state["old"])
         return iteration, state["seconds"]
 
     def _save(self, iteration: int, seconds: float) -> None:
         # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
         state = {"seconds": seconds, "ema": self.ema.state_dict()}
+        if self.learning.old is not None:
+            state["old"] = self.learning.old.state_dict()
         folder = self.config.output
         save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
         self.saved = iteration
@@ -356,34 +349,3 @@ class Trainer:
         self.log.close()
         write_report(folder)
         return summary
-
-
-class Stopwatch:
-    """Seconds by phase. On a GPU a phase ends when its work is done: a handful of waits an iteration, none in a loop."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def progress(metrics: dict) -> str:
-    """The end of the progress bar."""
-    times = " ".join(f"{phase} {seconds:.1f}s" for phase, seconds in metrics["seconds"].items())
-    return f"reward {metrics['reward']:.3f} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
-
-
-def accuracy_line(accuracy: dict[str, float]) -> str:
-    shares = are_shares(accuracy.values())
-    return "  ".join(f"{tag} {score_text(value, shares)}" for tag, value in accuracy.items())
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

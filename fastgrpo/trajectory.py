@@ -14,7 +14,7 @@ from fastgrpo_kernels import NoiseAddress
 
 C = TypeVar("C", bound=tuple)
 
-TRAIN, EVALUATION, SAMPLE = range(3)  # streams of noise that never meet
+TRAIN, EVALUATION, SAMPLE, FORWARD = range(4)  # streams of noise that never meet
 
 
 def take(conditioning: C, index: Tensor) -> C:
@@ -73,6 +73,15 @@ class Experience:
     weight: Tensor  # (B,) float32, 0 where the group teaches nothing
 
 
+class Batch(NamedTuple):
+    """What an iteration has of some samples, before they are learned from."""
+
+    sample_id: Tensor  # (B,) int64 on the CPU
+    conditioning: tuple
+    steps: Steps | None  # None where nothing was rolled out
+    rollout: Rollout
+
+
 STEPS_FIRST = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight", "loss_weight")  # (S, B, ...)
 
 
@@ -88,6 +97,12 @@ def experience_of(
         rollout.latents[:-1], rollout.latents[1:], rollout.v_old, steps.sigmas[index], steps.table[rows, index],
         kl_weight, torch.ones_like(kl_weight), conditioning, advantages, weight,
     )  # fmt: skip
+
+
+def only_final(x0: Tensor) -> Rollout:
+    """Latents (B, *D) that came without a trajectory."""
+    nothing = x0.new_empty(0, *x0.shape)
+    return Rollout(latents=x0[None], v_old=nothing, log_prob=x0.new_empty(0, len(x0)), final=x0)
 
 
 def conditioning_rows(conditioning: C, sample: Tensor, batch: int) -> C:

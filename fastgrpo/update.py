@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.forward import target_moments
 from fastgrpo.objectives import Loss, StepRows
 from fastgrpo.rollout import GuidanceRule, velocities
 from fastgrpo.trajectory import STEPS_FIRST, Experience, conditioning_rows, join, select
@@ -44,6 +45,7 @@ class Learner(NamedTuple):
     model_dtype: torch.dtype
     micro_batch_size: int  # transitions a forward pass; divides S B
     guidance_rule: GuidanceRule | None = None  # the model's own, where it has one
+    mix: float | None = None  # of `forward.target_moments`; None: the objective is one of denoising transitions
 
 
 class Transitions(NamedTuple):
@@ -77,16 +79,18 @@ def micro_batches(experience: Experience, size: int) -> Iterator[Transitions]:
         )  # fmt: skip
 
 
-def live_batches(experiences: Sequence[Experience], count: int) -> list[Experience]:
+def live_batches(experiences: Sequence[Experience], count: int, place: Tensor | None = None) -> list[Experience]:
     """The samples that teach something, in `count` batches of the same size, the last filled up with others.
 
     Samples of weight 0 add nothing to the gradient: a batch of them need not be run. The shapes stay what they were, so
     that neither ratios nor captured graphs nor compiled blocks know of it.
+
+    place: (n,), by which all samples are sorted where more is asked of their order than the live ones first.
     """
-    if count == len(experiences):
+    if count == len(experiences) and place is None:
         return list(experiences)
     batch, every = len(experiences[0].advantages), join(experiences)
-    order = (every.weight == 0).to(torch.uint8).argsort(stable=True)  # the live ones first
+    order = ((every.weight == 0).to(torch.uint8) if place is None else place).argsort(stable=True)
     return [select(every, chosen) for chosen in order[: count * batch].split(batch)]
 
 
@@ -133,6 +137,9 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     moments = transition(
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )
+    if learner.mix is not None:
+        guided = guided_velocity_ref(v, v_uncond, learner.guidance_scale, torch.float32)
+        moments = target_moments(moments, x_next, guided, v_old, learner.mix)
     step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight)
     return learner.objective(moments, step_rows, advantages, weight)
 

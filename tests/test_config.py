@@ -5,7 +5,7 @@ import pytest
 from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
 from fastgrpo.models import model_class
 from fastgrpo.models.adapter import read_architecture
-from fastgrpo.prompts import check_held_out, load_prompts
+from fastgrpo.prompts import INPUT, check_held_out, load_prompts
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 
@@ -14,7 +14,7 @@ TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 def test_ready_configurations_are_valid(path: Path) -> None:
     config = load_config(path)
     assert isinstance(config, Config)
-    images = model_class(config.model.name).image_conditioned
+    images = INPUT if model_class(config.model.name).image_conditioned else ()
     check_held_out(load_prompts(config.prompts.train, images), load_prompts(config.prompts.eval, images))
     if config.model.architecture is not None:
         assert read_architecture(config.model.architecture)["model"] == config.model.name

@@ -55,6 +55,19 @@ def test_every_model_has_a_tiny_family() -> None:
     assert FAMILIES.keys() == MODELS.keys()
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan"])
+def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) -> None:  # noqa: ANN001
+    """The way from the autoencoder's latents to the network's is the inverse of the way back, in every packing."""
+    model = load(name, folders)
+    latents = noise(model, 2)
+    found = model.from_vae(model.vae_latents(latents, model.pipeline.vae))
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    images = model.decode(latents)
+    encoded = model.encode_images(images)
+    assert encoded.shape == latents.shape and encoded.dtype == torch.float32 and encoded.isfinite().all()
+    assert not torch.equal(encoded[0], encoded[1])
+
+
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:  # noqa: ANN001
     """Step by step, to the last bit unless the family says otherwise, one prompt at a time as the embeddings are made."""

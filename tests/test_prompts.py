@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgrpo.prompts import ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
+from fastgrpo.prompts import INPUT, ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def edits(folder: Path, *records: dict) -> Path:
 
 def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
     path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
-    loaded = load_prompts(path, images=True)
+    loaded = load_prompts(path, images=INPUT)
     assert asked(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
     assert asked(loaded.metadata[0], False) == "make it blue"
     assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
@@ -63,8 +63,8 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "b"}, r'edits\.jsonl:2: this model edits images: give an "image"'),
-        ({"prompt": "b", "image": 3}, r'edits\.jsonl:2: this model edits images'),
+        ({"prompt": "b"}, r'edits\.jsonl:2: every prompt needs an image here: give "image"'),
+        ({"prompt": "b", "image": 3}, r'edits\.jsonl:2: every prompt needs an image'),
         ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),
         ({"prompt": "b", "image": "broken.png"}, r"edits\.jsonl:2: image .*broken\.png: cannot be read"),
         ({"prompt": "b", "image": "edits.jsonl"}, r"edits\.jsonl:2: image .*: cannot be read"),
@@ -73,11 +73,11 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
 def test_a_missing_or_broken_image_is_refused_with_its_line(tmp_path: Path, record: dict, message: str) -> None:
     path = edits(tmp_path, {"prompt": "a", "image": "good.png"}, record)
     with pytest.raises(ValueError, match=message):
-        load_prompts(path, images=True)
+        load_prompts(path, images=INPUT)
 
 
 def test_the_same_words_about_another_image_are_another_prompt(tmp_path: Path) -> None:
-    one = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "good.png"}), images=True)
+    one = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "good.png"}), images=INPUT)
     Image.new("RGB", (9, 5), "green").save(tmp_path / "other.png")
     other = PromptSet(one.prompts, [{"prompt": "make it blue", "image": str(tmp_path / "other.png")}])
     check_held_out(one, other)

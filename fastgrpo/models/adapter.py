@@ -239,6 +239,28 @@ class Adapter:
         """Latents as the decoder reads them: unpacked, and at the scale of its own data."""
         return latents / decoder.config.scaling_factor + decoder.config.shift_factor
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, *D) float32 of images (B, 3, H, W) uint8 of the model's size: what `decode` makes them of again."""
+        vae = self.pipeline.vae
+        pixels = images.to(self.device, vae.dtype) / 127.5 - 1
+        video = self.vae_latents(self._full(1, 0.0), vae).dim() == 5  # an autoencoder of videos: one frame
+        return self.from_vae(vae.encode(pixels[:, :, None] if video else pixels).latent_dist.mode().float())
+
+    def from_vae(self, encoded: Tensor) -> Tensor:
+        """The inverse of `vae_latents`, of whatever family: that is a reordering, then a scale and a shift each."""
+        vae = self.pipeline.vae
+        with torch.enable_grad():
+            latents = self._full(len(encoded), 0.0).requires_grad_()
+            shift = self.vae_latents(latents, vae)
+            scale = (self.vae_latents(self._full(1, 1.0), vae) - shift[:1]).detach()
+            # The transpose puts things back in order and scales once more.
+            (found,) = torch.autograd.grad(shift, latents, (encoded - shift.detach()) / scale.square())
+        return found
+
+    def _full(self, batch: int, value: float) -> Tensor:
+        return torch.full((batch, *self.latent_shape), value, device=self.device)
+
     def load_tiny_decoder(self, path: Path) -> None:
         """A distilled decoder for `decode(draft=True)`: for SD3 the one called taesd3, for FLUX taef1."""
         if not (path / "config.json").is_file():

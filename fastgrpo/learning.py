@@ -1,0 +1,117 @@
+"""From what an iteration sampled to optimiser steps: what is learned from, from what policy, and in how many batches.
+
+    batches, advantages -> experiences -> those worth running -> with v_old -> optimiser steps
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgrpo.advantages import Advantages
+from fastgrpo.config import Config
+from fastgrpo.ema import Ema, lagging
+from fastgrpo.engine import Engine
+from fastgrpo.forward import noise_levels, noised
+from fastgrpo.objectives import OBJECTIVES, effective_clip_range
+from fastgrpo.pairs import Pairs
+from fastgrpo.trajectory import Batch, Experience, experience_of
+from fastgrpo.update import Learner, largest_micro_batch, live_batches, live_count, recompute_old, update
+
+
+class Learning:
+    """The update of a run; `old` is the policy that lags behind, where the objective has one."""
+
+    def __init__(self, config: Config, model, engine: Engine) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
+        self.config, self.model, self.engine = config, model, engine
+        self.objective = OBJECTIVES[config.objective.name]
+        lags, schedule = self.objective.old == "lagged", config.forward.old_policy
+        decay = lagging(schedule.rate, schedule.limit, schedule.start)
+        self.old = Ema(engine.trained_state(), decay) if lags else None
+        self.learner = self._learner()
+        self._micro_batch_known = config.update.micro_batch_size != "largest"
+
+    def _learner(self) -> Learner:
+        objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
+        elements = torch.Size(self.model.latent_shape).numel()
+        return Learner(
+            engine=self.engine,
+            objective=partial(
+                self.objective.loss, beta=objective.beta,
+                clip_range=effective_clip_range(objective.clip_range, elements), **objective.settings,
+            ),
+            reference=self.model.reference if objective.beta > 0 else None,
+            guidance_scale=rollout.guidance_scale,
+            model_dtype=self.model.dtype,
+            micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
+            guidance_rule=self.model.guide,
+            mix=objective.settings.get("mix", 1.0) if self.objective.forward else None,
+        )  # fmt: skip
+
+    def behaviour(self) -> AbstractContextManager:
+        """Puts the policy that samples in the network's place, where it is not the trained one."""
+        return nullcontext() if self.old is None else self.engine.swapped(self.old.weights)
+
+    def __call__(
+        self, iteration: int, batches: list[Batch], advantages: Advantages, pairs: Pairs | None
+    ) -> dict[str, Tensor]:
+        """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
+        config = self.config
+        experiences = [self._experience(iteration, batch, advantages, pairs) for batch in batches]
+        if not self._micro_batch_known:
+            self._try_micro_batches(experiences[0])
+        size = len(batches) // config.update.steps_per_rollout
+        parts = []
+        for i in range(0, len(batches), size):
+            ids = torch.cat([batch.sample_id for batch in batches[i : i + size]])
+            place = None if pairs is None else pairs.place[ids.to(self.model.device)]
+            parts.append(self._worth_running(experiences[i : i + size], place))
+        parts = self._with_old_velocities(parts)
+        samples = size * config.rollout.batch_size
+        updates = [update(self.learner, part, samples) for _ in range(config.update.inner_epochs) for part in parts]
+        if self.old is not None:
+            self.old.update(self.engine.trained_state())
+        mean = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
+        first = updates[0]
+        deviation = torch.maximum((first["ratio_max"] - 1).abs(), (first["ratio_min"] - 1).abs())
+        return {**mean, "first_ratio_deviation": deviation}
+
+    def _experience(self, iteration: int, batch: Batch, advantages: Advantages, pairs: Pairs | None) -> Experience:
+        mine = batch.sample_id.to(self.model.device)
+        values, weight = advantages.values[mine], (advantages if pairs is None else pairs).weight[mine]
+        if not self.objective.forward:
+            return experience_of(batch.rollout, batch.steps, batch.conditioning, values, weight)
+        forward, rollout, seed = self.config.forward, self.config.rollout, self.config.seed
+        choices = range(*(forward.range or (0, rollout.num_steps)))
+        levels = noise_levels(len(advantages.values), forward.num_timesteps, choices, iteration, seed).to(mine.device)
+        noise_id = mine if pairs is None else pairs.noise_id[mine]
+        sigma = self.model.sigmas(rollout.num_steps).to(mine.device)[levels[noise_id]]
+        return noised(
+            batch.rollout.final, sigma, noise_id, batch.conditioning, values, weight, seed=seed, iteration=iteration
+        )
+
+    def _worth_running(self, part: list[Experience], place: Tensor | None) -> list[Experience]:
+        """Without whole batches of samples that teach nothing; the same number of batches on every rank."""
+        count = len(part)
+        if self.config.update.skip_dead:
+            count = int(self.engine.all_reduce(live_count(part), "max"))
+        return live_batches(part, count, place)
+
+    def _with_old_velocities(self, parts: list[list[Experience]]) -> list[list[Experience]]:
+        """v_old of all parts, before the first of them moves the weights."""
+        kept = not self.objective.forward and self.config.update.old_velocity == "rollout"
+        if kept or self.objective.old == "none":
+            return parts
+        policies = {"policy": nullcontext, "lagged": self.behaviour, "reference": self.model.reference}
+        with policies[self.objective.old]():
+            return [[recompute_old(self.learner, experience) for experience in part] for part in parts]
+
+    def _try_micro_batches(self, experience: Experience) -> None:
+        """The largest micro-batch that every rank can hold, once and for all."""
+        size = torch.tensor([largest_micro_batch(self.learner, experience)], device=self.model.device)
+        size = int(self.engine.all_reduce(size, "min"))
+        self.learner, self._micro_batch_known = self.learner._replace(micro_batch_size=size), True
+        if self.engine.rank == 0:
+            tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
