@@ -119,8 +119,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: str = "grpo_clip"
-    """Objective, see fastgrpo/objectives.py."""
+    name: str = "clip"
+    """Objective, see fastgrpo/objectives/."""
     clip_range: float = 1e-4
     """Clip of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
     beta: float = 0.04

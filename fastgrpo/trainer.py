@@ -91,7 +91,7 @@ class Trainer:
         return Learner(
             engine=self.engine,
             objective=partial(
-                OBJECTIVES[objective.name], beta=objective.beta,
+                OBJECTIVES[objective.name].loss, beta=objective.beta,
                 clip_range=effective_clip_range(objective.clip_range, elements),
             ),
             reference=self.model.reference if objective.beta > 0 else None,

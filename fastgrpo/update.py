@@ -113,7 +113,8 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     moments = transition(
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )
-    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight)
+    s, w = coefficients[:, 2], coefficients[:, 3]
+    step_rows = StepRows(s=s, w=w, kl_weight=kl_weight, loss_weight=torch.ones_like(s))
     return learner.objective(moments, step_rows, advantages, weight)
 
 

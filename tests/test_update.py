@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgrpo import sde
 from fastgrpo.generation import Embeddings
-from fastgrpo.objectives import grpo_clip
+from fastgrpo.objectives import clip
 from fastgrpo.rollout import Policy, rollout
 from fastgrpo.trajectory import TRAIN, Experience, Steps, noise_address
 from fastgrpo.update import Learner, largest_micro_batch, micro_batches, recompute_old, transition_loss, update
@@ -56,7 +56,7 @@ def experience_of(model, guidance_scale: float, sampler: str, size: int = 3) -> 
 
 
 def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
-    objective = partial(grpo_clip, clip_range=1e-3, beta=beta)
+    objective = partial(clip, clip_range=1e-3, beta=beta)
     reference = model.reference if beta else None
     return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype, micro_batch_size)
 
