@@ -2,8 +2,8 @@
 
 As the released script does: embeddings made again for every batch, the schedule looked up on the host, every step of the
 trajectory kept with its log-prob, one forward a time step with the log-probs subtracted, another with the adapter off for
-the KL, rewards waited for. With `drop_dead` it also leaves out of the update, as that script does, the samples of groups whose
-rewards are all equal. Model, prompts, reward, batches and optimiser steps are those of the run it is compared with.
+the KL, rewards waited for. With `drop_dead` it also leaves out of the update, as that script does, the samples of groups
+whose rewards are all equal. Model, prompts, reward, batches and optimiser steps are those of the run it is compared with.
 """
 
 import math

@@ -53,7 +53,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     for path in arguments.prompts or [config.prompts.eval]:
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, INPUT if model.image_conditioned else ()), reward=rewards,
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, INPUT if model.image_conditioned else ()),
+            reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,

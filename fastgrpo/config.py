@@ -20,7 +20,8 @@ import yaml
 
 from fastgrpo import schema
 from fastgrpo.models import MODELS
-from fastgrpo.objectives import OBJECTIVES
+from fastgrpo.objectives import OBJECTIVES, settings_of
+from fastgrpo.offline import DATA
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.schema import ConfigError
 from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
@@ -119,8 +120,13 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: str = "grpo_clip"
-    """Objective, see fastgrpo/objectives.py."""
+    name: str = "clip"
+    """Objective, see fastgrpo/objectives/."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The objective's own, say {delta: 1e-6} of dppo: the keyword parameters of its function."""
+    offline: bool = False
+    """Train sft or dpo on images that are there already: prompts.train then has a "target", or "chosen" and "rejected",
+    in each line; or it is a folder of images with captions beside them."""
     clip_range: float = 1e-4
     """Clip of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
     beta: float = 0.04
@@ -165,9 +171,10 @@ class UpdateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OldPolicyConfig:
+    limit: float = 0.0
+    """A slow average of the trained policy that samples in its place, and that v_old is of: at each iteration it keeps
+    min(rate x (iterations so far - start), limit) of itself. 0: the trained policy samples. Published for nft: 0.5."""
     rate: float = 0.001
-    """The old policy keeps min(rate x (iteration - start), limit) of itself at each iteration, and takes the rest anew."""
-    limit: float = 0.5
     """Likewise."""
     start: int = 0
     """Likewise."""
@@ -180,7 +187,6 @@ class ForwardConfig:
     range: tuple[int, int] | None = None
     """[lo, hi) of the rollout's steps whose noise levels are drawn; left out: all."""
     old_policy: OldPolicyConfig = field(default_factory=OldPolicyConfig)
-    """Of nft, which samples with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +285,13 @@ def check(config: Config) -> None:
         schema.refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
     if rollout.num_steps < 2:
         schema.refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
-    _check_transitions(config)
+    settings_of(config.objective.name, config.objective.settings)
+    if config.objective.offline and config.objective.name not in DATA:
+        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
+    if OBJECTIVES[config.objective.name].forward:
+        _check_forward(config)
+    else:
+        _check_transitions(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
         schema.refuse(
@@ -324,9 +336,34 @@ def check_ranks(config: Config, world_size: int) -> None:
     _check_division(config, world_size)
 
 
+def trained_steps(config: Config) -> int:
+    """S, how often each sample is trained on: the steps of the window, or noise levels of the forward process."""
+    if OBJECTIVES[config.objective.name].forward:
+        return config.forward.num_timesteps
+    return window_size(config.rollout.window, config.rollout.num_steps)
+
+
+def _check_forward(config: Config) -> None:
+    """What the forward process cannot run, or would leave unread."""
+    forward, rollout, name = config.forward, config.rollout, config.objective.name
+    if rollout.sampler != "ode":
+        schema.refuse("rollout.sampler", rollout.sampler, f"{name} trains on what the ODE ends with: take ode")
+    lo, hi = forward.range or (0, rollout.num_steps)
+    if not 0 <= lo < hi <= rollout.num_steps:
+        schema.refuse("forward.range", (lo, hi), f"must lie in [0, {rollout.num_steps}], the rollout's steps")
+    if forward.num_timesteps > hi - lo:
+        schema.refuse("forward.num_timesteps", forward.num_timesteps, f"there are {hi - lo} noise levels to draw from")
+    if OBJECTIVES[name].pairs and rollout.batch_size % (2 if config.objective.offline else rollout.group_size):
+        way_out = f"{name} compares samples of a group, which must lie in one batch: take a multiple of"
+        schema.refuse("rollout.batch_size", rollout.batch_size, f"{way_out} {rollout.group_size}")
+
+
 def _check_transitions(config: Config) -> None:
     """The sampler's and the window's own rules, tried on the first iteration's windows with evenly spaced sigmas."""
     rollout = config.rollout
+    if config.forward.old_policy.limit > 0:
+        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
+        schema.refuse("forward.old_policy.limit", config.forward.old_policy.limit, f"{config.objective.name} {way_out}")
     try:
         start = window_starts(rollout.window, rollout.num_steps, 0, torch.tensor([0]), config.seed)
         mask = torch.zeros(rollout.num_steps, dtype=torch.bool)
@@ -361,7 +398,7 @@ def _check_fp8(config: Config) -> None:
 
 def _check_micro_batch(config: Config) -> None:
     size, rollout = config.update.micro_batch_size, config.rollout
-    transitions = window_size(rollout.window, rollout.num_steps) * rollout.batch_size
+    transitions = trained_steps(config) * rollout.batch_size
     if isinstance(size, int) and transitions % size:
         schema.refuse(
             "update.micro_batch_size",
@@ -389,6 +426,7 @@ def _positive(section: Any, prefix: str = "") -> None:
         "samples",
         "range",
         "betas",
+        "limit",
     }
     for f in dataclasses.fields(section):
         value, path = getattr(section, f.name), prefix + f.name

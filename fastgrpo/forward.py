@@ -11,30 +11,22 @@ so that objectives are functions of the same moments as those of a denoising tra
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.objectives import TargetMoments
 from fastgrpo.trajectory import FORWARD, Experience, noise_address
-from fastgrpo_kernels import normal
-
-
-class TargetMoments(NamedTuple):
-    """The moments of a transition, of which m1, m2, m3 have gradients, and what the distance to v* needs besides."""
-
-    m1: Tensor  # (B,) mean(e d)
-    m2: Tensor  # (B,) mean(d d)
-    m3: Tensor  # (B,) mean(k k)
-    m0: Tensor  # (B,) mean(e e)
-    abs_plus: Tensor  # (B,) mean|e - mix d|
-    abs_minus: Tensor  # (B,) mean|e + mix d|
+from fastgrpo_kernels import Moments, normal
 
 
 @torch.no_grad()
-def target_moments(moments: tuple[Tensor, Tensor, Tensor], target: Tensor, v: Tensor, v_old: Tensor, mix: float) -> TargetMoments:
-    """v, v_old, target: (B, *D), guided. mix: how far NFT's implicit policies lie from the old one."""
+def target_moments(moments: Moments, target: Tensor, v: Tensor, v_old: Tensor, mix: float) -> TargetMoments:
+    """The moments of a transition, and what the distance to the target needs besides.
+
+    v, v_old, target: (B, *D), guided. mix: how far NFT's implicit policies lie from the old one.
+    """
     e, d = (target - v_old).flatten(1), (v.float() - v_old).flatten(1)
     return TargetMoments(*moments, e.square().mean(1), (e - mix * d).abs().mean(1), (e + mix * d).abs().mean(1))
 

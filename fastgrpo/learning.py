@@ -15,7 +15,7 @@ from fastgrpo.config import Config
 from fastgrpo.ema import Ema, lagging
 from fastgrpo.engine import Engine
 from fastgrpo.forward import noise_levels, noised
-from fastgrpo.objectives import OBJECTIVES, effective_clip_range
+from fastgrpo.objectives import OBJECTIVES, effective_clip_range, settings_of
 from fastgrpo.pairs import Pairs
 from fastgrpo.trajectory import Batch, Experience, experience_of
 from fastgrpo.update import Learner, largest_micro_batch, live_batches, live_count, recompute_old, update
@@ -27,27 +27,26 @@ class Learning:
     def __init__(self, config: Config, model, engine: Engine) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
         self.config, self.model, self.engine = config, model, engine
         self.objective = OBJECTIVES[config.objective.name]
-        lags, schedule = self.objective.old == "lagged", config.forward.old_policy
+        schedule = config.forward.old_policy
         decay = lagging(schedule.rate, schedule.limit, schedule.start)
-        self.old = Ema(engine.trained_state(), decay) if lags else None
+        self.old = Ema(engine.trained_state(), decay) if schedule.limit > 0 else None
         self.learner = self._learner()
         self._micro_batch_known = config.update.micro_batch_size != "largest"
 
     def _learner(self) -> Learner:
         objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
-        elements = torch.Size(self.model.latent_shape).numel()
+        settings, clip_range = settings_of(objective.name, objective.settings), objective.clip_range
+        if not self.objective.forward:
+            clip_range = effective_clip_range(clip_range, torch.Size(self.model.latent_shape).numel())
         return Learner(
             engine=self.engine,
-            objective=partial(
-                self.objective.loss, beta=objective.beta,
-                clip_range=effective_clip_range(objective.clip_range, elements), **objective.settings,
-            ),
+            objective=partial(self.objective.loss, beta=objective.beta, clip_range=clip_range, **settings),
             reference=self.model.reference if objective.beta > 0 else None,
             guidance_scale=rollout.guidance_scale,
             model_dtype=self.model.dtype,
             micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
             guidance_rule=self.model.guide,
-            mix=objective.settings.get("mix", 1.0) if self.objective.forward else None,
+            mix=settings.get("mix", 1.0) if self.objective.forward else None,
         )  # fmt: skip
 
     def behaviour(self) -> AbstractContextManager:
@@ -102,10 +101,9 @@ class Learning:
     def _with_old_velocities(self, parts: list[list[Experience]]) -> list[list[Experience]]:
         """v_old of all parts, before the first of them moves the weights."""
         kept = not self.objective.forward and self.config.update.old_velocity == "rollout"
-        if kept or self.objective.old == "none":
+        if kept or self.objective.old == "zero":
             return parts
-        policies = {"policy": nullcontext, "lagged": self.behaviour, "reference": self.model.reference}
-        with policies[self.objective.old]():
+        with self.behaviour() if self.objective.old == "behaviour" else self.model.reference():
             return [[recompute_old(self.learner, experience) for experience in part] for part in parts]
 
     def _try_micro_batches(self, experience: Experience) -> None:

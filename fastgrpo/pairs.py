@@ -11,7 +11,7 @@ from torch import Tensor
 
 class Pairs(NamedTuple):
     noise_id: Tensor  # (N,) int64: both of a pair are noised alike, with the noise of the chosen one
-    place: Tensor  # (N,) int64: sorted by it, the two of a pair that teaches stand side by side, chosen first; all others behind
+    place: Tensor  # (N,) int64: sorted by it, pairs that teach come first, the chosen one before the rejected
     weight: Tensor  # (N,) float32, 0 for what is in no pair, or in one of equals
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.config import Config, ConfigError
+from fastgrpo.config import Config, ConfigError, trained_steps
 from fastgrpo.models import SETTINGS, model_class
-from fastgrpo.sde import window_size
+from fastgrpo.objectives import OBJECTIVES
 
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
@@ -126,13 +126,14 @@ def activation_bytes(transformer: torch.nn.Module, forward: Callable[[], Any]) -
 def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     rollout, forward = config.rollout, counts.forward_flops
     guided = 2 if rollout.guidance_scale != 1 else 1
-    trained = window_size(rollout.window, rollout.num_steps)
-    rescored = config.update.old_velocity == "recompute"
+    objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
+    rescored = objective.old != "zero" if objective.forward else config.update.old_velocity == "recompute"
+    epochs = config.update.inner_epochs
     return {
-        "rollout": guided * rollout.num_steps * forward,
+        "rollout": 0 if config.objective.offline else guided * rollout.num_steps * forward,
         "decode": counts.decode_flops,
-        "update": guided * trained * counts.train_flops,
-        "reference": guided * trained * forward * (config.objective.beta > 0),
+        "update": epochs * guided * trained * counts.train_flops,
+        "reference": epochs * guided * trained * forward * (config.objective.beta > 0),
         "old velocity": guided * trained * forward * rescored,
     }
 
@@ -146,7 +147,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, f
     guided = 2 if rollout.guidance_scale != 1 else 1
     size = config.update.micro_batch_size
     micro_batch = size if isinstance(size, int) else rollout.batch_size
-    trained_steps = window_size(rollout.window, rollout.num_steps)
+    trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus
     return {
         "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1),
@@ -156,7 +157,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, f
         "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
         "average (EMA)": counts.trained * 4,
         "decoder": counts.vae_parameters * width,
-        "trajectories": images * counts.latent_elements * (4 * (trained_steps + 1) + width * trained_steps),
+        "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
         "activations": counts.activation_bytes * guided * micro_batch,
     }
 

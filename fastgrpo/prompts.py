@@ -1,8 +1,8 @@
 """Prompt files, and which prompts an iteration trains on.
 
 A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads.
-GenEval's metadata files are read as they are. A folder of images, each with its caption in a .txt of the same name, is read as
-such lines too, for training on images.
+GenEval's metadata files are read as they are. A folder of images, each with its caption in a .txt of the same name, is read
+as such lines too, for training on images.
 """
 
 import json

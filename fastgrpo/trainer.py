@@ -7,7 +7,7 @@ group, whatever the number of ranks, and its noise and its place in the batch fo
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -25,15 +25,17 @@ from fastgrpo.engine import Engine
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings, ode_steps, without_text
 from fastgrpo.graph import captured_or_eager
+from fastgrpo.learning import Learning
 from fastgrpo.models import configured_model, model_class
+from fastgrpo.offline import DATA, given, image_records, pictures
 from fastgrpo.pairs import Pairs, pairs_of_groups
 from fastgrpo.progress import Stopwatch, accuracy_line, device_name, progress
-from fastgrpo.prompts import ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
+from fastgrpo.prompts import INPUT, ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
-from fastgrpo.trajectory import TRAIN, Rollout, Steps, noise_address
+from fastgrpo.trajectory import TRAIN, Batch, Rollout, Steps, noise_address, only_final
 
 
 class Trainer:
@@ -231,7 +233,7 @@ class Trainer:
             )  # fmt: skip
 
     def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
-        """Of the scores of the whole iteration (N, R), the same bits on every rank; of given images, what was said of them."""
+        """Of the scores of the whole iteration (N, R), the same bits on every rank; without scores, of given images."""
         rollout, objective = self.config.rollout, self.config.objective
         if scores is None:
             return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
@@ -243,7 +245,7 @@ class Trainer:
         )  # fmt: skip
         if not self.learning.objective.pairs:
             return advantages, None
-        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (self.config.advantage.keep or 2) // 2)
+        return advantages, pairs_of_groups(advantages.values, rollout.group_size, 1)
 
     def _metrics(
         self, iteration: int, scores: Tensor | None, advantages: Advantages, metrics: dict[str, Tensor], clock: Stopwatch

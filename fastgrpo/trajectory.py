@@ -59,7 +59,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """One batch of transitions to learn from, S of each of B samples; a row of the rollout's batch size is one of its steps."""
+    """One batch of transitions to learn from, S of each of B samples, in the rollout's shape where there was one."""
 
     x: Tensor  # (S, B, *D) float32, what the network sees
     x_next: Tensor  # (S, B, *D) float32, after the step; of the forward process the velocity to match

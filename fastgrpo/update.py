@@ -128,7 +128,7 @@ def update(learner: Learner, experiences: Sequence[Experience], samples: int | N
 
 def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     """The objective on a micro-batch, each sample's mean over elements."""
-    x, x_next, v_old, sigma, coefficients, kl_weight, _, conditioning, advantages, weight = transitions
+    x, x_next, v_old, sigma, coefficients, kl_weight, loss_weight, conditioning, advantages, weight = transitions
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
     v, v_uncond = velocities(
@@ -140,7 +140,7 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     if learner.mix is not None:
         guided = guided_velocity_ref(v, v_uncond, learner.guidance_scale, torch.float32)
         moments = target_moments(moments, x_next, guided, v_old, learner.mix)
-    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight)
+    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight, loss_weight=loss_weight)
     return learner.objective(moments, step_rows, advantages, weight)
 
 

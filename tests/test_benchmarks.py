@@ -103,7 +103,7 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
     from test_update import PlainEngine
 
     from fastgrpo.generation import Embeddings
-    from fastgrpo.objectives import grpo_clip
+    from fastgrpo.objectives import clip
     from fastgrpo.rollout import Policy, rollout
     from fastgrpo.trajectory import TRAIN, Steps, experience_of, noise_address
 
@@ -117,6 +117,6 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
         guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
     )  # fmt: skip
     experience = experience_of(result, steps, conditioning, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
-    objective = partial(grpo_clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
+    objective = partial(clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
     learner = Learner(PlainEngine(Policy(model)), objective, model.reference, guidance_scale, model.dtype, len(prompts))
     return experience, result, learner

@@ -34,7 +34,7 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("rollout.sampler=flow", r"rollout\.sampler = 'flow': did you mean 'flow_sde'"),
         ("rollout.window.kind=rndom", r"rollout\.window\.kind = 'rndom': did you mean 'random'"),
         ("objective.kl=papr", r"objective\.kl = 'papr': did you mean 'paper'"),
-        ("objective.name=grpo", r"objective\.name = 'grpo': did you mean 'grpo_clip'"),
+        ("objective.name=gard", r"objective\.name = 'gard': did you mean 'guard'"),
         ("reward.train=tiny_shape", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
         ("reward.train={tiny_shape: 1}", r"reward\.train = 'tiny_shape': did you mean 'tiny_shapes'"),
         ("reward.train={tiny_shapes: much}", r"reward\.train\.tiny_shapes = 'much': expected float, found str"),

@@ -1,4 +1,4 @@
-"""The forward process: its moments are those of the distance to the target, its noise has an address, pairs stay together."""
+"""The forward process: moments give the distance to the target, noise has an address, pairs stay together."""
 
 from dataclasses import replace
 from typing import NamedTuple

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgrpo import sde
 from fastgrpo.generation import Embeddings
-from fastgrpo.objectives import grpo_clip
+from fastgrpo.objectives import clip
 from fastgrpo.rollout import Policy, rollout
 from fastgrpo.trajectory import TRAIN, Experience, Steps, experience_of, noise_address
 from fastgrpo.update import (
@@ -66,7 +66,7 @@ def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int 
 
 
 def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
-    objective = partial(grpo_clip, clip_range=1e-3, beta=beta)
+    objective = partial(clip, clip_range=1e-3, beta=beta)
     reference = model.reference if beta else None
     return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype, micro_batch_size)
 
@@ -245,9 +245,9 @@ def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidanc
     """12 samples in 3 batches: the same gradient from as few batches as the live ones fill, and a first ratio of 1."""
     weight = torch.zeros(12).index_fill(0, torch.tensor(live, dtype=torch.int64), 1.0)
     parts = [
-        replace(rolled(tuned_model, guidance_scale, "flow_sde", seed=i), advantages=torch.randn(4), weight=weight[4 * i : 4 * i + 4])
-        for i in range(3)
-    ]  # fmt: skip
+        replace(rolled(tuned_model, guidance_scale, "flow_sde", seed=i), advantages=torch.randn(4), weight=mine)
+        for i, mine in enumerate(weight.split(4))
+    ]
     transformer = tuned_model.transformer
     learner = learner_of(tuned_model, guidance_scale)
     whole = update(learner, parts)

@@ -143,7 +143,7 @@ class Adapter:
         found = [module for module in self.transformer.modules() if type(module).__name__ in names]
         if not found:
             raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
-        return found
+        return found.contiguous()
 
     @property
     def network(self) -> torch.nn.Module:
@@ -256,7 +256,7 @@ class Adapter:
             scale = (self.vae_latents(self._full(1, 1.0), vae) - shift[:1]).detach()
             # The transpose puts things back in order and scales once more.
             (found,) = torch.autograd.grad(shift, latents, (encoded - shift.detach()) / scale.square())
-        return found
+        return found.contiguous()
 
     def _full(self, batch: int, value: float) -> Tensor:
         return torch.full((batch, *self.latent_shape), value, device=self.device)

@@ -1,0 +1,101 @@
+"""Every objective through a trainer under DeepSpeed, in one child process, and what a configuration refuses of them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from objective_worker import ITERATIONS, RUNS
+from test_training import PROCESS_SETTINGS, ROOT
+
+from fastgrpo.config import load_config
+from fastgrpo.schema import ConfigError
+from fastgrpo.testing import load_family
+
+CONFIG = ROOT / "configs" / "tiny_shapes.yaml"
+ODE = ["rollout.sampler=ode"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("objectives")
+    load_family("sd3").save(folder / "sd3")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
+    environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
+    command = [sys.executable, str(ROOT / "tests" / "objective_worker.py"), str(folder / "sd3"), str(folder / "out"), *RUNS]
+    child = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=500)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    return {row["name"]: row for row in found}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains(runs: dict[str, dict], name: str) -> None:
+    rows = runs[name]["rows"]
+    assert len(rows) == ITERATIONS and runs[name]["moved"] > 1e-3
+    for row in rows:
+        assert all(math.isfinite(row[key]) for key in ("loss", "kl", "grad_norm", "ratio_mean"))
+        assert row["grad_norm"] > 0 and ("reward" in row) == ("offline" not in name)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("nft", "dpo", "dpo offline")])
+def test_the_first_update_of_every_rollout_is_exactly_on_policy(runs: dict[str, dict], name: str) -> None:
+    assert [row["first_ratio_deviation"] for row in runs[name]["rows"]] == [0.0] * ITERATIONS
+
+
+def test_the_old_policy_lags_behind(runs: dict[str, dict]) -> None:
+    """It is the trained one at first, by the schedule; from then on it samples, and is not the trained one any more."""
+    deviations = [row["first_ratio_deviation"] for row in runs["nft"]["rows"]]
+    assert deviations[:2] == [0.0, 0.0] and min(deviations[2:]) > 0
+    assert 0 < runs["nft"]["lag"] < runs["nft"]["moved"]
+
+
+def test_dpo_starts_from_the_reference(runs: dict[str, dict]) -> None:
+    """There all pairs are even, -log sigmoid(0); here 4 of each group's 8 possible pairs are compared."""
+    first = runs["dpo"]["rows"][0]
+    assert first["first_ratio_deviation"] == 0.0 and first["loss"] < math.log(2)
+
+
+@pytest.mark.parametrize("name", ["sft offline", "dpo offline"])
+def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
+    losses = [row["loss"] for row in runs[name]["rows"]]
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective.name=nft"], r"rollout\.sampler = 'flow_sde': nft trains on what the ODE ends with"),
+        (["objective.name=awm", *ODE, "forward.num_timesteps=11"], r"forward\.num_timesteps = 11: there are 10 noise levels"),
+        (["objective.name=awm", *ODE, "forward.range=[3, 12]"], r"forward\.range = \(3, 12\): must lie in \[0, 10\]"),
+        (["objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
+        (["objective.name=nft", *ODE, "objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
+        (["objective.name=dpo", *ODE, "rollout.batch_size=8"], r"rollout\.batch_size = 8: dpo compares samples of a group"),
+        (["forward.old_policy.limit=0.5"], r"forward\.old_policy\.limit = 0\.5: clip takes the transitions of the trained"),
+        (["objective.settings={delta: 1}"], r"objective\.settings\.delta: objective 'clip' has no settings"),
+        (["objective.name=dppo", "objective.settings={dleta: 1}"], r"objective\.settings\.dleta: unknown key; did you mean 'delta'"),
+        (["update.inner_epochs=0"], r"update\.inner_epochs = 0: must be positive"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIG, settings)
+
+
+def test_offline_data_is_looked_at_first(tmp_path: Path) -> None:
+    from fastgrpo.prompts import load_prompts
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "chosen": "a.png"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: chosen .*a\.png: no such file"):
+        load_prompts(tmp_path / "data.jsonl", ("chosen", "rejected"))
+    with pytest.raises(ValueError, match=r"holds no images \(\.png"):
+        load_prompts(tmp_path, ("target",))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a\.png: has no caption; write it to a\.txt beside it"):
+        load_prompts(tmp_path, ("target",))
+    (tmp_path / "a.txt").write_text("a circle\n")
+    with pytest.raises(ValueError, match=r"a\.png: cannot be read"):
+        load_prompts(tmp_path, ("target",))
