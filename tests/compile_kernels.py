@@ -80,6 +80,7 @@ def nvidia_report(assembly: dict) -> dict:
         "registers": resources["REG"],
         "spills": resources["STACK"] + resources["LOCAL"],
         "barriers": assembly["ptx"].count("bar.sync"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.global\b", assembly["ptx"])),
         "access": dict(Counter(kind + width for kind, width in access.findall(assembly["ptx"]))),
     }
 
@@ -95,6 +96,7 @@ def amd_report(assembly: dict) -> dict:
         "registers": field("vgpr_count"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size"),
         "barriers": text.count("s_barrier"),
+        "atomics": len(re.findall(r"\b(?:global|buffer|flat)_atomic_", text)),
         "access": dict(Counter(access.findall(text))),
     }
 

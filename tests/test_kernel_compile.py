@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, on a machine without a GPU: no spills, and full-width accesses."""
+"""What the compilers make of the kernels, on a machine without a GPU: no spills, no atomics, and full-width accesses."""
 
 import json
 import os
@@ -49,6 +49,11 @@ def report() -> dict:
 
 def test_no_spills(report):
     assert {name: entry["spills"] for name, entry in report.items() if entry["spills"]} == {}
+
+
+def test_no_atomics(report):
+    """Their order is the hardware's: of the same numbers another sum each time, and a ratio beside 1."""
+    assert {name: entry["atomics"] for name, entry in report.items() if entry["atomics"]} == {}
 
 
 def test_full_occupancy(report):

@@ -294,7 +294,13 @@ class Adapter:
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
         """Put a trainable low-rank update, at first without effect, beside each target layer."""
-        self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=list(targets or self.lora_targets)))
+        chosen = list(targets or self.lora_targets)
+        layers = [f".{name}" for name, _ in self.transformer.named_modules()]
+        for target in chosen:  # PEFT minds only if none of them is there
+            if not any(layer.endswith(f".{target}") for layer in layers):
+                name = type(self.transformer).__name__
+                raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
+        self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable; `reference` then needs the frozen copy that is kept here."""
