@@ -36,6 +36,7 @@ class StepRows(NamedTuple):
     s: Tensor  # (B,) standard deviation of the transition
     w: Tensor  # (B,) weight of the log-ratio
     kl_weight: Tensor  # (B,) weight of m3 in the KL
+    loss_weight: Tensor | float = 1.0  # (B,) weight of the step's policy loss: see `fastgrpo.sde.step_weights`
 
 
 class Loss(NamedTuple):
@@ -75,7 +76,7 @@ def grpo_clip(
 ) -> Loss:
     """PPO's clipped objective with a KL to the reference model (Flow-GRPO, arXiv 2505.05470, eq. 4):
 
-        loss = 1/B sum_b weight_b [ max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)) + beta KL ]
+        loss = 1/B sum_b weight_b [ loss_weight_b max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)) + beta KL ]
 
     Divided by B and not by sum(weight): a sample then counts the same in whichever micro-batch or rank it
     falls, nothing is divided by 0 when all are out, and a dead group adds the zero gradient that A = 0 stands
@@ -88,7 +89,7 @@ def grpo_clip(
     ratio = torch.where(live, log_ratio, 0.0).exp()
     a = advantages.double()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    policy = (weight * torch.maximum(-a * ratio, -a * clipped)).mean()
+    policy = (weight * step.loss_weight * torch.maximum(-a * ratio, -a * clipped)).mean()
     kl = (weight * torch.where(live, step.kl_weight.double() * moments.m3.double(), 0.0)).mean()
     # The trust region is every sample's: the ratio of a dead group moves with the policy like any other.
     moved = log_ratio.detach().exp()

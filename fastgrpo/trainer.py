@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo import sde
 from fastgrpo.advantages import Advantages, group_advantages
 from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.config import Config, check_ranks
@@ -32,6 +31,7 @@ from fastgrpo.report import write_report
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
+from fastgrpo.schedule import group_steps
 from fastgrpo.scores import are_shares, score_text
 from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, noise_address
 from fastgrpo.update import Learner, largest_micro_batch, recompute_old, update
@@ -161,9 +161,9 @@ class Trainer:
         groups, size, batch = config.rollout.groups, config.rollout.group_size, config.rollout.batch_size
         share = groups * size // self.engine.world_size
         chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
-        tables = self._tables(iteration)
+        groups_steps = self._groups_steps(iteration)
         rollouts: list[tuple[Tensor, Steps, tuple, Rollout]] = []
-        waiting = []
+        waiting, forwards = [], 0
         first = self.engine.rank * share
         for start in range(first, first + share, batch):
             sample_id = torch.arange(start, start + batch)
@@ -173,8 +173,9 @@ class Trainer:
             with clock("rollout"):
                 asking = [asked(record, self.model.image_conditioned) for record in records]
                 conditioning = self.embeddings(asking, guidance_scale=config.rollout.guidance_scale)
-                steps = self._steps(tables, group)
+                steps = groups_steps.of(group.to(self.model.device))
                 result = self._rollout(iteration, sample_id, steps, conditioning)
+                forwards += steps.forwards(len(conditioning[0]))
             with clock("decode"):
                 images = self.model.decode(result.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
@@ -188,24 +189,14 @@ class Trainer:
             metrics = self._update(rollouts, advantages)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
-        return self._metrics(iteration, scores, advantages, metrics, clock)
+        counts = {"rollout_forwards": forwards * self.engine.world_size}
+        return self._metrics(iteration, scores, advantages, metrics, clock) | counts
 
-    def _tables(self, iteration: int) -> dict[str, Tensor]:
-        """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
+    def _groups_steps(self, iteration: int) -> Steps:
+        """The steps of every group's rollout."""
         rollout, objective = self.config.rollout, self.config.objective
         sigmas = self.model.sigmas(rollout.num_steps)
-        groups = torch.arange(rollout.groups)
-        start = sde.window_starts(rollout.window, rollout.num_steps, iteration, groups, self.config.seed)
-        size = sde.window_size(rollout.window, rollout.num_steps)
-        table = sde.window_tables(rollout.sampler, sigmas, rollout.noise_level, start, size, objective.log_prob_weight)
-        kl_weight = sde.kl_weights(rollout.sampler, sigmas, rollout.noise_level, objective.kl).float()
-        tensors = {"sigmas": sigmas, "table": table, "start": start, "kl_weight": kl_weight}
-        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
-
-    def _steps(self, tables: dict[str, Tensor], group: Tensor) -> Steps:
-        group = group.to(self.model.device)
-        size = sde.window_size(self.config.rollout.window, self.config.rollout.num_steps)
-        return Steps(tables["sigmas"], tables["table"][group], tables["start"][group], size, tables["kl_weight"])
+        return group_steps(rollout, objective, sigmas, iteration, self.config.seed).to(self.model.device)
 
     def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
         with self.engine.rollout_policy() as policy, self.model.drafting():

@@ -55,6 +55,7 @@ class Transitions(NamedTuple):
     sigma: Tensor  # (N,) float32
     coefficients: Tensor  # (N, 4) float32
     kl_weight: Tensor  # (N,) float32
+    loss_weight: Tensor  # (N,) float32
     conditioning: tuple  # of tensors (N, ...), or (2 N, ...) under guidance
     advantages: Tensor  # (N,) float32
     weight: Tensor  # (N,) float32
@@ -67,6 +68,7 @@ def micro_batches(experience: Experience, size: int) -> Iterator[Transitions]:
     device = steps.start.device
     sample = torch.arange(batch, device=device).repeat(trained)  # (S B,)
     index = (torch.arange(trained, device=device)[:, None] + steps.start).flatten()  # (S B,) step of the rollout
+    loss_weight = torch.ones_like(steps.table[..., 0]) if steps.loss_weight is None else steps.loss_weight
     x, x_next, v_old = (t.flatten(0, 1) for t in (rollout.latents[:-1], rollout.latents[1:], rollout.v_old))
     if len(sample) % size:
         raise ValueError(f"micro_batch_size {size} does not divide {trained} steps of {batch} samples into whole batches")
@@ -75,6 +77,7 @@ def micro_batches(experience: Experience, size: int) -> Iterator[Transitions]:
         who, step = sample[part], index[part]
         yield Transitions(
             x[part], x_next[part], v_old[part], steps.sigmas[step], steps.table[who, step], steps.kl_weight[step],
+            loss_weight[who, step],
             _conditioning_rows(experience.conditioning, who, batch), experience.advantages[who], experience.weight[who],
         )  # fmt: skip
 
@@ -104,7 +107,7 @@ def update(learner: Learner, experiences: Sequence[Experience]) -> dict[str, Ten
 
 def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     """The objective on a micro-batch, each sample's mean over elements."""
-    x, x_next, v_old, sigma, coefficients, kl_weight, conditioning, advantages, weight = transitions
+    x, x_next, v_old, sigma, coefficients, kl_weight, loss_weight, conditioning, advantages, weight = transitions
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
     v, v_uncond = velocities(
@@ -113,7 +116,7 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     moments = transition(
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )
-    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight)
+    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight, loss_weight=loss_weight)
     return learner.objective(moments, step_rows, advantages, weight)
 
 
