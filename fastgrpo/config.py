@@ -19,12 +19,15 @@ import torch
 import yaml
 
 from fastgrpo import schema
+from fastgrpo.after_window import AfterWindow
 from fastgrpo.models import MODELS
 from fastgrpo.objectives import OBJECTIVES, settings_of
 from fastgrpo.offline import DATA
 from fastgrpo.rewards import REWARDS, weights_of
+from fastgrpo.schedule import group_steps
 from fastgrpo.schema import ConfigError
-from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
+from fastgrpo.sde import SAMPLERS
+from fastgrpo.windows import Window, window_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,10 @@ class RolloutConfig:
     cuda_graph: bool = True
     """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)
+    after_window: AfterWindow = field(default_factory=AfterWindow)
+    shared_noise: bool = False
+    """A group's images start from the same noise, and are computed once until their window begins: fewer forward passes, and
+    less to compare. Flow-GRPO found different noise for each image to train better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,8 @@ class ObjectiveConfig:
     """Advantages are clipped to plus and minus this."""
     log_prob_weight: Literal["exact", "cps_reference"] = "exact"
     """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
+    step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
+    """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +299,10 @@ def check(config: Config) -> None:
         schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
     if OBJECTIVES[config.objective.name].forward:
         _check_forward(config)
-    else:
-        _check_transitions(config)
+    elif config.forward.old_policy.limit > 0:
+        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
+        schema.refuse("forward.old_policy.limit", config.forward.old_policy.limit, f"{config.objective.name} {way_out}")
+    _check_steps(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
         schema.refuse(
@@ -358,18 +369,11 @@ def _check_forward(config: Config) -> None:
         schema.refuse("rollout.batch_size", rollout.batch_size, f"{way_out} {rollout.group_size}")
 
 
-def _check_transitions(config: Config) -> None:
+def _check_steps(config: Config) -> None:
     """The sampler's and the window's own rules, tried on the first iteration's windows with evenly spaced sigmas."""
-    rollout = config.rollout
-    if config.forward.old_policy.limit > 0:
-        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
-        schema.refuse("forward.old_policy.limit", config.forward.old_policy.limit, f"{config.objective.name} {way_out}")
+    sigmas = torch.linspace(1, 0, config.rollout.num_steps + 1, dtype=torch.float64)
     try:
-        start = window_starts(rollout.window, rollout.num_steps, 0, torch.tensor([0]), config.seed)
-        mask = torch.zeros(rollout.num_steps, dtype=torch.bool)
-        mask[start : start + window_size(rollout.window, rollout.num_steps)] = True
-        sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
-        coefficient_table(rollout.sampler, sigmas, rollout.noise_level, mask, config.objective.log_prob_weight)
+        group_steps(config.rollout, config.objective, sigmas, 0, config.seed)
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
 
@@ -427,6 +431,8 @@ def _positive(section: Any, prefix: str = "") -> None:
         "range",
         "betas",
         "limit",
+        "decay",
+        "decay_from",
     }
     for f in dataclasses.fields(section):
         value, path = getattr(section, f.name), prefix + f.name
