@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
-from fastgrpo.ema import Ema
+from fastgrpo.ema import Ema, warmed_up
 from fastgrpo.engine import Engine, finish, start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -207,7 +207,7 @@ def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str
     more_losses, more_norms = run_updates(engine, range(2, UPDATES))
     checks["addresses"] = case[0] == 3 or addresses == [p.data_ptr() for p in policy.parameters()]
     state = engine.trained_state("cpu")
-    ema = Ema(engine.trained_state(), decay=0.9)
+    ema = Ema(engine.trained_state(), warmed_up(0.9))
     ema.update({name: tensor + 1 for name, tensor in engine.trained_state().items()})
     save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", UPDATES, {"ema": ema.state_dict(), "seed": 1})
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
@@ -220,7 +220,7 @@ def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str
 
 def resume(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str, Any]:
     engine, _ = make_engine(case[0], DTYPES[case[1]], device)
-    ema = Ema(engine.trained_state(), decay=0.9)
+    ema = Ema(engine.trained_state(), warmed_up(0.9))
     iteration, state = load_checkpoint(engine, folder / f"{case[0]}-{case[1]}")
     ema.load_state_dict(state["ema"])
     loaded = {"iteration": iteration, "seed": state["seed"], "ema": ema.weights}

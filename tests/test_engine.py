@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgrpo import engine as engine_module
 from fastgrpo.checkpoint import check_files, latest_checkpoint
-from fastgrpo.ema import Ema
+from fastgrpo.ema import Ema, warmed_up
 from fastgrpo.engine import Engine
 
 # Relative: of a loss, of a norm of the gradient, of the distance that the weights went in all updates.
@@ -175,16 +175,16 @@ def test_other_weights_are_told_by_name() -> None:
 def test_ema() -> None:
     """Against the sum written out: the first decays are 1/10, 2/11, 3/12, then 0.3."""
     values = [torch.randn(3, dtype=torch.float64) for _ in range(6)]
-    ema = Ema({"w": values[0].float()}, decay=0.3)
+    ema = Ema({"w": values[0].float()}, warmed_up(0.3))
     wanted = values[0]
     for value, decay in zip(values[1:], (0.1, 2 / 11, 0.25, 0.3, 0.3), strict=True):
         ema.update({"w": value.to(torch.float32)})
         wanted = decay * wanted + (1 - decay) * value
     torch.testing.assert_close(ema.weights["w"].double(), wanted, rtol=1e-6, atol=1e-6)
-    again = Ema({"w": torch.zeros(3)}, decay=0.3)
+    again = Ema({"w": torch.zeros(3)}, warmed_up(0.3))
     again.load_state_dict(ema.state_dict())
     again.update({"w": values[0].float()})
     ema.update({"w": values[0].float()})
     assert torch.equal(again.weights["w"], ema.weights["w"]) and again.updates == 6
     with pytest.raises(ValueError, match="decay 1.0 must be at least 0 and below 1"):
-        Ema({}, decay=1.0)
+        warmed_up(1.0)

@@ -143,7 +143,7 @@ class Adapter:
         found = [module for module in self.transformer.modules() if type(module).__name__ in names]
         if not found:
             raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
-        return found.contiguous()
+        return found
 
     @property
     def network(self) -> torch.nn.Module:
