@@ -184,7 +184,7 @@ class Trainer:
             scores = torch.cat([score.result() for score in waiting])
         with clock("update"):
             scores = self.engine.gather(scores.to(self.model.device))
-            advantages = self._advantages(self.reward.total(scores))
+            advantages = self._advantages(scores)
             metrics = self._update(rollouts, advantages)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
@@ -216,14 +216,12 @@ class Trainer:
                 guidance_rule=self.model.guide,
             )  # fmt: skip
 
-    def _advantages(self, rewards: Tensor) -> Advantages:
-        """Of the rewards of the whole iteration (N,), the same bits on every rank."""
-        rollout, objective = self.config.rollout, self.config.objective
-        group = torch.arange(len(rewards), device=rewards.device) // rollout.group_size
-        return group_advantages(
-            rewards, group, num_groups=rollout.groups, std=objective.advantage_std,
-            adv_clip_max=objective.adv_clip_max,
-        )  # fmt: skip
+    def _advantages(self, scores: Tensor) -> Advantages:
+        """Of the scores of the whole iteration (N, R), the same bits on every rank."""
+        rollout, advantage = self.config.rollout, self.config.advantage
+        group = torch.arange(len(scores), device=scores.device) // rollout.group_size
+        weights = list(self.reward.weights.values())
+        return group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **vars(advantage))
 
     def _update(self, rollouts: list, advantages: Advantages) -> dict[str, Tensor]:
         """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
@@ -267,7 +265,7 @@ class Trainer:
             "reward": rewards.mean().item(),
             **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
             "reward_std": groups.std(dim=1, correction=0).mean().item(),
-            "zero_groups": 1 - advantages.weight.mean().item(),
+            "zero_groups": 1 - advantages.weight.view_as(groups).amax(dim=1).mean().item(),
             **row,
             "images": iteration * len(rewards),
             "seconds": clock.seconds,
