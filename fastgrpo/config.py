@@ -126,6 +126,22 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """What `fastgrpo.advantages.group_advantages` takes, under the same names."""
+
+    std: Literal["group", "global"] = "global"
+    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
+    adv_clip_max: float = 5.0
+    """Advantages are clipped to plus and minus this."""
+    combine: Literal["sum", "each"] = "sum"
+    """Several rewards: their weighted sum is normalised, or each is before the sum (GDPO, which has std: group)."""
+    pairwise: bool = False
+    """A reward counts as the share of its group that it beats (Pref-GRPO): of the weighted sum, or of each."""
+    keep: int | None = None
+    """Of each group only this many images are learned from, half of them the best and half the worst; left out: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     name: str = "clip"
     """Objective, see fastgrpo/objectives/."""
@@ -140,10 +156,6 @@ class ObjectiveConfig:
     """Weight of the KL to the model before training; 0 saves its forward passes."""
     kl: Literal["paper", "reference"] = "reference"
     """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
-    advantage_std: Literal["group", "global"] = "global"
-    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
-    adv_clip_max: float = 5.0
-    """Advantages are clipped to plus and minus this."""
     log_prob_weight: Literal["exact", "cps_reference"] = "exact"
     """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
     step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
@@ -244,6 +256,7 @@ class Config:
     seed: int = 0
     """Of everything random: the same seed gives the same noise on any number of ranks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -292,6 +305,7 @@ def check(config: Config) -> None:
     _check_rewards(config.reward)
     if rollout.group_size < 2:
         schema.refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
+    _check_keep(config.advantage.keep, rollout.group_size)
     if rollout.num_steps < 2:
         schema.refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
     settings_of(config.objective.name, config.objective.settings)
@@ -325,6 +339,12 @@ def check(config: Config) -> None:
             config.evaluation.samples,
             f"at most evaluation.batch_size = {config.evaluation.batch_size}",
         )
+
+
+def _check_keep(keep: int | None, group_size: int) -> None:
+    if keep is not None and (keep % 2 or not 2 <= keep <= group_size):
+        way_out = f"half the best and half the worst of a group: an even number from 2 to group_size = {group_size}"
+        schema.refuse("advantage.keep", keep, way_out)
 
 
 def _check_rewards(reward: RewardConfig) -> None:

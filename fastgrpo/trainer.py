@@ -219,18 +219,16 @@ class Trainer:
 
     def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
         """Of the scores of the whole iteration (N, R), the same bits on every rank; without scores, of given images."""
-        rollout, objective = self.config.rollout, self.config.objective
+        rollout, settings = self.config.rollout, vars(self.config.advantage)
         if scores is None:
             return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
-        rewards = self.reward.total(scores)
-        group = torch.arange(len(rewards), device=rewards.device) // rollout.group_size
-        advantages = group_advantages(
-            rewards, group, num_groups=rollout.groups, std=objective.advantage_std,
-            adv_clip_max=objective.adv_clip_max,
-        )  # fmt: skip
+        group = torch.arange(len(scores), device=scores.device) // rollout.group_size
+        weights = list(self.reward.weights.values())
         if not self.learning.objective.pairs:
-            return advantages, None
-        return advantages, pairs_of_groups(advantages.values, rollout.group_size, 1)
+            return group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings), None
+        # Pairs select for themselves.
+        advantages = group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings | {"keep": None})
+        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (settings["keep"] or 2) // 2)
 
     def _metrics(
         self, iteration: int, batches: list[Batch], scores: Tensor | None, advantages: Advantages,
@@ -241,15 +239,14 @@ class Trainer:
         forwards = sum(batch.steps.forwards(len(batch.conditioning[0])) for batch in batches if batch.steps is not None)
         return {
             "iteration": iteration,
-            **({} if scores is None else self._reward_metrics(scores)),
+            **({} if scores is None else self._reward_metrics(scores, advantages)),
             "rollout_forwards": forwards * self.engine.world_size,
-            "zero_groups": 1 - advantages.weight.mean().item(),
             **dict(zip(metrics, values.tolist(), strict=True)),
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
 
-    def _reward_metrics(self, scores: Tensor) -> dict:
+    def _reward_metrics(self, scores: Tensor, advantages: Advantages) -> dict:
         """scores (N, R): of several rewards each one's mean stands apart, before its weight."""
         rewards, names = self.reward.total(scores), self.reward.names
         groups = rewards.view(-1, self.config.rollout.group_size)
@@ -257,6 +254,7 @@ class Trainer:
             "reward": rewards.mean().item(),
             **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
             "reward_std": groups.std(dim=1, correction=0).mean().item(),
+            "zero_groups": 1 - advantages.weight.view_as(groups).amax(dim=1).mean().item(),
         }
 
     def _evaluate_if_due(self, iteration: int) -> None:

@@ -1,7 +1,9 @@
+import inspect
 from pathlib import Path
 
 import pytest
 
+from fastgrpo.advantages import group_advantages
 from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
 from fastgrpo.models import model_class
 from fastgrpo.models.adapter import read_architecture
@@ -53,6 +55,16 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("engine.zero_stage=4", r"engine\.zero_stage = 4: choices: 0, 1, 2, 3"),
         ("model.dtype=bf16", r"model\.dtype = 'bf16': did you mean 'bfloat16'"),
         ("rollout.group_size=1", r"rollout\.group_size = 1: .* at least 2"),
+        ("advantage.keep=7", r"advantage\.keep = 7: half the best .* an even number from 2 to group_size = 16"),
+        ("advantage.keep=18", r"advantage\.keep = 18: .* an even number from 2 to group_size = 16"),
+        ("advantage.keep=1", r"advantage\.keep = 1: .* an even number from 2"),
+        ("advantage.keep=0", r"advantage\.keep = 0: must be positive"),
+        ("advantage.keep=4.0", r"advantage\.keep = 4.0: expected int, found float"),
+        ("advantage.combine=all", r"advantage\.combine = 'all': choices: sum, each"),
+        ("advantage.std=batch", r"advantage\.std = 'batch': choices: group, global"),
+        ("advantage.pairwise=1", r"advantage\.pairwise = 1: expected bool, found int"),
+        ("advantage.adv_clip_max=0", r"advantage\.adv_clip_max = 0.0: must be positive"),
+        ("objective.advantage_std=group", r"objective\.advantage_std: unknown key"),
         ("rollout.num_steps=1", r"rollout\.num_steps = 1: .* at least 2"),
         ("rollout.sampler=ode", r"rollout: sampler 'ode' .* no noise"),
         ("rollout.noise_level=0", r"rollout\.noise_level = 0.0: must be positive"),
@@ -91,6 +103,18 @@ def test_numbers_and_overrides() -> None:
     config = load_config(TINY, ["update.learning_rate=1e-4", "objective.beta=1", "seed=7", window])
     assert config.update.learning_rate == 1e-4 and config.objective.beta == 1.0 and config.seed == 7
     assert (config.rollout.window.kind, config.rollout.window.size, config.rollout.window.start) == ("fixed", 2, 0)
+
+
+def test_the_advantage_section_is_what_the_function_takes() -> None:
+    """Its keys are passed on by name, so a published recipe reads as it is written."""
+    config = load_config(TINY, ["advantage={std: group, combine: each, pairwise: true, keep: 16}"])
+    assert vars(config.advantage) == {
+        "std": "group", "adv_clip_max": 5.0, "combine": "each", "pairwise": True, "keep": 16
+    }  # fmt: skip
+    taken = inspect.signature(group_advantages).parameters
+    assert all(name in taken for name in vars(config.advantage))
+    defaults = vars(load_config(TINY).advantage)
+    assert all(taken[name].default == defaults[name] for name in ("combine", "pairwise", "keep"))
 
 
 def test_missing_key_and_file(tmp_path: Path) -> None:

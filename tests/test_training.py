@@ -182,6 +182,18 @@ def test_eval_and_sample_read_a_run(finished: tuple[Path, str], tmp_path: Path) 
     assert (folder / "report.html").exists()
 
 
+def test_other_advantages_change_the_update_and_not_what_is_reported(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Half of each group, by win rates of each reward: rewards are logged as they came, dead groups counted as groups."""
+    settings = ["iterations=1", "reward.train={tiny_shapes_graded: 1, tiny_shapes: 0}"]
+    settings.append("advantage={std: group, combine: each, pairwise: true, keep: 2}")
+    run(command(tmp_path / "each", *settings, ranks=2))
+    plain, (row,) = rows(finished[0])[0], rows(tmp_path / "each")
+    for key in ("reward", "reward_std", "zero_groups", "images"):
+        assert row[key] == plain[key]
+    assert row["rewards"]["tiny_shapes_graded"] == row["reward"] != row["rewards"]["tiny_shapes"]
+    assert row["first_ratio_deviation"] == 0.0 and row["zero_groups"] < 0.5 and row["grad_norm"] != plain["grad_norm"]
+
+
 def redness(images, prompts, metadata):  # noqa: ANN001, ANN201
     """A stand-in reward that anyone can check: how much redder than blue and green the image is."""
     pixels = images.float() / 255
