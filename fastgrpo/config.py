@@ -6,6 +6,15 @@ What is not understood is refused, never repaired.
 
 Every error names the key's full path, the value, and the nearest valid choice. A path that starts with `./` or `../` is
 relative to the file it stands in.
+
+A file may start from another, named relative to itself, which may do so in turn:
+
+    extends: ../../tiny_shapes.yaml
+    rollout: {guidance_scale: 2.0, window: {kind: all_but_last}}
+
+Sections go key by key, nested ones too, and the later file wins. Whatever is one value replaces the earlier one whole: a
+number or a list, a free mapping of names (prompts.weights, reward.settings), and a section that names its `kind`, whose
+other keys belong to that kind (rollout.window).
 """
 
 import dataclasses
@@ -270,10 +279,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
-    data = schema.parse_yaml(path.read_text(), str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
-    data = schema.relative_paths(data, path.parent)
+    data = _read(path)
     for override in overrides:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
@@ -283,8 +289,29 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return config
 
 
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
+    data = schema.parse_yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
+    named = data.pop("extends", None)
+    data = schema.relative_paths(data, path.parent)
+    if named is None:
+        return data
+    parent, heirs = path.parent / str(named), (*heirs, path.resolve())
+    if not parent.is_file():
+        schema.refuse(f"{path}: extends", named, f"{parent.resolve()} is no file; name one relative to this one's folder")
+    if parent.resolve() in heirs:
+        way = " -> ".join(str(file) for file in (*heirs[heirs.index(parent.resolve()) :], parent.resolve()))
+        schema.refuse(f"{path}: extends", named, f"a circle ({way}); let one of these files extend nothing")
+    return schema.merge(Config, _read(parent, heirs), data)
+
+
 def dump_config(config: Config) -> str:
-    """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one."""
+    """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one.
+
+    Whole: what it extends is part of it.
+    """
     return yaml.safe_dump(schema.plain(config), sort_keys=False)
 
 
@@ -435,7 +462,8 @@ def _check_micro_batch(config: Config) -> None:
 
 def describe() -> str:
     """Every key with its type, default and meaning, for `--help`."""
-    return "\n".join(schema.describe(Config))
+    extends = "  extends (Path, default None)\n      Another file, relative to this one, on top of which these keys go."
+    return "\n".join([extends, *schema.describe(Config)])
 
 
 def _positive(section: Any, prefix: str = "") -> None:

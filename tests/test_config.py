@@ -8,6 +8,7 @@ from fastgrpo.config import Config, ConfigError, check_ranks, describe, differen
 from fastgrpo.models import model_class
 from fastgrpo.models.adapter import read_architecture
 from fastgrpo.prompts import INPUT, check_held_out, load_prompts
+from fastgrpo.windows import Window
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 
@@ -136,6 +137,74 @@ def test_dump_reads_back_equal_from_anywhere(tmp_path: Path) -> None:
     assert again == config and differences(config, again) == []
     other = load_config(TINY, ["output=" + str(tmp_path), "objective.beta=0.5"])
     assert any(row.startswith("objective.beta: ") for row in differences(config, other))
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
+    """Through two folders: the last file wins key by key, and an override wins over all."""
+    middle = f"extends: {TINY}\noutput: {tmp_path}\nseed: 3\nobjective: {{beta: 0.5, clip_range: 1e-5}}\n"
+    middle = written(tmp_path, "family/middle.yaml", middle)
+    path = written(tmp_path, "last.yaml", "extends: family/middle.yaml\nobjective: {beta: 0}\nmodel: {lora: {rank: 4}}\n")
+    config, base = load_config(path), load_config(TINY)
+    assert differences(base, config, but=("output",)) == [
+        "model.lora.rank: 16 -> 4", "seed: 0 -> 3", "objective.clip_range: 0.001 -> 1e-05", "objective.beta: 0.3 -> 0.0",
+    ]  # fmt: skip
+    assert load_config(path, ["objective.beta=0.7"]).objective.beta == 0.7
+    assert load_config(middle).objective.beta == 0.5
+    dumped = written(tmp_path, "elsewhere/config.yaml", dump_config(config))
+    assert "extends:" not in dumped.read_text() and load_config(dumped) == config
+
+
+def test_what_is_one_value_is_replaced_whole(tmp_path: Path) -> None:
+    """A free mapping, and a section that names its kind; without it, its keys merge like any section's."""
+    rewards = "prompts: {weights: {counting: 1}}\nreward: {train: {tiny_shapes: 2}}\n"
+    text = f"extends: {TINY}\nrollout: {{window: {{size: 2}}}}\n{rewards}"
+    config = load_config(written(tmp_path, "a.yaml", text))
+    assert config.rollout.window == Window(kind="fixed", start=1, size=2)
+    assert config.prompts.weights == {"counting": 1.0} and config.reward.train == {"tiny_shapes": 2.0}
+    rewards = "prompts: {weights: {}}\nreward: {train: tiny_shapes}\n"
+    text = f"extends: a.yaml\nrollout: {{window: {{kind: all_but_last}}}}\n{rewards}"
+    config = load_config(written(tmp_path, "b.yaml", text))
+    assert config.rollout.window == Window(kind="all_but_last")
+    assert config.prompts.weights == {} and config.reward.train == "tiny_shapes"
+
+
+def test_paths_are_relative_to_the_file_they_stand_in(tmp_path: Path) -> None:
+    base = f"extends: {TINY}\nmodel: {{path: ./weights}}\nprompts: {{cache: ../cache}}\n"
+    written(tmp_path, "base/base.yaml", base)
+    path = written(tmp_path, "deep/er/recipe.yaml", "extends: ../../base/base.yaml\noutput: ./run\n")
+    config = load_config(path)
+    assert config.model.path == tmp_path / "base" / "weights" and config.prompts.cache == tmp_path / "cache"
+    assert config.output == tmp_path / "deep" / "er" / "run"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"a": "extends: a.yaml"}, r"a\.yaml: extends = 'a\.yaml': a circle \(\S*a\.yaml -> \S*a\.yaml\); let one"),
+        (
+            {"a": "extends: b.yaml", "b": "extends: sub/../c.yaml", "c": "extends: b.yaml"},
+            r"c\.yaml: extends = 'b\.yaml': a circle \(\S*b\.yaml -> \S*c\.yaml -> \S*b\.yaml\); let one",
+        ),
+        ({"a": "extends: missing.yaml"}, r"a\.yaml: extends = 'missing\.yaml': \S*missing\.yaml is no file; name one"),
+        ({"a": "extends: [b.yaml]"}, r"a\.yaml: extends = \['b\.yaml'\]: .* is no file"),
+        ({"a": "extends: b.yaml", "b": "- 1"}, r"b\.yaml: expected a mapping of keys, found \[1\]"),
+        ({"a": "extends: b.yaml\nrollout: 3", "b": f"extends: {TINY}"}, r"rollout = 3: expected a section"),
+        ({"a": "extends: b.yaml", "b": f"extends: {TINY}\nrollout: {{num_step: 3}}"}, r"rollout\.num_step: unknown key"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path: Path, texts: dict[str, str], message: str) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, text in texts.items():
+        written(tmp_path, f"{name}.yaml", text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")
 
 
 def test_several_rewards_and_their_settings(tmp_path: Path) -> None:
