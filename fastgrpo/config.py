@@ -335,14 +335,7 @@ def check(config: Config) -> None:
     _check_keep(config.advantage.keep, rollout.group_size)
     if rollout.num_steps < 2:
         schema.refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
-    settings_of(config.objective.name, config.objective.settings)
-    if config.objective.offline and config.objective.name not in DATA:
-        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
-    if OBJECTIVES[config.objective.name].forward:
-        _check_forward(config)
-    elif config.forward.old_policy.limit > 0:
-        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
-        schema.refuse("forward.old_policy.limit", config.forward.old_policy.limit, f"{config.objective.name} {way_out}")
+    _check_objective(config)
     _check_steps(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
@@ -399,6 +392,24 @@ def trained_steps(config: Config) -> int:
     if OBJECTIVES[config.objective.name].forward:
         return config.forward.num_timesteps
     return window_size(config.rollout.window, config.rollout.num_steps)
+
+
+def _check_objective(config: Config) -> None:
+    """What an objective takes, and what it would leave unread."""
+    objective, name, lag = config.objective, config.objective.name, config.forward.old_policy.limit
+    settings_of(name, objective.settings)
+    if "adv_clip_max" in objective.settings:
+        way_out = "it is that of the advantages: set advantage.adv_clip_max"
+        schema.refuse("objective.settings.adv_clip_max", objective.settings["adv_clip_max"], way_out)
+    if name == "guard" and objective.log_prob_weight != "exact":
+        schema.refuse("objective.log_prob_weight", objective.log_prob_weight, "guard normalises the exact one: take exact")
+    if objective.offline and name not in DATA:
+        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
+    if OBJECTIVES[name].forward:
+        _check_forward(config)
+    elif lag > 0:
+        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
+        schema.refuse("forward.old_policy.limit", lag, f"{name} {way_out}")
 
 
 def _check_forward(config: Config) -> None:
