@@ -199,6 +199,7 @@ def draw(results: list[dict[str, Any]], scores: Sequence[float]) -> Any:
     for score in scores:
         left.axhline(score, color="#888", linewidth=0.8, linestyle=":")
     left.set(xscale="log", xlabel="seconds of training in one thread", ylabel="accuracy on held-out prompts")
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_title("A line a seed; a dot where a score is reached")
     left.legend(frameon=False, loc="lower right")
     draw_speed_ups(right, [row for row in results if "faster_iteration" in row], scores)
@@ -206,24 +207,26 @@ def draw(results: list[dict[str, Any]], scores: Sequence[float]) -> Any:
 
 
 def draw_speed_ups(axes: Any, results: list[dict[str, Any]], scores: Sequence[float]) -> None:
-    """Bars by score; beside them what they are the product of."""
+    """A bar a score; beside it what it is the product of."""
     height = 0.8 / len(scores)
     for m, score in enumerate(scores):
-        found = [row["scores"][f"{score:g}"]["speed_up"] for row in results]
+        found = [row["scores"][f"{score:g}"] for row in results]
+        times = [each["speed_up"]["seconds"]["times"] or 0 for each in found]
         places = [n + m * height for n in range(len(results))]
-        widths = [each["seconds"]["times"] or 0 for each in found]
-        bars = axes.barh(places, widths, height, color=("#9dbcf0", "#2f6fdb")[m % 2])
-        texts = [
-            each["seconds"]["text"]
-            if each["seconds"]["times"] is None
-            else f"{each['seconds']['text']} = {row['faster_iteration']:.2f} x {each['iterations']['times']:.2f}"
-            for row, each in zip(results, found, strict=True)
-        ]
-        axes.bar_label(bars, [f"{score:.0%}: {text}" for text in texts], padding=4, fontsize=8)
+        bars = axes.barh(places, times, height, color=("#9dbcf0", "#2f6fdb")[m % 2])
+        texts = [f"{score:.0%}: {said(row, each)}" for row, each in zip(results, found, strict=True)]
+        axes.bar_label(bars, texts, padding=4, fontsize=8)
     axes.set_yticks([n + (len(scores) - 1) * height / 2 for n in range(len(results))], [row["recipe"] for row in results])
     axes.invert_yaxis()
     axes.margins(x=0.6)
-    axes.set(xlabel=f"times faster than {BASELINE} = faster iterations x fewer of them", title="Speed-up to a score")
+    axes.set(xlabel=f"times faster than {BASELINE} (faster iterations x fewer of them)", title="Speed-up to a score")
+
+
+def said(row: dict[str, Any], of: dict[str, Any]) -> str:
+    seconds, iterations = of["speed_up"]["seconds"], of["speed_up"]["iterations"]
+    if seconds["times"] is None:
+        return f"not reached in {of['seconds']:.0f} s"
+    return f"{seconds['text']} ({row['faster_iteration']:.2f} x {iterations['times']:.2f})"
 
 
 def parse() -> argparse.Namespace:
@@ -268,8 +271,8 @@ def main() -> None:
     results = [result_of(name, runs[name], iterations[name], arguments.scores) for name in arguments.recipes]
     compare(results, arguments.scores)
     options = ("seeds", "scores", "images", "steps", "every", "budget", "multiple", "set")
-    said = {key: getattr(arguments, key) for key in options}
-    finish(arguments.name, {"threads": 1, **said, "results": results}, draw(results, arguments.scores))
+    asked = {key: getattr(arguments, key) for key in options}
+    finish(arguments.name, {"threads": 1, **asked, "results": results}, draw(results, arguments.scores))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastgrpo.advantages import group_advantages
 from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
@@ -137,6 +138,52 @@ def test_dump_reads_back_equal_from_anywhere(tmp_path: Path) -> None:
     assert again == config and differences(config, again) == []
     other = load_config(TINY, ["output=" + str(tmp_path), "objective.beta=0.5"])
     assert any(row.startswith("objective.beta: ") for row in differences(config, other))
+
+
+RECIPES = TINY.parent / "recipes"
+LOADABLE = ["flow_grpo", "flow_grpo_fast", "mixgrpo"]
+# What the recipes of a model share: batches, the averaging, and in the tiny world the learning rate.
+SHARED = {"rollout.groups", "rollout.group_size", "rollout.batch_size", "update.ema_decay", "update.learning_rate"}
+
+
+def set_keys(path: Path) -> dict[str, set[str]]:
+    """The keys of the algorithm's sections that a file sets, and each file that it extends, nearest first."""
+    data = yaml.safe_load(path.read_text())
+    keys = {f"{section}.{key}" for section in ("rollout", "objective", "update") for key in data.get(section, {})}
+    below = set_keys((path.parent / data["extends"]).resolve()) if "extends" in data else {}
+    return {path.name: keys, **below}
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+@pytest.mark.parametrize("world", ["tiny", "sd3"])
+def test_a_recipe_is_its_own_on_the_same_base(world: str, name: str) -> None:
+    """It loads, differs from what it extends in nothing but the algorithm, and says itself whatever that tunes of it."""
+    path = RECIPES / world / f"{name}.yaml"
+    config = load_config(path)
+    *own, (base, tuned) = set_keys(path).items()
+    base_config = load_config(TINY.parent / base)
+    for change in differences(base_config, config, but=("output",)):
+        assert change.startswith(("rollout.", "objective.", "update.", "evaluation.guidance_scale")), change
+    assert config.output == Path("runs") / "recipes" / world / name
+    said = set().union(*(keys for _, keys in own))
+    assert tuned - said <= SHARED, f"{path.name} takes over what {base} tuned"
+    if world == "tiny":
+        assert not said & SHARED
+    rollout, images = config.rollout, config.rollout.groups * config.rollout.group_size
+    assert images % (rollout.batch_size * config.update.steps_per_rollout) == 0
+
+
+def test_the_published_numbers_of_flow_grpo() -> None:
+    for world, guidance in (("tiny", 2.0), ("sd3", 4.5)):
+        config = load_config(RECIPES / world / "flow_grpo.yaml")
+        rollout, objective, update = config.rollout, config.objective, config.update
+        assert (rollout.sampler, rollout.num_steps, rollout.noise_level) == ("flow_sde", 10, 0.7)
+        assert rollout.window == Window(kind="all_but_last")
+        assert rollout.guidance_scale == config.evaluation.guidance_scale == guidance
+        assert (objective.clip_range, objective.beta, objective.kl) == (1e-4, 0.04, "reference")
+        assert objective.log_prob_weight == "exact"
+        assert (update.steps_per_rollout, update.ema_decay, update.max_grad_norm) == (2, 0.9, 1.0)
+    assert (rollout.groups, rollout.group_size, update.learning_rate) == (48, 24, 3e-4)
 
 
 def written(folder: Path, name: str, text: str) -> Path:
