@@ -36,7 +36,7 @@ class StepRows(NamedTuple):
     s: Tensor  # (B,) standard deviation of the transition
     w: Tensor  # (B,) weight of the log-ratio
     kl_weight: Tensor  # (B,) weight of m3 in the KL
-    loss_weight: Tensor | float = 1.0  # (B,) weight of the step's policy loss: see `fastgrpo.sde.step_weights`
+    loss_weight: Tensor  # (B,) weight of the step's policy loss: see `fastgrpo.sde.step_weights`
 
 
 class Loss(NamedTuple):

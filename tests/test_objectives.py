@@ -41,7 +41,7 @@ def moments_of(x_next, mu_old, mu, mu_ref):
 
 
 def rows(sampler, s, w, kl="paper"):
-    return StepRows(s[:, 0], w, kl_weights(sampler, SIGMAS, NOISE[sampler], kl)[STEP])
+    return StepRows(s[:, 0], w, kl_weights(sampler, SIGMAS, NOISE[sampler], kl)[STEP], torch.ones_like(w))
 
 
 def direct_loss(x_next, mu_old, mu, mu_ref, s, advantages, weight, clip_range, beta):
@@ -109,7 +109,7 @@ def zero_moments(m3=0.0):
     return Moments(*(torch.full((B,), value, requires_grad=True) for value in (0.0, 0.0, m3)))
 
 
-ROWS = StepRows(torch.full((B,), 0.5), torch.full((B,), 2.0), torch.full((B,), 2.0))
+ROWS = StepRows(torch.full((B,), 0.5), torch.full((B,), 2.0), torch.full((B,), 2.0), torch.ones(B))
 
 
 def test_on_policy_the_ratio_is_exactly_one():
@@ -188,7 +188,7 @@ def test_the_mean_does_not_depend_on_how_the_batch_is_split():
 
 def test_steps_without_noise_are_harmless():
     """An ODE row: s = w = 0."""
-    step = StepRows(torch.zeros(B), torch.zeros(B), torch.zeros(B))
+    step = StepRows(torch.zeros(B), torch.zeros(B), torch.zeros(B), torch.ones(B))
     moments = Moments(*(torch.ones(B, requires_grad=True) for _ in range(3)))
     loss = grpo_clip(moments, step, ADVANTAGES, ALL, clip_range=1e-4, beta=0.04)
     loss.loss.backward()
