@@ -36,7 +36,8 @@ def compressed(sigmas: Tensor, end: int, ratio: float) -> Tensor:
     if not 0 < ratio <= 1:
         raise ValueError(f"after_window.compress_ratio {ratio} must be above 0 and at most 1, which takes every step")
     last = sigmas.numel() - 1
-    place = torch.linspace(end, last, max(1, round(ratio * (last - end))) + 1, dtype=torch.float64)
+    steps = max(1, int(ratio * (last - end) + 0.5))
+    place = torch.linspace(end, last, steps + 1, dtype=torch.float64)
     left = place.long().clamp(max=last - 1)
     rest = torch.lerp(sigmas[left].double(), sigmas[left + 1].double(), place - left).to(sigmas)
     return torch.cat([sigmas[:end], rest])

@@ -72,6 +72,12 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("rollout.noise_level=0", r"rollout\.noise_level = 0.0: must be positive"),
         ("rollout.window={kind: fixed, size: 10}", r"rollout: a window of 10 steps from step 0"),
         ("rollout.window={kind: random, size: 3, range: [8, 12]}", r"rollout: "),
+        ("rollout.window={kind: random, size: 3, shared: 1}", r"rollout\.window\.shared = 1: expected bool"),
+        ("rollout.window={kind: progressive, size: 2, decay: -1}", r"rollout\.window\.decay = -1.0: must not be negative"),
+        ("rollout.after_window.solver=dpmpp", r"rollout\.after_window\.solver = 'dpmpp': did you mean 'dpmpp_2m'"),
+        ("rollout.after_window.compress_ratio=0", r"rollout\.after_window\.compress_ratio = 0.0: must be positive"),
+        ("rollout.after_window.compress_ratio=1.5", r"rollout: after_window\.compress_ratio 1.5 must be above 0 and at"),
+        ("objective.step_weight=tempflw", r"objective\.step_weight = 'tempflw': did you mean 'tempflow'"),
         ("rollout.batch_size=100", r"rollout\.batch_size = 100: .* must be a multiple of 200"),
         ("update.learning_rate=-1", r"update\.learning_rate = -1.0: must be positive"),
         ("update.learning_rate=.nan", r"update\.learning_rate = nan: must be positive"),
@@ -85,6 +91,18 @@ def test_refusals_name_the_key_the_value_and_the_way_out(override: str, message:
     base = ["rollout.groups=16", "rollout.group_size=16", "rollout.batch_size=128", "update.steps_per_rollout=2"]
     with pytest.raises(ConfigError, match=message):
         load_config(TINY, [*base, override])
+
+
+def test_what_needs_one_window_for_all_groups() -> None:
+    window = "rollout.window={kind: random, size: 3}"
+    settings = {"rollout.shared_noise=true": "shared_noise", "rollout.after_window.compress_ratio=0.5": "ratio 0.5"}
+    for setting, key in settings.items():
+        with pytest.raises(ConfigError, match=rf"rollout: .*{key} needs the same window.*window\.shared=true"):
+            load_config(TINY, [window, setting])
+        load_config(TINY, ["rollout.window={kind: random, size: 3, shared: true}", setting])
+    sizes = ["rollout.groups=16", "rollout.group_size=8", "rollout.batch_size=4", "update.steps_per_rollout=2"]
+    with pytest.raises(ConfigError, match="rollout: shared_noise with batch_size 4: take a multiple of group_size 8"):
+        load_config(TINY, [*sizes, "rollout.shared_noise=true"])
 
 
 def test_stage_0_needs_float32() -> None:

@@ -122,7 +122,7 @@ def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_pa
     """Same noise, same prompts, same batches: until the first update every number of the rollout is the same bits."""
     run(command(tmp_path / "two", "iterations=1", ranks=2))
     one, two = rows(finished[0])[0], rows(tmp_path / "two")[0]
-    for key in ("reward", "reward_std", "zero_groups", "images"):
+    for key in ("reward", "reward_std", "zero_groups", "images", "rollout_forwards"):
         assert one[key] == two[key]
     assert two["first_ratio_deviation"] == 0.0
     assert rows(tmp_path / "two", "evaluations.jsonl")[0] == rows(finished[0], "evaluations.jsonl")[0]
@@ -150,6 +150,24 @@ def test_eight_bit_rollouts_are_scored_again_exactly(finished: tuple[Path, str],
     for row, exact in zip(rows(tmp_path / "fp8"), rows(finished[0]), strict=False):
         assert row["first_ratio_deviation"] == 0
         assert row["reward"] == pytest.approx(exact["reward"], abs=0.2) and row["kl"] != exact["kl"]
+
+
+def test_a_schedule_that_spares_forward_passes(tmp_path: Path) -> None:
+    """MixGRPO-Flash with a prefix a group, guided: windows at 0, 1, 1 and 2, and after them half of what is left of 8 steps.
+
+    16 images, of which 4 are siblings, twice for guidance. The first update stays exactly on-policy.
+    """
+    settings = [
+        "rollout.num_steps=8", "rollout.sampler=cps", "rollout.guidance_scale=2", "rollout.shared_noise=true",
+        "rollout.window={kind: progressive, size: 2, every: 2, decay: 0.5}", "objective.step_weight=tempflow",
+        "rollout.after_window={solver: dpmpp_2m, compress_ratio: 0.5}",
+    ]  # fmt: skip
+    run(command(tmp_path / "flash", *settings))
+    found = rows(tmp_path / "flash")
+    expected = [2 * (4 * prefix + 16 * (2 + after)) for prefix, after in ((0, 3), (1, 3), (1, 3), (2, 2))]
+    assert [row["rollout_forwards"] for row in found] == expected
+    assert all(row["first_ratio_deviation"] == 0 and row["grad_norm"] > 0 for row in found)
+    assert len(rows(tmp_path / "flash", "evaluations.jsonl")) == 3
 
 
 def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path, str], tmp_path: Path) -> None:
