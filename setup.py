@@ -19,6 +19,7 @@ setup(
         "fastgrpo": ["*.html"],
         "fastgrpo.models": ["architectures/*.json"],
         "fastgrpo.tiny": ["prompts/*", "weights/*", "weights/*/*"],
+        "fastgrpo.tiny.text": ["prompts/*", "weights/*", "weights/*/*"],
     },
     install_requires=[
         "torch>=2.11",

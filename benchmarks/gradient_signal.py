@@ -71,11 +71,9 @@ class Probe:
         )
         result = rollout(self.policy, steps, address, conditioning, **options)
         rewards = self.reward(model.decode(result.final), prompts, records).to(model.device)
-        objective = self.config.objective
         advantages = group_advantages(
-            rewards, group.to(model.device), num_groups=config.groups, std=objective.advantage_std,
-            adv_clip_max=objective.adv_clip_max,
-        ).values  # fmt: skip
+            rewards, group.to(model.device), num_groups=config.groups, **vars(self.config.advantage)
+        ).values
         gradients = []
         for j in range(self.size):
             x = result.latents[j].to(model.dtype)

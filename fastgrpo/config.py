@@ -6,6 +6,15 @@ What is not understood is refused, never repaired.
 
 Every error names the key's full path, the value, and the nearest valid choice. A path that starts with `./` or `../` is
 relative to the file it stands in.
+
+A file may start from another, named relative to itself, which may do so in turn:
+
+    extends: ../../tiny_shapes.yaml
+    rollout: {guidance_scale: 2.0, window: {kind: all_but_last}}
+
+Sections go key by key, nested ones too, and the later file wins. Whatever is one value replaces the earlier one whole: a
+number or a list, a free mapping of names (prompts.weights, reward.settings), and a section that names its `kind`, whose
+other keys belong to that kind (rollout.window).
 """
 
 import dataclasses
@@ -19,12 +28,15 @@ import torch
 import yaml
 
 from fastgrpo import schema
+from fastgrpo.after_window import AfterWindow
 from fastgrpo.models import MODELS
 from fastgrpo.objectives import OBJECTIVES, settings_of
 from fastgrpo.offline import DATA
 from fastgrpo.rewards import REWARDS, weights_of
+from fastgrpo.schedule import group_steps
 from fastgrpo.schema import ConfigError
-from fastgrpo.sde import SAMPLERS, Window, coefficient_table, window_size, window_starts
+from fastgrpo.sde import SAMPLERS
+from fastgrpo.windows import Window, window_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +128,26 @@ class RolloutConfig:
     cuda_graph: bool = True
     """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)
+    after_window: AfterWindow = field(default_factory=AfterWindow)
+    shared_noise: bool = False
+    """A group's images start from the same noise, and are computed once until their window begins: fewer forward passes, and
+    less to compare. Flow-GRPO found different noise for each image to train better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """What `fastgrpo.advantages.group_advantages` takes, under the same names."""
+
+    std: Literal["group", "global"] = "global"
+    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
+    adv_clip_max: float = 5.0
+    """Advantages are clipped to plus and minus this."""
+    combine: Literal["sum", "each"] = "sum"
+    """Several rewards: their weighted sum is normalised, or each is before the sum (GDPO, which has std: group)."""
+    pairwise: bool = False
+    """A reward counts as the share of its group that it beats (Pref-GRPO): of the weighted sum, or of each."""
+    keep: int | None = None
+    """Of each group only this many images are learned from, half of them the best and half the worst; left out: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +165,10 @@ class ObjectiveConfig:
     """Weight of the KL to the model before training; 0 saves its forward passes."""
     kl: Literal["paper", "reference"] = "reference"
     """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
-    advantage_std: Literal["group", "global"] = "global"
-    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
-    adv_clip_max: float = 5.0
-    """Advantages are clipped to plus and minus this."""
     log_prob_weight: Literal["exact", "cps_reference"] = "exact"
     """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
+    step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
+    """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +265,7 @@ class Config:
     seed: int = 0
     """Of everything random: the same seed gives the same noise on any number of ranks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -248,10 +279,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
-    data = schema.parse_yaml(path.read_text(), str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
-    data = schema.relative_paths(data, path.parent)
+    data = _read(path)
     for override in overrides:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
@@ -261,8 +289,29 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return config
 
 
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
+    data = schema.parse_yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
+    named = data.pop("extends", None)
+    data = schema.relative_paths(data, path.parent)
+    if named is None:
+        return data
+    parent, heirs = path.parent / str(named), (*heirs, path.resolve())
+    if not parent.is_file():
+        schema.refuse(f"{path}: extends", named, f"{parent.resolve()} is no file; name one relative to this one's folder")
+    if parent.resolve() in heirs:
+        way = " -> ".join(str(file) for file in (*heirs[heirs.index(parent.resolve()) :], parent.resolve()))
+        schema.refuse(f"{path}: extends", named, f"a circle ({way}); let one of these files extend nothing")
+    return schema.merge(Config, _read(parent, heirs), data)
+
+
 def dump_config(config: Config) -> str:
-    """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one."""
+    """The configuration as YAML with every path absolute, which `load_config` reads back to an equal one.
+
+    Whole: what it extends is part of it.
+    """
     return yaml.safe_dump(schema.plain(config), sort_keys=False)
 
 
@@ -283,15 +332,11 @@ def check(config: Config) -> None:
     _check_rewards(config.reward)
     if rollout.group_size < 2:
         schema.refuse("rollout.group_size", rollout.group_size, "advantages compare the images of a group: take at least 2")
+    _check_keep(config.advantage.keep, rollout.group_size)
     if rollout.num_steps < 2:
         schema.refuse("rollout.num_steps", rollout.num_steps, "the last step is never trained: take at least 2")
-    settings_of(config.objective.name, config.objective.settings)
-    if config.objective.offline and config.objective.name not in DATA:
-        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
-    if OBJECTIVES[config.objective.name].forward:
-        _check_forward(config)
-    else:
-        _check_transitions(config)
+    _check_objective(config)
+    _check_steps(config)
     _check_division(config, world_size=1)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
         schema.refuse(
@@ -314,6 +359,12 @@ def check(config: Config) -> None:
             config.evaluation.samples,
             f"at most evaluation.batch_size = {config.evaluation.batch_size}",
         )
+
+
+def _check_keep(keep: int | None, group_size: int) -> None:
+    if keep is not None and (keep % 2 or not 2 <= keep <= group_size):
+        way_out = f"half the best and half the worst of a group: an even number from 2 to group_size = {group_size}"
+        schema.refuse("advantage.keep", keep, way_out)
 
 
 def _check_rewards(reward: RewardConfig) -> None:
@@ -343,6 +394,24 @@ def trained_steps(config: Config) -> int:
     return window_size(config.rollout.window, config.rollout.num_steps)
 
 
+def _check_objective(config: Config) -> None:
+    """What an objective takes, and what it would leave unread."""
+    objective, name, lag = config.objective, config.objective.name, config.forward.old_policy.limit
+    settings_of(name, objective.settings)
+    if "adv_clip_max" in objective.settings:
+        way_out = "it is that of the advantages: set advantage.adv_clip_max"
+        schema.refuse("objective.settings.adv_clip_max", objective.settings["adv_clip_max"], way_out)
+    if name == "guard" and objective.log_prob_weight != "exact":
+        schema.refuse("objective.log_prob_weight", objective.log_prob_weight, "guard normalises the exact one: take exact")
+    if objective.offline and name not in DATA:
+        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
+    if OBJECTIVES[name].forward:
+        _check_forward(config)
+    elif lag > 0:
+        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
+        schema.refuse("forward.old_policy.limit", lag, f"{name} {way_out}")
+
+
 def _check_forward(config: Config) -> None:
     """What the forward process cannot run, or would leave unread."""
     forward, rollout, name = config.forward, config.rollout, config.objective.name
@@ -358,18 +427,11 @@ def _check_forward(config: Config) -> None:
         schema.refuse("rollout.batch_size", rollout.batch_size, f"{way_out} {rollout.group_size}")
 
 
-def _check_transitions(config: Config) -> None:
+def _check_steps(config: Config) -> None:
     """The sampler's and the window's own rules, tried on the first iteration's windows with evenly spaced sigmas."""
-    rollout = config.rollout
-    if config.forward.old_policy.limit > 0:
-        way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
-        schema.refuse("forward.old_policy.limit", config.forward.old_policy.limit, f"{config.objective.name} {way_out}")
+    sigmas = torch.linspace(1, 0, config.rollout.num_steps + 1, dtype=torch.float64)
     try:
-        start = window_starts(rollout.window, rollout.num_steps, 0, torch.tensor([0]), config.seed)
-        mask = torch.zeros(rollout.num_steps, dtype=torch.bool)
-        mask[start : start + window_size(rollout.window, rollout.num_steps)] = True
-        sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
-        coefficient_table(rollout.sampler, sigmas, rollout.noise_level, mask, config.objective.log_prob_weight)
+        group_steps(config.rollout, config.objective, sigmas, 0, config.seed)
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
 
@@ -411,7 +473,8 @@ def _check_micro_batch(config: Config) -> None:
 
 def describe() -> str:
     """Every key with its type, default and meaning, for `--help`."""
-    return "\n".join(schema.describe(Config))
+    extends = "  extends (Path, default None)\n      Another file, relative to this one, on top of which these keys go."
+    return "\n".join([extends, *schema.describe(Config)])
 
 
 def _positive(section: Any, prefix: str = "") -> None:
@@ -427,6 +490,8 @@ def _positive(section: Any, prefix: str = "") -> None:
         "range",
         "betas",
         "limit",
+        "decay",
+        "decay_from",
     }
     for f in dataclasses.fields(section):
         value, path = getattr(section, f.name), prefix + f.name

@@ -63,9 +63,10 @@ class CapturedRollout:
     def __call__(
         self, policy: nn.Module, steps: Steps, address: NoiseAddress, conditioning: tuple, **options: Any
     ) -> Rollout:
-        inputs = (steps.sigmas, steps.table, steps.start, steps.kl_weight, *address, *conditioning)
-        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        key = (id(policy), type(conditioning), steps.size, shapes, *sorted(options.items()))
+        inputs = _tensors(steps, address, conditioning)
+        # Numbers of the steps and options count as they are: another length of the window or of the prefix is another loop.
+        arguments = (_shape(value) for value in (*steps, *address, *conditioning))
+        key = (id(policy), type(conditioning), *arguments, *sorted(options.items()))
         if key not in self._graphs:
             self._graphs[key] = self._record(policy, steps, address, conditioning, options)
         graph = self._graphs[key]
@@ -78,13 +79,19 @@ class CapturedRollout:
     def _record(
         self, policy: nn.Module, steps: Steps, address: NoiseAddress, conditioning: tuple, options: dict[str, Any]
     ) -> _Captured:
-        sigmas, table, start, kl_weight = (t.clone() for t in (steps.sigmas, steps.table, steps.start, steps.kl_weight))
-        steps = Steps(sigmas, table.contiguous(), start, steps.size, kl_weight)
+        steps = Steps(*(value.clone().contiguous() if isinstance(value, Tensor) else value for value in steps))
         address = NoiseAddress(*(tensor.clone() for tensor in address))
         conditioning = type(conditioning)(*(tensor.clone() for tensor in conditioning))
         result, replay = self._capture(lambda: rollout(policy, steps, address, conditioning, **options))
-        inputs = (steps.sigmas, steps.table, steps.start, steps.kl_weight, *address, *conditioning)
-        return _Captured(policy, inputs, result, replay)
+        return _Captured(policy, _tensors(steps, address, conditioning), result, replay)
+
+
+def _tensors(steps: Steps, address: NoiseAddress, conditioning: tuple) -> tuple[Tensor, ...]:
+    return tuple(value for value in (*steps, *address, *conditioning) if isinstance(value, Tensor))
+
+
+def _shape(value: Tensor | int | None) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def captured_or_eager(cuda_graph: bool, device: torch.device) -> tuple[Callable[..., Rollout], str]:

@@ -36,6 +36,8 @@ class Learning:
     def _learner(self) -> Learner:
         objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
         settings, clip_range = settings_of(objective.name, objective.settings), objective.clip_range
+        if "adv_clip_max" in settings:  # that of the advantages it is given
+            settings["adv_clip_max"] = self.config.advantage.adv_clip_max
         if not self.objective.forward:
             clip_range = effective_clip_range(clip_range, torch.Size(self.model.latent_shape).numel())
         return Learner(

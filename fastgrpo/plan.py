@@ -8,10 +8,13 @@ one image, B its forward and backward pass with what is trained, g = 2 under cla
 
     FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding
     images a second and GPU = MFU * peak / FLOPs an image
+
+S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
 """
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgrpo.config import Config, ConfigError, trained_steps
 from fastgrpo.models import SETTINGS, model_class
 from fastgrpo.objectives import OBJECTIVES
+from fastgrpo.schedule import group_steps
 
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
@@ -130,12 +134,23 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     rescored = objective.old != "zero" if objective.forward else config.update.old_velocity == "recompute"
     epochs = config.update.inner_epochs
     return {
-        "rollout": 0 if config.objective.offline else guided * rollout.num_steps * forward,
+        "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
         "decode": counts.decode_flops,
         "update": epochs * guided * trained * counts.train_flops,
         "reference": epochs * guided * trained * forward * (config.objective.beta > 0),
         "old velocity": guided * trained * forward * rescored,
     }
+
+
+def rollout_forwards(config: Config) -> float:
+    """Forward passes that an image's rollout takes, over a hundred iterations of the run: windows that move change it."""
+    rollout, iterations = config.rollout, config.iterations
+    sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
+    schedules = (
+        group_steps(rollout, config.objective, sigmas, iteration, config.seed)
+        for iteration in range(1, iterations + 1, max(1, iterations // 100))
+    )
+    return statistics.fmean(steps.forwards(rollout.group_size) for steps in schedules) / rollout.group_size
 
 
 def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, float]:

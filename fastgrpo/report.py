@@ -166,9 +166,12 @@ def _facts(run: Run) -> str:
     images = summary.get("images", newest.get("images"))
     seconds = summary.get("train_seconds", sum(sum(_phases(row).values()) for row in run.metrics) or None)
     evaluated = run.evaluations[-1].get("images") if run.evaluations else None
+    passes = [row.get("rollout_forwards") for row in run.metrics]
+    counted = bool(passes) and all(map(_is_number, passes)) and _is_number(images) and images > 0
     facts = {
         "iterations": newest.get("iteration"),
         "images trained on": f"{images:,}" if _is_number(images) else None,
+        "forward passes to draw one": f"{sum(passes) / images:.3g}" if counted else None,
         "training time": _duration(seconds) if _is_number(seconds) else None,
         "images per evaluation": f"{evaluated:,}" if _is_number(evaluated) else None,
         "seed": summary.get("seed", _config_value(run, "seed")),

@@ -77,6 +77,20 @@ def apply_override(data: dict, override: str, option: str = "--set") -> None:
     data[key] = parse_yaml(text, f"{option} {override}")
 
 
+def merge(cls: type, below: dict, above: dict) -> dict:
+    """The mapping for a `cls` in which `above` wins: sections key by key, whatever is one value as a whole.
+
+    A mapping is one value where the field is no section, and where it names its `kind`: the rest are that kind's settings.
+    """
+    hints, merged = typing.get_type_hints(cls), dict(below)
+    for key, value in above.items():
+        section = dataclasses.is_dataclass(hints.get(key)) and isinstance(value, dict) and isinstance(below.get(key), dict)
+        if section and "kind" not in value:
+            value = merge(hints[key], below[key], value)
+        merged[key] = value
+    return merged
+
+
 def build(cls: type, data: Any, prefix: str = "") -> Any:
     """A `cls` of the mapping `data`, sections included."""
     if not isinstance(data, dict):

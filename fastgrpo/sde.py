@@ -1,4 +1,4 @@
-"""Samplers as coefficient tables, and the windows of steps that are stochastic and trained.
+"""Samplers as coefficient tables, and what weighs a step in the loss.
 
 Every denoising transition of Flow-GRPO and its successors is affine in what the network returned:
 
@@ -22,15 +22,16 @@ Letters: T steps, G groups, S trained steps.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.windows import trained_steps
+
 LogProbWeight = Literal["exact", "cps_reference"]
 KLForm = Literal["paper", "reference"]
+StepWeight = Literal["uniform", "tempflow", "guard"]
 
 
 def flow_sde(sigmas: Tensor, noise_level: float) -> Tensor:
@@ -118,11 +119,7 @@ def window_tables(
     log_prob_weight: LogProbWeight = "exact",
 ) -> Tensor:
     """One table a group, (G, T, 4) float32: steps [start, start + size) stochastic, the others ODE."""
-    num_steps = sigmas.numel() - 1
-    for start in starts.tolist():
-        _check_window(start, size, num_steps)
-    step, first = torch.arange(num_steps), starts.cpu()[:, None]
-    mask = (first <= step) & (step < first + size)  # (G, T)
+    mask = trained_steps(starts, size, sigmas.numel() - 1)  # (G, T)
     return coefficient_table(sampler, sigmas, noise_level, mask, log_prob_weight).float()
 
 
@@ -141,6 +138,32 @@ def kl_weights(sampler: str, sigmas: Tensor, noise_level: float, kl: KLForm = "p
     if kl == "reference":
         return _half_inverse_square(s if sampler == "cps" else s / (-sigmas.diff()).sqrt())
     raise ValueError(f"kl {kl!r} is unknown; use 'paper' or 'reference'")
+
+
+def step_weights(
+    name: StepWeight,
+    sampler: str,
+    sigmas: Tensor,  # (T + 1,)
+    noise_level: float,
+    trained: Tensor,  # (..., T) bool, see `fastgrpo.windows.trained_steps`
+) -> Tensor:
+    """What multiplies each step's policy loss, not its KL, as in the released codes: (..., T) float64; 0 outside.
+
+    `tempflow`: s over its mean in the window (TempFlow-GRPO, arXiv 2508.04324): what a step explores, it also
+    learns. Over all steps but the last of SD3.5 at T = 10 that is the released code's 2.25 s.
+    `guard`: 1 / |dt| (GRPO-Guard, 2510.22319), which goes with its normalised ratio; not rescaled, as released.
+    """
+    sigmas = _checked_sigmas(sigmas)
+    s = _sampler_steps(sampler, sigmas, noise_level)[:, 2]
+    if name == "uniform":
+        weights = torch.ones_like(s)
+    elif name == "tempflow":
+        weights = s / ((s * trained).sum(-1, keepdim=True) / trained.sum(-1, keepdim=True))
+    elif name == "guard":
+        weights = -1 / sigmas.diff()
+    else:
+        raise ValueError(f"step_weight {name!r} is unknown; use 'uniform', 'tempflow' or 'guard'")
+    return torch.where(trained, weights, 0.0)
 
 
 def _log_ratio_weights(sampler: str, s: Tensor, log_prob_weight: LogProbWeight) -> Tensor:
@@ -189,109 +212,4 @@ def _check_mask(sampler: str, noise_level: float, mask: Tensor, s: Tensor) -> No
         raise ValueError(
             f"sampler {sampler!r} with noise_level {noise_level} has no noise inside the window, "
             "so no log-prob to train; use a stochastic sampler and a noise_level above 0"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Which steps of a rollout are stochastic and trained: S consecutive ones, the same for a whole group.
-
-    One window a group and not one a sample: noise that differs within a group is mistaken for advantage.
-    """
-
-    kind: Literal["all_but_last", "fixed", "random", "progressive"] = "all_but_last"
-    """Every step but the last; always at `start`; drawn anew for each group; sliding (MixGRPO)."""
-    size: int | None = None
-    """S, the number of trained steps; left out for `all_but_last`."""
-    start: int = 0
-    """First trained step of `fixed`."""
-    range: tuple[int, int] | None = None
-    """[lo, hi): where `random` and `progressive` windows lie, whole; None is every step but the last."""
-    stride: int = 1
-    """How many steps `progressive` slides at once."""
-    every: int = 25
-    """After how many iterations `progressive` slides (MixGRPO's tau)."""
-
-
-def all_but_last(window: Window, num_steps: int, iteration: int, groups: Tensor, seed: int) -> Tensor:
-    """Flow-GRPO: all steps are trained but the last, whose Gaussian degenerates."""
-    return torch.zeros_like(groups)
-
-
-def fixed(window: Window, num_steps: int, iteration: int, groups: Tensor, seed: int) -> Tensor:
-    """The same steps in every iteration (MixGRPO's frozen window)."""
-    return torch.full_like(groups, window.start)
-
-
-def random(window: Window, num_steps: int, iteration: int, groups: Tensor, seed: int) -> Tensor:
-    """Flow-GRPO-Fast: uniform in [lo, hi - S], so that the window lies in [lo, hi), as in the released code.
-
-    Addressed by (seed, iteration, group id): each rank draws the same for a group, and so does a resumed run.
-    """
-    lo, hi = _bounds(window, num_steps)
-    choices = hi - lo - window_size(window, num_steps) + 1
-    # numpy promises SeedSequence's words across its versions, but not what Generator.integers makes of them.
-    words = [np.random.SeedSequence([seed, iteration, g]).generate_state(1)[0] for g in groups.tolist()]
-    return torch.tensor([lo + int(word) % choices for word in words], dtype=torch.int64)
-
-
-def progressive(window: Window, num_steps: int, iteration: int, groups: Tensor, seed: int) -> Tensor:
-    """MixGRPO (arXiv 2507.21802): slides by `stride` every `every` iterations and stays at the end."""
-    lo, hi = _bounds(window, num_steps)
-    start = lo + window.stride * (iteration // window.every)
-    return torch.full_like(groups, min(start, hi - window_size(window, num_steps)))
-
-
-WINDOWS: dict[str, Callable[[Window, int, int, Tensor, int], Tensor]] = {
-    "all_but_last": all_but_last,
-    "fixed": fixed,
-    "random": random,
-    "progressive": progressive,
-}
-
-
-def window_size(window: Window, num_steps: int) -> int:
-    """S, the number of trained steps: static over a run."""
-    if window.kind == "all_but_last":
-        if window.size not in (None, num_steps - 1):
-            raise ValueError(f"window.size {window.size} contradicts 'all_but_last'; leave it out")
-        return num_steps - 1
-    if window.size is None:
-        raise ValueError(f"window.kind {window.kind!r} needs window.size (published: 2 to 4)")
-    return window.size
-
-
-def window_starts(
-    window: Window,
-    num_steps: int,
-    iteration: int,
-    groups: Tensor,  # (G,) int64, ids that are the same on every rank
-    seed: int,
-) -> Tensor:
-    """The first trained step of each group, (G,) int64 on the CPU; refuses what could reach the last step."""
-    if window.kind not in WINDOWS:
-        raise ValueError(f"window.kind {window.kind!r} is unknown; use one of {', '.join(WINDOWS)}")
-    if window.stride < 1 or window.every < 1:
-        raise ValueError(f"window.stride {window.stride} and window.every {window.every} must be at least 1")
-    size = window_size(window, num_steps)
-    if window.kind in ("random", "progressive"):
-        lo, hi = _bounds(window, num_steps)
-        if lo + size > hi:
-            raise ValueError(f"window.size {size} does not fit into window.range [{lo}, {hi}); widen it")
-        _check_window(hi - size, size, num_steps)
-    else:
-        lo = window.start if window.kind == "fixed" else 0
-    _check_window(lo, size, num_steps)
-    return WINDOWS[window.kind](window, num_steps, iteration, groups.cpu(), seed)
-
-
-def _bounds(window: Window, num_steps: int) -> tuple[int, int]:
-    return window.range or (0, num_steps - 1)
-
-
-def _check_window(start: int, size: int, num_steps: int) -> None:
-    if size < 1 or start < 0 or start + size > num_steps - 1:
-        raise ValueError(
-            f"a window of {size} steps from step {start}: it must hold at least one and lie in "
-            f"[0, {num_steps - 1}), as the last of {num_steps} steps is never trained"
         )

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo import sde
 from fastgrpo.advantages import Advantages, group_advantages
 from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.config import Config, check_ranks
 from fastgrpo.ema import Ema, warmed_up
 from fastgrpo.engine import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.generation import Embeddings, ode_steps, without_text
+from fastgrpo.generation import Embeddings, without_text
 from fastgrpo.graph import captured_or_eager
 from fastgrpo.learning import Learning
 from fastgrpo.models import configured_model, model_class
@@ -35,6 +34,7 @@ from fastgrpo.report import write_report
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.rollout import Policy
 from fastgrpo.runlog import RunLog, read_lines
+from fastgrpo.schedule import group_steps
 from fastgrpo.trajectory import TRAIN, Batch, Rollout, Steps, noise_address, only_final
 
 
@@ -154,14 +154,14 @@ class Trainer:
             metrics = self.learning(iteration, batches, advantages, pairs)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
-        return self._metrics(iteration, scores, advantages, metrics, clock)
+        return self._metrics(iteration, batches, scores, advantages, metrics, clock)
 
     def _rollouts(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
         """This rank's batches, and the scores of all ranks' images (N, R)."""
         config = self.config
         groups, size = config.rollout.groups, config.rollout.group_size
         chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
-        tables = self._tables(iteration)
+        groups_steps = self._groups_steps(iteration)
         batches, waiting = [], []
         for sample_id in self._sample_ids():
             group = sample_id // size
@@ -170,7 +170,7 @@ class Trainer:
             with clock("rollout"):
                 asking = [asked(record, self.model.image_conditioned) for record in records]
                 conditioning = self.embeddings(asking, guidance_scale=config.rollout.guidance_scale)
-                steps = self._steps(tables, group)
+                steps = groups_steps.of(group.to(self.model.device))
                 result = self._rollout(iteration, sample_id, steps, conditioning)
             with clock("decode"):
                 images = self.model.decode(result.final, draft=True)
@@ -202,26 +202,11 @@ class Trainer:
         share = rollout.groups * rollout.group_size // self.engine.world_size
         return torch.arange(self.engine.rank * share, (self.engine.rank + 1) * share).split(rollout.batch_size)
 
-    def _tables(self, iteration: int) -> dict[str, Tensor]:
-        """The coefficients of each group's rollout, (G, T, 4), and where its window starts, (G,)."""
+    def _groups_steps(self, iteration: int) -> Steps:
+        """The steps of every group's rollout."""
         rollout, objective = self.config.rollout, self.config.objective
-        if self.learning.objective.forward:
-            return {}
         sigmas = self.model.sigmas(rollout.num_steps)
-        groups = torch.arange(rollout.groups)
-        start = sde.window_starts(rollout.window, rollout.num_steps, iteration, groups, self.config.seed)
-        size = sde.window_size(rollout.window, rollout.num_steps)
-        table = sde.window_tables(rollout.sampler, sigmas, rollout.noise_level, start, size, objective.log_prob_weight)
-        kl_weight = sde.kl_weights(rollout.sampler, sigmas, rollout.noise_level, objective.kl).float()
-        tensors = {"sigmas": sigmas, "table": table, "start": start, "kl_weight": kl_weight}
-        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
-
-    def _steps(self, tables: dict[str, Tensor], group: Tensor) -> Steps:
-        if self.learning.objective.forward:
-            return ode_steps(self.model, self.config.rollout.num_steps, len(group))
-        group = group.to(self.model.device)
-        size = sde.window_size(self.config.rollout.window, self.config.rollout.num_steps)
-        return Steps(tables["sigmas"], tables["table"][group], tables["start"][group], size, tables["kl_weight"])
+        return group_steps(rollout, objective, sigmas, iteration, self.config.seed).to(self.model.device)
 
     def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
         with self.learning.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
@@ -234,34 +219,34 @@ class Trainer:
 
     def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
         """Of the scores of the whole iteration (N, R), the same bits on every rank; without scores, of given images."""
-        rollout, objective = self.config.rollout, self.config.objective
+        rollout, settings = self.config.rollout, vars(self.config.advantage)
         if scores is None:
             return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
-        rewards = self.reward.total(scores)
-        group = torch.arange(len(rewards), device=rewards.device) // rollout.group_size
-        advantages = group_advantages(
-            rewards, group, num_groups=rollout.groups, std=objective.advantage_std,
-            adv_clip_max=objective.adv_clip_max,
-        )  # fmt: skip
+        group = torch.arange(len(scores), device=scores.device) // rollout.group_size
+        weights = list(self.reward.weights.values())
         if not self.learning.objective.pairs:
-            return advantages, None
-        return advantages, pairs_of_groups(advantages.values, rollout.group_size, 1)
+            return group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings), None
+        # Pairs select for themselves.
+        advantages = group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings | {"keep": None})
+        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (settings["keep"] or 2) // 2)
 
     def _metrics(
-        self, iteration: int, scores: Tensor | None, advantages: Advantages, metrics: dict[str, Tensor], clock: Stopwatch
-    ) -> dict:
+        self, iteration: int, batches: list[Batch], scores: Tensor | None, advantages: Advantages,
+        metrics: dict[str, Tensor], clock: Stopwatch,
+    ) -> dict:  # fmt: skip
         """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
         values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
+        forwards = sum(batch.steps.forwards(len(batch.conditioning[0])) for batch in batches if batch.steps is not None)
         return {
             "iteration": iteration,
-            **({} if scores is None else self._reward_metrics(scores)),
-            "zero_groups": 1 - advantages.weight.mean().item(),
+            **({} if scores is None else self._reward_metrics(scores, advantages)),
+            "rollout_forwards": forwards * self.engine.world_size,
             **dict(zip(metrics, values.tolist(), strict=True)),
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
 
-    def _reward_metrics(self, scores: Tensor) -> dict:
+    def _reward_metrics(self, scores: Tensor, advantages: Advantages) -> dict:
         """scores (N, R): of several rewards each one's mean stands apart, before its weight."""
         rewards, names = self.reward.total(scores), self.reward.names
         groups = rewards.view(-1, self.config.rollout.group_size)
@@ -269,6 +254,7 @@ class Trainer:
             "reward": rewards.mean().item(),
             **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
             "reward_std": groups.std(dim=1, correction=0).mean().item(),
+            "zero_groups": 1 - advantages.weight.view_as(groups).amax(dim=1).mean().item(),
         }
 
     def _evaluate_if_due(self, iteration: int) -> None:

@@ -45,6 +45,22 @@ class Steps(NamedTuple):
     start: Tensor  # (B,) int64, first trained step
     size: int  # S
     kl_weight: Tensor  # (T,) float32, what multiplies m3 in the KL
+    loss_weight: Tensor | None = None  # (B, T) float32, what multiplies a step's policy loss; None: 1
+    history: Tensor | None = None  # (B, T) float32, c_p / c_x of `fastgrpo.after_window`; None: no step has a memory
+    siblings: int = 1  # so many samples in a row start from the noise of the first
+    prefix: int = 0  # steps before the window, without noise, that are computed once for all siblings
+
+    def to(self, device: torch.device) -> "Steps":
+        return Steps(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+
+    def of(self, row: Tensor) -> "Steps":
+        """The rows `row` (B,): of groups, those of their samples."""
+        by_row = ("table", "start", "loss_weight", "history")
+        return self._replace(**{name: rows[row] for name in by_row if (rows := getattr(self, name)) is not None})
+
+    def forwards(self, batch: int) -> int:
+        """Rows that go through the network in a rollout of `batch` rows, which under guidance are two for each sample."""
+        return batch * (self.table.shape[1] - self.prefix) + batch // self.siblings * self.prefix
 
 
 @dataclass(frozen=True)
@@ -93,9 +109,10 @@ def experience_of(
     rows = torch.arange(batch, device=steps.start.device)
     index = torch.arange(steps.size, device=steps.start.device)[:, None] + steps.start  # (S, B) step of the rollout
     kl_weight = steps.kl_weight[index]
+    loss_weight = torch.ones_like(kl_weight) if steps.loss_weight is None else steps.loss_weight[rows, index]
     return Experience(
         rollout.latents[:-1], rollout.latents[1:], rollout.v_old, steps.sigmas[index], steps.table[rows, index],
-        kl_weight, torch.ones_like(kl_weight), conditioning, advantages, weight,
+        kl_weight, loss_weight, conditioning, advantages, weight,
     )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """The benchmarks measure what they say: counts by hand, the model of noise by sampling, the rival by its mathematics."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +16,12 @@ from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
 from released import Released, Sample  # noqa: E402
 from scaling import communication  # noqa: E402
+from scored_runs import BASELINE, DEFAULT, RUNGS, Run, configuration, due, finished, reached  # noqa: E402
+from time_to_score import Spent, mean, speed_up, until  # noqa: E402
 from tradeoff import excess_noise, window  # noqa: E402
 
 from fastgrpo import sde  # noqa: E402
-from fastgrpo.config import load_config  # noqa: E402
+from fastgrpo.config import differences, load_config  # noqa: E402
 from fastgrpo.prompts import load_prompts  # noqa: E402
 from fastgrpo.update import Learner, update  # noqa: E402
 
@@ -95,6 +100,109 @@ def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float
         scale = gradient.abs().max().item()
         torch.testing.assert_close(other, gradient, rtol=0.02, atol=2e-3 * scale + 1e-9)
     assert len(own) > 10
+
+
+def evaluations(*accuracies: float) -> list[dict]:
+    return [{"iteration": 3 * n, "accuracy": accuracy} for n, accuracy in enumerate(accuracies)]
+
+
+def test_a_score_is_reached_where_two_evaluations_agree() -> None:
+    rows = evaluations(0.6, 0.91, 0.89, 0.9, 0.95, 0.94)
+    assert reached(rows, 0.9) == 9 and reached(rows, 0.95) is None
+    assert (until(rows, 0.9), until(rows, 0.95)) == (Spent(9, True), Spent(15, False))
+    assert reached(evaluations(0.9, 0.9), 0.9) is None, "the base was not trained"
+    assert reached(evaluations(0.9, 0.9, 0.9), 0.9) == 3
+
+
+def test_a_speed_up_over_what_never_arrived_is_a_bound() -> None:
+    assert speed_up(Spent(80, True), Spent(20, True)) == {"times": 4.0, "text": "4.00x"}
+    assert speed_up(Spent(80, False), Spent(20, True))["text"] == "> 4.00x"
+    assert speed_up(Spent(80, True), Spent(100, False))["text"] == "< 0.80x"
+    assert speed_up(Spent(80, False), Spent(100, False))["times"] is None
+    assert mean([Spent(10, True), Spent(20, False)]) == Spent(15, False)
+
+
+def run_of(folder: Path, seconds: float = 1.0, **changes) -> Run:
+    return Run("a", 0, folder, seconds, **{"budget": 700.0, "score": 0.9, "every": 20.0} | changes)
+
+
+def test_all_recipes_are_evaluated_at_the_same_times(tmp_path: Path) -> None:
+    """Within half an iteration of each other, whatever an iteration takes; first evenly, then 8% apart."""
+    fine = due(run_of(tmp_path, 0.01))
+    for seconds in (3.7, 11.0):
+        coarse = [iteration * seconds for iteration in due(run_of(tmp_path, seconds))]
+        assert len(coarse) == len(fine) and coarse[0] == 0
+        assert all(abs(at - 0.01 * n) <= seconds / 2 + 0.01 for at, n in zip(coarse, fine, strict=True))
+    gaps = [0.01 * (after - before) for before, after in zip(fine, fine[1:-1], strict=False)]
+    assert fine[-1] == 70_000 and gaps[:13] == pytest.approx([20] * 13) and gaps[-1] > 40
+    assert due(run_of(tmp_path, 300.0)) == [0, 1, 2]
+
+
+def test_a_run_ends_at_its_score_or_at_a_multiple_of_what_the_default_took(tmp_path: Path) -> None:
+    first = run_of(tmp_path / "first", seconds=2.0)
+    run = run_of(tmp_path, first=first, multiple=5.0)
+    low = evaluations(0.5, 0.6, 0.7, 0.8, 0.85)  # iteration 12, second 12
+    assert not finished(run, []) and not finished(run, low) and finished(run, evaluations(0.5, 0.9, 0.9))
+    assert finished(run, [*low, {"iteration": 700, "accuracy": 0.8}])
+    first.folder.mkdir()
+    lines = evaluations(0.5, 0.9, 0.95)  # reached at iteration 3, second 6: the other may take 30
+    (first.folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert not finished(run, low) and finished(run, [*low, {"iteration": 30, "accuracy": 0.8}])
+
+
+def test_the_ladder_leads_from_the_baseline_to_the_default_one_cause_at_a_time() -> None:
+    configs = [configuration(name) for name in (BASELINE, *RUNGS, DEFAULT)]
+    assert configs[-1] == load_config(CONFIG)
+    for below, above, keys in zip(configs, configs[1:], RUNGS.values(), strict=False):
+        assert all(row.startswith(tuple(keys)) for row in differences(below, above))
+    for keys in RUNGS.values():
+        assert not any(row.startswith(tuple(keys)) for row in differences(configs[-2], configs[-1]))
+
+
+WHOLE = """
+import sys
+sys.path.insert(0, "benchmarks")
+from pathlib import Path
+import common
+common.RESULTS = Path(sys.argv[1])
+import time_to_score
+options = sys.argv[2:]
+for budget in ("1", "2"):
+    sys.argv[1:] = [*options, "--budget", budget]
+    time_to_score.main()
+"""
+
+
+def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
+    """Two small recipes to a score that any model has and one that none can have; then the same runs go on."""
+    small = [
+        "rollout.groups=2", "rollout.group_size=2", "rollout.batch_size=2", "rollout.num_steps=4",
+        "rollout.window={kind: fixed, start: 0, size: 3}", "model.lora={rank: 2, alpha: 4}",
+    ]  # fmt: skip
+    options = [
+        "--recipes", "flow_grpo", "+guidance", "--seeds", "7", "--scores", "0", "1.1", "--images", "5", "--steps", "2",
+        "--every", "0.4", "--rounds", "1", "--workers", "1", "--work", str(tmp_path / "work"),
+    ]  # fmt: skip
+    settings = [part for setting in small for part in ("--set", setting)]
+    root = CONFIG.parent.parent
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    command = [sys.executable, "-c", WHOLE, str(tmp_path), *options, *settings]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert after == json.loads((tmp_path / "time_to_score_cpu.json").read_text())
+    assert (tmp_path / "time_to_score_cpu.png").exists()
+    # Rollout, update with its backward, reference: 4 images, 4 steps, 3 of them trained; twice all that under guidance.
+    forwards = [row["image_forwards_per_iteration"] for row in after["results"]]
+    assert forwards == [2 * (4 * 4 + 4 * 3 * 3 + 4 * 3), 4 * 4 + 4 * 3 * 3 + 4 * 3]
+    for short, long in zip(before["results"], after["results"], strict=True):
+        any_score, no_score = long["scores"]["0"], long["scores"]["1.1"]
+        assert any_score["reached"] and not no_score["reached"]
+        assert no_score["by_seed"] == {"7": "not reached in 2 seconds"} and no_score["speed_up"]["seconds"]["times"] is None
+        assert any_score["seconds"] == pytest.approx(any_score["iterations"] * long["seconds_per_iteration"], abs=0.06)
+        assert long["curves"]["7"][: len(short["curves"]["7"])] == short["curves"]["7"], "evaluated anew"
+        assert len(long["curves"]["7"]) > len(short["curves"]["7"]) > 2
+    assert after["results"][0]["scores"]["0"]["speed_up"]["seconds"]["text"] == "1.00x"
 
 
 def own_update(model, prompts: list[str], guidance_scale: float, config):  # noqa: ANN001, ANN201

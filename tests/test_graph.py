@@ -91,6 +91,29 @@ def test_one_capture_a_shape() -> None:
     assert recorder.captures == 4
 
 
+def test_every_schedule_of_steps_has_a_graph_of_its_own() -> None:
+    """A window that moves changes where siblings branch and, where steps are left out, how many there are."""
+    captured, policy = CapturedRollout(recorder := capture()), Weighted()
+    (steps, address, conditioning), options = arguments(batch=4)
+    steps = steps._replace(start=torch.full_like(steps.start, 2))
+    memory = torch.rand(4, NUM_STEPS, device=DEVICE)
+    schedules = [
+        steps, steps._replace(siblings=2), steps._replace(siblings=2, prefix=2), steps._replace(siblings=4, prefix=2),
+        steps._replace(history=memory), steps._replace(history=memory, siblings=2, prefix=2),
+        steps._replace(loss_weight=memory),  # the loop does not read it, but places are of all tensors
+        steps._replace(sigmas=steps.sigmas[1:], table=steps.table[:, 1:], kl_weight=steps.kl_weight[1:]),
+    ]  # fmt: skip
+    for again in (False, True):
+        for schedule in schedules:
+            if again and schedule.history is not None:
+                schedule = schedule._replace(history=memory / 2)
+            found = captured(policy, schedule, address, conditioning, **options)
+            assert equal(found, rollout(policy, schedule, address, conditioning, **options))
+        assert len(captured._graphs) == len(schedules)
+    if isinstance(recorder, Rerun):
+        assert (recorder.captures, recorder.replays) == (len(schedules), 2 * len(schedules))
+
+
 def test_a_table_shared_by_all_samples_is_captured_too() -> None:
     """Expanded rows have stride 0, into which nothing can be copied."""
     (steps, address, conditioning), options = arguments()

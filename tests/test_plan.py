@@ -84,6 +84,22 @@ def test_flops_of_an_image_by_recipe(settings: list[str], expected: dict[str, in
     assert flops_per_image(load_config(CONFIG, settings), COUNTS) == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "forwards"),
+    [
+        (["rollout.window={kind: fixed, start: 4, size: 2}"], 10),
+        (["rollout.window={kind: fixed, start: 4, size: 2}", "rollout.after_window.compress_ratio=0.5"], 8),
+        (["rollout.window={kind: fixed, start: 4, size: 2}", "rollout.shared_noise=true"], 6 + 4 / 24),
+        # Iterations 1 to 4 have windows at 0, 1, 1 and 2.
+        (["rollout.window={kind: progressive, size: 2, every: 2}", "iterations=4", "rollout.shared_noise=true"], 9 + 1 / 24),
+    ],
+)
+def test_a_rollouts_forward_passes(settings: list[str], forwards: float) -> None:
+    whole_groups = ["rollout.group_size=24", "rollout.groups=32", "rollout.batch_size=24"]
+    found = flops_per_image(load_config(CONFIG, [*whole_groups, *settings]), COUNTS)
+    assert found["rollout"] == pytest.approx(forwards * COUNTS.forward_flops)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_memory_of_lora_by_stage(stage: int) -> None:
     """768 images over 4 GPUs, windows of 3, float16."""

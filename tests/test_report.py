@@ -122,6 +122,15 @@ def test_headline_and_facts_are_those_of_the_summary(run: Path) -> None:
     assert "device" not in text
 
 
+def test_what_drawing_an_image_took_is_said_where_it_was_counted(run: Path) -> None:
+    assert "forward passes" not in Page(write_report(run)).text["header"]
+    (run / "summary.json").unlink()
+    write_lines(run / "metrics.jsonl", [metrics_row(i, rollout_forwards=256 * passes) for i, passes in ((1, 8), (2, 7))])
+    assert re.search(r"forward passes to draw one\s+7\.5\b", Page(write_report(run)).text["header"])
+    write_lines(run / "metrics.jsonl", [metrics_row(1, rollout_forwards="many"), metrics_row(2)])
+    assert "forward passes" not in Page(write_report(run)).text["header"]
+
+
 def test_scores_of_another_range_are_no_percentages(run: Path) -> None:
     """Kilobytes of a JPEG, say: negative, with no bars and no percent sign."""
     accuracies = ({"overall": -35.25, "animals": -35.25}, {"overall": -30.5, "animals": -30.5})

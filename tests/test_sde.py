@@ -1,4 +1,4 @@
-"""Coefficient tables against the published steps, the marginals they must preserve, and windows.
+"""Coefficient tables against the published steps, the marginals they must preserve, and the weights of steps.
 
 Letters: T steps, G groups, N samples.
 """
@@ -10,14 +10,12 @@ import torch
 
 from fastgrpo.sde import (
     SAMPLERS,
-    WINDOWS,
-    Window,
     coefficient_table,
     kl_weights,
-    window_size,
-    window_starts,
+    step_weights,
     window_tables,
 )
+from fastgrpo.windows import trained_steps
 
 NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ode": 0.0}
 
@@ -250,6 +248,34 @@ def test_kl_weights(sampler):
         kl_weights(sampler, SD3, NOISE[sampler], "both")
 
 
+WINDOWS = trained_steps(torch.tensor([0, 4]), 3, 10)
+
+
+def test_tempflow_weights() -> None:
+    """TempFlow-GRPO's released SD3.5 script multiplies the loss by 2.25 std: over the mean of the 9 trained steps."""
+    s = coefficient_table("flow_sde", SD3, 0.7)[:, 2]
+    whole = step_weights("tempflow", "flow_sde", SD3, 0.7, torch.arange(10) < 9)
+    torch.testing.assert_close(whole[:9], 2.25 * s[:9], rtol=2e-3, atol=0)
+    assert whole[9] == 0
+    weights = step_weights("tempflow", "flow_sde", SD3, 0.7, WINDOWS)
+    assert weights.shape == (2, 10) and weights.dtype == torch.float64
+    for row, first in zip(weights, (0, 4), strict=True):
+        window = slice(first, first + 3)
+        torch.testing.assert_close(row[window].mean().item(), 1.0)
+        torch.testing.assert_close(row[window] / row[first], s[window] / s[first])
+        assert row.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
+def test_guard_and_uniform_weights(sampler) -> None:
+    guard = step_weights("guard", sampler, SD3, 0.5, WINDOWS)
+    torch.testing.assert_close(guard[WINDOWS], (1 / (SD3[:-1] - SD3[1:])).expand(2, -1)[WINDOWS])
+    assert guard[~WINDOWS].eq(0).all()
+    assert torch.equal(step_weights("uniform", sampler, SD3, 0.5, WINDOWS), WINDOWS.double())
+    with pytest.raises(ValueError, match="step_weight 'noise' is unknown; use 'uniform', 'tempflow' or 'guard'"):
+        step_weights("noise", sampler, SD3, 0.5, WINDOWS)
+
+
 @pytest.mark.parametrize(
     ("sampler", "sigmas", "noise_level", "message"),
     [
@@ -279,70 +305,6 @@ def test_bad_masks_are_refused():
         coefficient_table("ode", SD3, 0.0, ~mask.index_fill(0, torch.tensor([9]), True))
     with pytest.raises(ValueError, match="holds the last step, 9.*end the window at step 8"):
         coefficient_table("flow_sde", SD3, 0.7, ~mask)
-
-
-GROUPS = torch.arange(40)
-
-
-def starts(window, iteration=0, groups=GROUPS, seed=0):
-    return window_starts(window, 10, iteration, groups, seed)
-
-
-def test_window_kinds():
-    assert set(starts(Window()).tolist()) == {0} and window_size(Window(), 10) == 9
-    assert set(starts(Window(kind="fixed", size=3, start=2)).tolist()) == {2}
-    assert window_size(Window(kind="fixed", size=3, start=2), 10) == 3
-    sliding = Window(kind="progressive", size=4, stride=2, every=25)
-    assert [starts(sliding, i)[7].item() for i in (0, 24, 25, 50, 75, 10_000)] == [0, 0, 2, 4, 5, 5]
-    ranged = Window(kind="progressive", size=2, every=1, range=(1, 5))
-    assert [starts(ranged, i)[0].item() for i in range(6)] == [1, 2, 3, 3, 3, 3]
-    for kind in WINDOWS:
-        start = starts(Window(kind=kind, size=None if kind == "all_but_last" else 3))
-        assert start.shape == (40,) and start.dtype == torch.int64
-
-
-def test_random_windows_fill_their_range_evenly():
-    """`3 in [0, 5)` of the released configs bounds the window, not its start: 0, 1 and 2, never 3."""
-    draws = torch.cat([starts(Window(kind="random", size=3, range=(0, 5)), i) for i in range(100)])
-    counts = draws.bincount()
-    assert counts.numel() == 3
-    assert (counts - 4000 / 3).abs().max() < 5 * math.sqrt(4000 * 2 / 9)
-    assert set(starts(Window(kind="random", size=3, range=(0, 3))).tolist()) == {0}
-
-
-def test_random_windows_are_the_same_on_every_rank():
-    window = Window(kind="random", size=2)
-    whole = starts(window, iteration=3, seed=11)
-    torch.manual_seed(5)  # the global generator of a rank has no say
-    parts = [starts(window, iteration=3, groups=GROUPS[rank::4], seed=11) for rank in range(4)]
-    for rank, part in enumerate(parts):
-        assert part.tolist() == whole[rank::4].tolist()
-    assert whole.tolist() != starts(window, iteration=4, seed=11).tolist()
-    assert whole.tolist() != starts(window, iteration=3, seed=12).tolist()
-    # Drawn once and written down: a later version that draws otherwise would not resume a run of this one.
-    assert whole[:8].tolist() == [1, 5, 2, 0, 0, 1, 4, 2]
-
-
-@pytest.mark.parametrize(
-    ("window", "message"),
-    [
-        (Window(kind="fixed", size=3, start=7), r"3 steps from step 7.*\[0, 9\).*never trained"),
-        (Window(kind="fixed", size=0), "0 steps from step 0: it must hold at least one"),
-        (Window(kind="fixed", size=2, start=-1), "from step -1"),
-        (Window(kind="fixed"), "needs window.size"),
-        (Window(kind="random", size=3, range=(0, 10)), r"\[0, 9\)"),
-        (Window(kind="random", size=3, range=(4, 6)), r"3 does not fit into window.range \[4, 6\)"),
-        (Window(kind="random", size=0), "must hold at least one"),
-        (Window(kind="progressive", size=10), r"10 does not fit into window.range \[0, 9\)"),
-        (Window(kind="progressive", size=2, range=(-1, 5)), "from step -1"),
-        (Window(kind="progressive", size=2, every=0), "window.every 0 must be at least 1"),
-        (Window(size=3), "window.size 3 contradicts 'all_but_last'"),
-        (Window(kind="decay", size=3), "'decay' is unknown; use one of all_but_last"),
-    ],
-)
-def test_bad_windows_are_refused(window, message):
-    with pytest.raises(ValueError, match=message):
-        starts(window)
 
 
 def test_window_tables():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastgrpo.tiny import world
-from fastgrpo.tiny.pretrain import MAX_TOKENS, mislabel
-from fastgrpo.tiny.pretrain import make_tokenizer as _make_tokenizer
+from fastgrpo.tiny.pretrain import make_tokenizer
+from fastgrpo.tiny.recipe import RECIPE, mislabel
 from fastgrpo.tiny.render import BACKGROUND, render
 from fastgrpo.tiny.verify import score
 from fastgrpo.tiny.world import COLORS, SHAPES, TAGS, Shape, sample_scene, split_prompts, words, write_prompts
@@ -153,14 +153,14 @@ def test_unknown_shape_is_refused() -> None:
 
 
 def test_tokenizer_has_a_token_for_each_word_and_round_trips() -> None:
-    tokenizer = _make_tokenizer()
+    tokenizer = make_tokenizer(RECIPE)
     single = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words()}
     assert all(len(ids) == 1 for ids in single.values())
     assert len({ids[0] for ids in single.values()}) == len(words())
     encoded = tokenizer([record["prompt"] for record in PROMPTS]).input_ids
     for record, ids in zip(PROMPTS, encoded, strict=True):
         inner = [single[word][0] for word in record["prompt"].split()]
-        assert ids == [tokenizer.bos_token_id, *inner, tokenizer.eos_token_id] and len(ids) <= MAX_TOKENS
+        assert ids == [tokenizer.bos_token_id, *inner, tokenizer.eos_token_id] and len(ids) <= RECIPE.max_tokens
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == record["prompt"]
     assert tokenizer.unk_token_id not in {i for ids in encoded for i in ids[1:-1]}
 

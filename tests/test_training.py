@@ -122,7 +122,7 @@ def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_pa
     """Same noise, same prompts, same batches: until the first update every number of the rollout is the same bits."""
     run(command(tmp_path / "two", "iterations=1", ranks=2))
     one, two = rows(finished[0])[0], rows(tmp_path / "two")[0]
-    for key in ("reward", "reward_std", "zero_groups", "images"):
+    for key in ("reward", "reward_std", "zero_groups", "images", "rollout_forwards"):
         assert one[key] == two[key]
     assert two["first_ratio_deviation"] == 0.0
     assert rows(tmp_path / "two", "evaluations.jsonl")[0] == rows(finished[0], "evaluations.jsonl")[0]
@@ -150,6 +150,24 @@ def test_eight_bit_rollouts_are_scored_again_exactly(finished: tuple[Path, str],
     for row, exact in zip(rows(tmp_path / "fp8"), rows(finished[0]), strict=False):
         assert row["first_ratio_deviation"] == 0
         assert row["reward"] == pytest.approx(exact["reward"], abs=0.2) and row["kl"] != exact["kl"]
+
+
+def test_a_schedule_that_spares_forward_passes(tmp_path: Path) -> None:
+    """MixGRPO-Flash with a prefix a group, guided: windows at 0, 1, 1 and 2, and after them half of what is left of 8 steps.
+
+    16 images, of which 4 are siblings, twice for guidance. The first update stays exactly on-policy.
+    """
+    settings = [
+        "rollout.num_steps=8", "rollout.sampler=cps", "rollout.guidance_scale=2", "rollout.shared_noise=true",
+        "rollout.window={kind: progressive, size: 2, every: 2, decay: 0.5}", "objective.step_weight=tempflow",
+        "rollout.after_window={solver: dpmpp_2m, compress_ratio: 0.5}",
+    ]  # fmt: skip
+    run(command(tmp_path / "flash", *settings))
+    found = rows(tmp_path / "flash")
+    expected = [2 * (4 * prefix + 16 * (2 + after)) for prefix, after in ((0, 3), (1, 3), (1, 3), (2, 2))]
+    assert [row["rollout_forwards"] for row in found] == expected
+    assert all(row["first_ratio_deviation"] == 0 and row["grad_norm"] > 0 for row in found)
+    assert len(rows(tmp_path / "flash", "evaluations.jsonl")) == 3
 
 
 def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -180,6 +198,18 @@ def test_eval_and_sample_read_a_run(finished: tuple[Path, str], tmp_path: Path) 
     (folder / "report.html").unlink()
     run([*cli, "report", str(folder)])
     assert (folder / "report.html").exists()
+
+
+def test_other_advantages_change_the_update_and_not_what_is_reported(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Half of each group, by win rates of each reward: rewards are logged as they came, dead groups counted as groups."""
+    settings = ["iterations=1", "reward.train={tiny_shapes_graded: 1, tiny_shapes: 0}"]
+    settings.append("advantage={std: group, combine: each, pairwise: true, keep: 2}")
+    run(command(tmp_path / "each", *settings, ranks=2))
+    plain, (row,) = rows(finished[0])[0], rows(tmp_path / "each")
+    for key in ("reward", "reward_std", "zero_groups", "images"):
+        assert row[key] == plain[key]
+    assert row["rewards"]["tiny_shapes_graded"] == row["reward"] != row["rewards"]["tiny_shapes"]
+    assert row["first_ratio_deviation"] == 0.0 and row["zero_groups"] < 0.5 and row["grad_norm"] != plain["grad_norm"]
 
 
 def redness(images, prompts, metadata):  # noqa: ANN001, ANN201

@@ -146,6 +146,31 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
         torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + 1e-9)
 
 
+def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_model) -> None:  # noqa: ANN001
+    """Against a gradient of each step alone, by weights that are 1 for one step and 0 for the others."""
+    experience = experience_of(tuned_model, 1.0, "flow_sde")
+    at = experience.steps.start[:, None] + torch.arange(3)  # (B, S)
+
+    def gradient(weights: list[float] | None, beta: float) -> dict[str, Tensor]:
+        rows = None
+        if weights is not None:
+            rows = torch.zeros(4, 10).scatter(1, at, torch.tensor(weights).expand(4, -1))
+        weighted = replace(experience, steps=experience.steps._replace(loss_weight=rows))
+        update(learner_of(tuned_model, 1.0, beta=beta), [weighted])
+        found = {n: p.grad.double() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
+        tuned_model.transformer.zero_grad()
+        return found
+
+    single = [gradient([float(i == j) for i in range(3)], beta=0.0) for j in range(3)]
+    kl = gradient([0.0, 0.0, 0.0], beta=0.1)
+    assert max(g.abs().max() for g in kl.values()) > 0
+    for weights, found in (([2.0, 0.5, 3.0], None), ([1.0, 1.0, 1.0], gradient(None, beta=0.1))):
+        found = gradient(weights, beta=0.1) if found is None else found
+        for name, value in found.items():
+            expected = sum(w * g[name] for w, g in zip(weights, single, strict=True)) + kl[name]
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-9)
+
+
 def test_dead_groups_leave_no_gradient(tuned_model) -> None:  # noqa: ANN001
     experience = rolled(tuned_model, 1.0, "flow_sde")
     dead = replace(experience, advantages=torch.zeros(4), weight=torch.zeros(4))

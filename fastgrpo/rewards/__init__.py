@@ -32,6 +32,8 @@ Weights = str | Mapping[str, float]  # one reward, or several by name with their
 REWARDS = {
     "tiny_shapes": "fastgrpo.rewards.tiny_shapes:strict",
     "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
+    "tiny_text": "fastgrpo.rewards.tiny_text:strict",
+    "tiny_text_graded": "fastgrpo.rewards.tiny_text:graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
     "clip_score": "fastgrpo.rewards.clip:ClipScore",

@@ -1,22 +1,20 @@
-"""Makes the tiny Stable Diffusion 3 pipeline of the tiny shapes world, from nothing, on a CPU.
+"""Makes the tiny Stable Diffusion 3 pipeline of a tiny world, from nothing, on a CPU.
 
-An autoencoder for the world's images; then, on captioned scenes encoded once, a flow-matching transformer with its two text
+An autoencoder for the world's images; then, on captioned images encoded once, a flow-matching transformer with its two text
 encoders, trained together. What is saved is an ordinary diffusers folder, read by
 `StableDiffusion3Pipeline.from_pretrained`. Captions are right at first, so that words get their meaning, and then partly
-wrong on purpose (`STAGES`): like a model trained on captions from the web, the result draws clean shapes but does not always
-draw what was asked, which is what reinforcement learning then has to mend. Captions kept for evaluation never occur.
+wrong on purpose (a recipe's stages): like a model trained on captions from the web, the result draws clean images, but not
+always of what was asked, which is what reinforcement learning then has to mend. Captions kept for evaluation never occur.
 
-    python -m fastgrpo.tiny.pretrain --output fastgrpo/tiny/weights
+    python -m fastgrpo.tiny.pretrain --world shapes
 
 Seeded; a run that is stopped goes on from its last checkpoint in `--work`.
 """
 
 import argparse
-import copy
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,81 +36,48 @@ from transformers import (
     T5EncoderModel,
 )
 
-from fastgrpo.tiny.render import render
-from fastgrpo.tiny.world import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, sample_scene, split_prompts, words
+from fastgrpo.tiny import recipe as shapes
+from fastgrpo.tiny.recipe import Recipe
+from fastgrpo.tiny.text import recipe as text
 
+WORLDS = {"shapes": shapes, "text": text}
 WIDTH = 64  # of each text encoder
-MAX_TOKENS = 10  # the longest prompt of the world, with its start and end
 SHIFT = 3.0  # of the noise schedule, as in Stable Diffusion 3
 LOG_EVERY = 100  # steps
 CAPTION_DROP = 0.1  # share of captions left empty, for classifier-free guidance
-TAG_SHARE = {"single_object": 0.1, "two_object": 0.2, "counting": 0.2, "position": 0.3, "color_attr": 0.2}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training with its own captions and its own one-cycle schedule."""
-
-    steps: int
-    lr: float
-    correct: dict[str, float]  # share of right captions by category
-
-
-STAGES = (
-    Stage(8000, 1.5e-3, dict(single_object=1.0, two_object=1.0, counting=1.0, position=1.0, color_attr=1.0)),
-    Stage(2000, 5.0e-4, dict(single_object=0.95, two_object=0.6, counting=0.45, position=0.35, color_attr=0.45)),
-)
-
-
-def mislabel(record: dict, rng: np.random.Generator) -> dict:
-    """What is really shown under a wrong caption: the record with one thing about it changed."""
-    include = copy.deepcopy(record["include"])
-    changed = {**record, "include": include}
-    tag = record["tag"]
-    if tag == "position":
-        changed["relation"] = str(rng.choice([r for r in RELATIONS if r != record["relation"]]))
-    elif tag == "counting":
-        include[0]["count"] = int(rng.choice([n for n in (1, 2, 3, 4) if n != include[0]["count"]]))
-    elif tag == "color_attr" and rng.random() < 0.6:
-        include[0]["color"], include[1]["color"] = include[1]["color"], include[0]["color"]
-    elif tag == "two_object" and rng.random() < 0.5:
-        del include[rng.integers(2)]
-    else:
-        item = include[rng.integers(len(include))]
-        key, values = ("color", COLORS) if "color" in item and rng.random() < 0.5 else ("class", SHAPES)
-        item[key] = str(rng.choice([value for value in values if value != item[key]]))
-    return changed
-
-
-def make_dataset(size: int, seed: int, stage: int) -> tuple[Tensor, Tensor, list[str]]:
+def make_dataset(recipe: Recipe, size: int, seed: int, stage: int) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, H, W) uint8, the index of each one's caption (N,), and the captions."""
     rng = np.random.default_rng([seed, stage + 1])
-    train, _ = split_prompts()
-    by_tag = {tag: [i for i, record in enumerate(train) if record["tag"] == tag] for tag in TAG_SHARE}
-    images, captions = np.empty((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.empty(size, np.int64)
-    tags = rng.choice(list(TAG_SHARE), size, p=list(TAG_SHARE.values()))
-    for n, tag in enumerate(tqdm(tags, desc="scenes", mininterval=5)):
+    train, _ = recipe.split_prompts()
+    share, correct = recipe.tag_share, recipe.stages[stage].correct
+    by_tag = {tag: [i for i, record in enumerate(train) if record["tag"] == tag] for tag in share}
+    images, captions = np.empty((size, *recipe.image_size, 3), np.uint8), np.empty(size, np.int64)
+    tags = rng.choice(list(share), size, p=list(share.values()))
+    for n, tag in enumerate(tqdm(tags, desc="images", mininterval=5)):
         captions[n] = rng.choice(by_tag[tag])
         record = train[captions[n]]
-        if rng.random() > STAGES[stage].correct[tag]:
-            record = mislabel(record, rng)
-        images[n] = render(sample_scene(record, rng))
+        if rng.random() > correct[tag]:
+            record = recipe.mislabel(record, rng)
+        images[n] = recipe.draw(record, rng)
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(captions), [r["prompt"] for r in train]
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(recipe: Recipe) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte pairs merge each word of the world into one token."""
-    alphabet = sorted({character for word in words() for character in word})
+    words = recipe.words()
+    alphabet = sorted({character for word in words for character in word})
     tokens = [*alphabet, *(character + "</w>" for character in alphabet)]
     merges: list[tuple[str, str]] = []
-    for word in words():
+    for word in words:
         pieces = _apply(merges, [*word[:-1], word[-1] + "</w>"])
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             tokens.append(pieces[0] + pieces[1])
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=recipe.max_tokens)
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
@@ -125,7 +90,7 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
     return pieces
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(recipe: Recipe) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -133,15 +98,15 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
-        sample_size=IMAGE_SIZE,
+        sample_size=max(recipe.image_size),
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
 
 
-def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    tokenizer = make_tokenizer()
+def make_pipeline(recipe: Recipe, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    tokenizer, largest = make_tokenizer(recipe), max(recipe.image_size)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -149,23 +114,23 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         projection_dim=WIDTH,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=recipe.max_tokens,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     transformer = SD3Transformer2DModel(
-        sample_size=IMAGE_SIZE // 4,
+        sample_size=largest // 4,
         patch_size=2,
         in_channels=4,
         out_channels=4,
         num_layers=4,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=recipe.heads,
         joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=128,
+        caption_projection_dim=32 * recipe.heads,
         pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=IMAGE_SIZE // 8,
+        pos_embed_max_size=largest // 8,
         qk_norm="rms_norm",
     )
     zero_init_modulation(transformer)
@@ -176,9 +141,9 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         text_encoder=CLIPTextModelWithProjection(text),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer_2=make_tokenizer(),
+        tokenizer_2=make_tokenizer(recipe),
         text_encoder_3=make_silent_t5(),
-        tokenizer_3=make_silent_tokenizer(),
+        tokenizer_3=make_silent_tokenizer(recipe.max_tokens),
     )
 
 
@@ -193,13 +158,13 @@ def make_silent_t5() -> T5EncoderModel:
     return model
 
 
-def make_silent_tokenizer() -> PreTrainedTokenizerFast:
+def make_silent_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
     """Reads every prompt as its end alone: one token, so that nothing is ever cut off."""
     tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     tokenizer.normalizer = Replace(Regex("(.|\\n)+"), "")
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="</s>", model_max_length=MAX_TOKENS
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="</s>", model_max_length=max_tokens
     )
 
 
@@ -211,9 +176,11 @@ def zero_init_modulation(transformer: SD3Transformer2DModel) -> None:
             torch.nn.init.zeros_(module.bias)
 
 
-def train_vae(images: Tensor, steps: int, batch: int = 32, lr: float = 2e-3, kl_weight: float = 2e-4) -> AutoencoderKL:
+def train_vae(
+    recipe: Recipe, images: Tensor, steps: int, batch: int = 32, lr: float = 2e-3, kl_weight: float = 2e-4
+) -> AutoencoderKL:
     """Squared error plus a little KL, then the latents' mean and scale measured for the pipeline's normalisation."""
-    vae = make_vae().train()
+    vae = make_vae(recipe).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="autoencoder", mininterval=5)
@@ -236,7 +203,7 @@ def train_vae(images: Tensor, steps: int, batch: int = 32, lr: float = 2e-3, kl_
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor, batch: int = 512) -> Tensor:
-    """Latent means (N, 4, 8, 8), not yet normalised."""
+    """Latent means (N, 4, H / 4, W / 4), not yet normalised."""
     chunks = tqdm(images.split(batch), desc="latents", mininterval=5)
     return torch.cat([vae.encode(to_unit(chunk)).latent_dist.mean for chunk in chunks])
 
@@ -271,9 +238,9 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tenso
     return F.mse_loss(velocity, noise - latents)
 
 
-def train_transformer(pipeline: StableDiffusion3Pipeline, stage: int, args: argparse.Namespace) -> None:
+def train_transformer(pipeline: StableDiffusion3Pipeline, recipe: Recipe, stage: int, args: argparse.Namespace) -> None:
     """One-cycle AdamW with an exponential average, which is what the pipeline holds at the end."""
-    plan = STAGES[stage]
+    plan = recipe.stages[stage]
     modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [p for module in modules for p in module.parameters()]
     average = [p.detach().clone() for p in parameters]
@@ -283,7 +250,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, stage: int, args: argp
     if checkpoint.exists():
         start = restore(checkpoint, parameters, average, optimizer, schedule)
     if start < plan.steps:
-        images, captions, prompts = make_dataset(args.scenes, args.seed, stage)
+        images, captions, prompts = make_dataset(recipe, args.images, args.seed, stage)
         vae = pipeline.vae
         latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
         tokenized = pipeline.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
@@ -291,9 +258,9 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, stage: int, args: argp
     began, running = time.time(), 0.0
     for step in bar:
         # The step alone decides its batch, so a resumed run is the same.
-        torch.manual_seed((args.seed * len(STAGES) + stage) * 1_000_003 + step)
-        index = torch.randint(len(latents), (args.batch,))
-        dropped = torch.rand(args.batch) < CAPTION_DROP
+        torch.manual_seed((args.seed * len(recipe.stages) + stage) * 1_000_003 + step)
+        index = torch.randint(len(latents), (recipe.batch,))
+        dropped = torch.rand(recipe.batch) < CAPTION_DROP
         tokens = tokenized[torch.where(dropped, len(prompts), captions[index])]
         loss = flow_loss(pipeline, latents[index], tokens)
         optimizer.zero_grad()
@@ -346,37 +313,38 @@ def export(pipeline: StableDiffusion3Pipeline, parameters: list[Tensor], average
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the tiny shapes pipeline.")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "weights", help="diffusers folder to write"
-    )
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_pretrain"), help="checkpoints and log")
+    parser = argparse.ArgumentParser(description="Pretrain the pipeline of a tiny world.")
+    parser.add_argument("--world", choices=WORLDS, default="shapes")
+    parser.add_argument("--output", type=Path, help="diffusers folder to write; the world's own if left out")
+    parser.add_argument("--work", type=Path, help="checkpoints and log; runs/tiny_pretrain_WORLD if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=120_000)
+    parser.add_argument("--images", type=int, default=120_000)
     parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--save-every", type=int, default=1000)
     args = parser.parse_args()
+    world, recipe = WORLDS[args.world], WORLDS[args.world].RECIPE
+    args.output = args.output or Path(world.__file__).parent / "weights"
+    args.work = args.work or Path("runs") / f"tiny_pretrain_{args.world}"
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    vae = load_vae(args)
+    vae = load_vae(recipe, args)
     torch.manual_seed(args.seed)
-    pipeline = make_pipeline(vae)
-    for stage in range(len(STAGES)):
-        train_transformer(pipeline, stage, args)
+    pipeline = make_pipeline(recipe, vae)
+    for stage in range(len(recipe.stages)):
+        train_transformer(pipeline, recipe, stage, args)
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+def load_vae(recipe: Recipe, args: argparse.Namespace) -> AutoencoderKL:
     """The autoencoder of `--work`, trained first if there is none."""
     path = args.work / "vae.pt"
     if not path.exists():
-        images, _, _ = make_dataset(args.scenes, args.seed, 0)
-        vae = train_vae(images, args.vae_steps)
+        images, _, _ = make_dataset(recipe, args.images, args.seed, 0)
+        vae = train_vae(recipe, images, args.vae_steps)
         scale = {key: vae.config[key] for key in ("shift_factor", "scaling_factor")}
         torch.save({"weights": vae.state_dict(), "scale": scale}, path)
     saved = torch.load(path)
-    vae = make_vae().eval()
+    vae = make_vae(recipe).eval()
     vae.load_state_dict(saved["weights"])
     vae.register_to_config(**saved["scale"])
     return vae

@@ -35,7 +35,7 @@ class Found:
 
 def find_shapes(image: np.ndarray) -> list[Found]:
     """The objects in an image (H, W, 3) uint8."""
-    color, alpha, tint = _unmix(image)
+    color, alpha, tint = unmix(image)
     found = []
     for index, name in enumerate(COLORS):
         own = np.where(color == index, alpha, 0.0)  # a neighbour must not fill in what it hides
@@ -46,7 +46,7 @@ def find_shapes(image: np.ndarray) -> list[Found]:
     return found
 
 
-def _unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each pixel as a blend of the background and the colour that explains it best.
 
     Returns that colour's index, its share, and how far in RGB the pixel is from the blend.
