@@ -253,7 +253,7 @@ def parse() -> argparse.Namespace:
     if arguments.quick:
         name = "time_to_score_quick"
         arguments.recipes, arguments.seeds, arguments.scores = [BASELINE, DEFAULT], [0], [0.7, 0.75]
-        arguments.budget, arguments.images, arguments.rounds = 60, 100, 1
+        arguments.budget, arguments.every, arguments.images, arguments.rounds = 60, 10, 100, 1
     arguments.name, arguments.work = name, (arguments.work or ROOT / "runs" / name).resolve()
     return arguments
 

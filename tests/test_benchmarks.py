@@ -147,7 +147,8 @@ def test_a_run_ends_at_its_score_or_at_a_multiple_of_what_the_default_took(tmp_p
     first.folder.mkdir()
     lines = evaluations(0.5, 0.9, 0.95)  # reached at iteration 3, second 6: the other may take 30
     (first.folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    assert not finished(run, low) and finished(run, [*low, {"iteration": 30, "accuracy": 0.8}])
+    assert not finished(run, [*low, {"iteration": 29, "accuracy": 0.8}])
+    assert finished(run, [*low, {"iteration": 30, "accuracy": 0.8}])
 
 
 def test_the_ladder_leads_from_the_baseline_to_the_default_one_cause_at_a_time() -> None:

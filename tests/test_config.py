@@ -160,6 +160,7 @@ def test_dump_reads_back_equal_from_anywhere(tmp_path: Path) -> None:
 
 RECIPES = TINY.parent / "recipes"
 LOADABLE = ["flow_grpo", "flow_grpo_fast", "mixgrpo"]
+ALGORITHM = ("rollout", "advantage", "objective", "forward", "update")
 # What the recipes of a model share: batches, the averaging, and in the tiny world the learning rate.
 SHARED = {"rollout.groups", "rollout.group_size", "rollout.batch_size", "update.ema_decay", "update.learning_rate"}
 
@@ -167,7 +168,7 @@ SHARED = {"rollout.groups", "rollout.group_size", "rollout.batch_size", "update.
 def set_keys(path: Path) -> dict[str, set[str]]:
     """The keys of the algorithm's sections that a file sets, and each file that it extends, nearest first."""
     data = yaml.safe_load(path.read_text())
-    keys = {f"{section}.{key}" for section in ("rollout", "objective", "update") for key in data.get(section, {})}
+    keys = {f"{section}.{key}" for section in ALGORITHM for key in data.get(section, {})}
     below = set_keys((path.parent / data["extends"]).resolve()) if "extends" in data else {}
     return {path.name: keys, **below}
 
@@ -181,7 +182,7 @@ def test_a_recipe_is_its_own_on_the_same_base(world: str, name: str) -> None:
     *own, (base, tuned) = set_keys(path).items()
     base_config = load_config(TINY.parent / base)
     for change in differences(base_config, config, but=("output",)):
-        assert change.startswith(("rollout.", "objective.", "update.", "evaluation.guidance_scale")), change
+        assert change.startswith((*(f"{section}." for section in ALGORITHM), "evaluation.guidance_scale")), change
     assert config.output == Path("runs") / "recipes" / world / name
     said = set().union(*(keys for _, keys in own))
     assert tuned - said <= SHARED, f"{path.name} takes over what {base} tuned"
