@@ -8,6 +8,7 @@ import ast
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastgrpo.objectives import effective_clip_range
 from fastgrpo.rollout import rollout
 from fastgrpo.trainer import Trainer
 from fastgrpo.trajectory import TRAIN, Steps, noise_address
+from fastgrpo.windows import Window, window_starts
 from fastgrpo_kernels import normal
 
 TESTS = {
@@ -32,6 +34,8 @@ TESTS = {
     "late steps outweigh early ones 31 to 1": [
         "test_objectives.py::test_guard_centres_the_ratio_at_every_noise_level",
         "test_objectives.py::test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own",
+        "test_sde.py::test_guard_and_uniform_weights",
+        "test_pitfalls.py::test_late_steps_outweigh_early_ones",
     ],
     "Euler-Maruyama leaves 27 times the scheduled noise": [
         "test_sde.py::test_flow_sde_leaves_excess_noise_at_few_steps",
@@ -43,8 +47,8 @@ TESTS = {
     ],
     "the last step is trained": [
         "test_sde.py::test_bad_masks_are_refused",
-        "test_sde.py::test_bad_windows_are_refused",
-        "test_sde.py::test_window_kinds",
+        "test_windows.py::test_bad_windows_are_refused",
+        "test_windows.py::test_window_kinds",
     ],
     "steps without noise have a log-prob of 0/0": [
         "test_sde_step.py::test_ode_row_ignores_noise",
@@ -77,7 +81,7 @@ TESTS = {
     "sums in whatever order they arrive": [
         "test_kernel_compile.py::test_no_atomics",
         "test_transition.py::test_repeats_bit_for_bit",
-        "test_advantages.py::test_the_order_of_arrival_changes_no_bit",
+        "test_advantages.py::test_samples_take_their_bits_along",
     ],
     # What rollout and update must share
     "the update has another batch size": ["test_pitfalls.py::test_update_in_another_batch_size"],
@@ -91,7 +95,7 @@ TESTS = {
         "test_update.py::test_recomputed_old_velocity_makes_any_fold_exact",
     ],
     "samples of a prompt have different windows": ["test_pitfalls.py::test_windows_within_a_prompt"],
-    "a window drawn by rank stays for ever": ["test_sde.py::test_random_windows_are_the_same_on_every_rank"],
+    "a window drawn by rank stays for ever": ["test_windows.py::test_random_windows_are_the_same_on_every_rank"],
     "noise is seeded by rank": ["test_pitfalls.py::test_noise_seeded_by_rank"],
     "a captured rollout repeats its noise": ["test_graph.py::test_every_replay_is_the_eager_rollout_of_its_own_arguments"],
     "guidance in the rollout alone": ["test_pitfalls.py::test_guidance_in_the_rollout_alone"],
@@ -275,6 +279,17 @@ def test_every_pitfall_has_its_test() -> None:
     assert sorted(mine - named) == [f"{here}::test_every_pitfall_has_its_test"]
 
 
+def test_late_steps_outweigh_early_ones(tmp_path: Path) -> None:
+    """The gradient's scale |c_v| / s grows 31 times along SD3.5's 10 steps: Guard's 1 / |dt| must reach the loss."""
+    window = "rollout.window={kind: fixed, start: 1, size: 2}"
+    trainer = trainer_of(tmp_path, "objective.name=guard", "objective.step_weight=guard", window)
+    losses = losses_of(trainer)
+    trainer.iterate(1)
+    dt = -trainer.model.sigmas(STEPS).double().diff()
+    for i, (step, _) in enumerate(losses):  # of each batch the first step and the second
+        torch.testing.assert_close(step.loss_weight.double(), (1 / dt[1 + i % 2]).expand(BATCH), rtol=1e-6, atol=0)
+
+
 def test_latents_rounded_after_they_are_scored() -> None:
     """flow_grpo's FLUX and Qwen, verl-omni: bfloat16 latents move the mean log-prob by 1e-5 to 6e-5, so 12% are clipped."""
 
@@ -414,7 +429,7 @@ def test_ids_packed_into_float32() -> None:
     noise = normal(noise_address(TRAIN, 0, 2**24 + 1, ids), 0, 4)
     assert len({tuple(row) for row in noise.tolist()}) == 64
     assert not torch.equal(noise, normal(noise_address(TRAIN, 0, 2**24, ids), 0, 4))
-    starts = sde.window_starts(sde.Window(kind="random", size=2), 10, 0, ids, 0)
+    starts = window_starts(Window(kind="random", size=2), 10, 0, ids, 0)
     assert (starts[::2] != starts[1::2]).sum() > 16
 
 
@@ -428,24 +443,21 @@ def test_lora_that_binds_nothing(tiny_model) -> None:  # noqa: ANN001
 
 def test_scores_that_come_late(tmp_path: Path) -> None:
     """A reward that runs beside the rollout: a score belongs to its sample whenever it comes."""
-    trainer, seen = trainer_of(tmp_path), []
-    losses, decode, score = losses_of(trainer), trainer.model.decode, trainer.reward
+    trainer, decoded = trainer_of(tmp_path), []
+    losses, decode = losses_of(trainer), trainer.model.decode
 
-    def decoded(latents: Tensor, **options: Any) -> Tensor:
-        images = decode(latents, **options)
-        seen.append(brightness(images, [], []))
-        return images
+    def record(latents: Tensor, **options: Any) -> Tensor:
+        decoded.append(decode(latents, **options))
+        return decoded[-1]
 
-    class Slow:
-        names, total = score.names, staticmethod(score.total)
+    def slow_at_first(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        time.sleep(0.5 if images is decoded[0] else 0.0)
+        return brightness(images, prompts, metadata)
 
-        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-            time.sleep(0.5 if len(seen) < 2 else 0)
-            return score(images, prompts, metadata)
-
-    trainer.model.decode, trainer.reward = decoded, Slow()
+    trainer.model.decode = record
+    trainer.reward = replace(trainer.reward, rewards=dict.fromkeys(trainer.reward.names, slow_at_first))
     trainer.iterate(1)
-    rewards, group = torch.cat(seen), torch.arange(GROUPS * SIZE) // SIZE
+    rewards, group = brightness(torch.cat(decoded), [], []), torch.arange(GROUPS * SIZE) // SIZE
     expected = group_advantages(rewards, group, num_groups=GROUPS, std="global", adv_clip_max=5.0).values
     assert torch.equal(torch.cat([advantages for _, advantages in losses[::2]]), expected)
 
