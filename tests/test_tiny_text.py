@@ -255,12 +255,12 @@ def test_stock_pipeline_draws_the_same_and_the_base_is_half_right() -> None:
     assert model.size == (16, 32) and model.latent_shape == (4, 4, 8)
     noise = normal(noise_address(SAMPLE, 0, 0, torch.arange(count)), INITIAL_STEP, 128).view(count, *model.latent_shape)
     images = pipeline(
-        prompts, num_inference_steps=10, guidance_scale=1.0, latents=noise, max_sequence_length=1, output_type="np"
+        prompts, num_inference_steps=10, guidance_scale=2.0, latents=noise, max_sequence_length=1, output_type="np"
     ).images
     stock = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     own = generate(
         model, Policy(model), Embeddings(model), prompts, torch.arange(count), stream=SAMPLE, seed=0, num_steps=10,
-        guidance_scale=1.0,
+        guidance_scale=2.0,
     )  # fmt: skip
     assert (stock.int() - own.int()).abs().max() <= 1
-    assert 0.3 < load_reward("tiny_text")(own, prompts, records).mean() < 0.8
+    assert 0.4 < load_reward("tiny_text")(own, prompts, records).mean() < 0.75

@@ -35,7 +35,7 @@ RECIPE = Recipe(
     tag_share=dict(two=0.2, three=0.35, four=0.45),
     stages=(
         Stage(6000, 1.5e-3, dict(two=1.0, three=1.0, four=1.0)),
-        Stage(1500, 5.0e-4, dict(two=0.6, three=0.45, four=0.4)),
+        Stage(1500, 5.0e-4, dict(two=0.35, three=0.3, four=0.15)),
     ),
     heads=3,
 )
