@@ -1,6 +1,6 @@
 """Where the policy gradient has a signal: by denoising step and by layer, for a configuration, before anything is trained.
 
-    python benchmarks/gradient_signal.py --config configs/tiny_shapes.yaml       3 minutes on two cores
+    python benchmarks/gradient_signal.py       3 minutes on two cores
 
 Gradients of K independent batches g_1 ... g_K, with respect to every weight of the transformer, tell signal from noise:
 
@@ -162,7 +162,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--batches", type=int, default=16, help="independent batches, K")
     arguments = parser.parse_args()

@@ -93,7 +93,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each form")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all forms")
     arguments = parser.parse_args()

@@ -180,7 +180,7 @@ def draw_excess(figure: Any, grid: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
     parser.add_argument("--seconds", type=float, default=60, help="of training at each point")
     parser.add_argument("--images", type=int, default=200, help="of each evaluation")
     parser.add_argument("--quick", action="store_true")

@@ -34,7 +34,7 @@ def forms(batch: int, trained: int) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all forms")
     arguments = parser.parse_args()
