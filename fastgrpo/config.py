@@ -175,6 +175,8 @@ class ObjectiveConfig:
 class UpdateConfig:
     learning_rate: float = 3e-4
     """Of AdamW."""
+    final_learning_rate: float | None = None
+    """Where it falls to, in a straight line over the iterations of the run; left out: it stays."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
@@ -490,6 +492,7 @@ def _positive(section: Any, prefix: str = "") -> None:
         "range",
         "betas",
         "limit",
+        "final_learning_rate",
         "decay",
         "decay_from",
     }

@@ -175,6 +175,11 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """From the next step on."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     def step(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before clipping, (). Collective."""
         if self.zero_stage > 0:

@@ -70,6 +70,7 @@ class Learning:
             place = None if pairs is None else pairs.place[ids.to(self.model.device)]
             parts.append(self._worth_running(experiences[i : i + size], place))
         parts = self._with_old_velocities(parts)
+        self.engine.set_learning_rate(learning_rate(config, iteration))
         samples = size * config.rollout.batch_size
         updates = [update(self.learner, part, samples) for _ in range(config.update.inner_epochs) for part in parts]
         if self.old is not None:
@@ -115,3 +116,11 @@ class Learning:
         self.learner, self._micro_batch_known = self.learner._replace(micro_batch_size=size), True
         if self.engine.rank == 0:
             tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
+
+
+def learning_rate(config: Config, iteration: int) -> float:
+    """Of the iterations 1 to n: a straight line from the first to the last, a function of the iteration alone."""
+    first, last = config.update.learning_rate, config.update.final_learning_rate
+    if last is None or config.iterations == 1:
+        return first
+    return first + (last - first) * (iteration - 1) / (config.iterations - 1)

@@ -60,6 +60,11 @@ def velocity(policy: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Tenso
     return policy(**inputs, timestep=batch["timestep"], return_dict=False)[0].float()
 
 
+def falling(update: int) -> float:
+    """A learning rate of its own for every update."""
+    return LEARNING_RATE * 0.8**update
+
+
 def micro_loss(policy: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     return F.mse_loss(velocity(policy, batch, dtype), batch["target"]) / MICRO_BATCHES
 
@@ -85,6 +90,7 @@ def reference(dtype: torch.dtype) -> dict[str, Any]:
                 masters[name].grad += p.grad.float()
                 p.grad = None
         norms.append(nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM).item())
+        optimizer.param_groups[0]["lr"] = falling(update)
         optimizer.step()
         with torch.no_grad():
             for name, p in trained.items():
@@ -118,6 +124,7 @@ def run_updates(engine: Engine, updates: range) -> tuple[list[float], list[float
             loss = micro_loss(engine, batch, engine.dtype)
             losses.append(engine.all_reduce(loss).item())
             engine.backward(loss, last=micro + 1 == MICRO_BATCHES)
+        engine.set_learning_rate(falling(update))
         norms.append(engine.step().item())
     return losses, norms
 

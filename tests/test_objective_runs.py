@@ -12,6 +12,7 @@ from objective_worker import ITERATIONS, RUNS
 from test_training import PROCESS_SETTINGS, ROOT
 
 from fastgrpo.config import load_config
+from fastgrpo.learning import learning_rate
 from fastgrpo.schema import ConfigError
 from fastgrpo.testing import load_family
 
@@ -86,6 +87,14 @@ def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
 def test_what_cannot_be_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(CONFIG, settings)
+
+
+def test_the_learning_rate_falls_in_a_straight_line() -> None:
+    config = load_config(CONFIG, ["iterations=5", "update.learning_rate=1e-3", "update.final_learning_rate=2e-4"])
+    found = [learning_rate(config, iteration) for iteration in range(1, 6)]
+    assert found == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    same = load_config(CONFIG, ["update.learning_rate=3e-4", "update.final_learning_rate=null"])
+    assert learning_rate(same, 3) == 3e-4
 
 
 def test_offline_data_is_looked_at_first(tmp_path: Path) -> None:
