@@ -407,6 +407,8 @@ def _check_objective(config: Config) -> None:
         schema.refuse("objective.log_prob_weight", objective.log_prob_weight, "guard normalises the exact one: take exact")
     if objective.offline and name not in DATA:
         schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
+    if objective.offline and config.prompts.weights:
+        schema.refuse("prompts.weights", config.prompts.weights, "given images are all taken alike: leave it out")
     if OBJECTIVES[name].forward:
         _check_forward(config)
     elif lag > 0:

@@ -45,9 +45,12 @@ class Trainer:
         check_ranks(config, world_size)
         torch.manual_seed(config.seed)
         self.config = config
-        images = model_class(config.model.name).image_conditioned
+        family = model_class(config.model.name)
+        images = family.image_conditioned
         # Of training on images that are there already: what they are called in the prompts' lines.
         self.keys = DATA[config.objective.name] if config.objective.offline else ()
+        if self.keys and (images or "num_frames" in family.takes):
+            raise ValueError(f"objective.offline: {config.model.name} is of input images or videos; train it on rollouts")
         self.prompts = load_prompts(config.prompts.train, self.keys or (INPUT if images else ()))
         held_out = load_prompts(config.prompts.eval, INPUT if images else ())
         check_held_out(self.prompts, held_out)

@@ -70,9 +70,10 @@ def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
     ("settings", "message"),
     [
         (["objective.name=nft"], r"rollout\.sampler = 'flow_sde': nft trains on what the ODE ends with"),
-        (["objective.name=awm", *ODE, "forward.num_timesteps=11"], r"forward\.num_timesteps = 11: there are 10"),
-        (["objective.name=awm", *ODE, "forward.range=[3, 12]"], r"forward\.range = \(3, 12\): must lie in \[0, 10\]"),
+        (["objective.name=awm", *ODE, "forward.num_timesteps=11"], r"forward\.num_timesteps = 11: there are 6"),
+        (["objective.name=awm", *ODE, "forward.range=[3, 12]"], r"forward\.range = \(3, 12\): must lie in \[0, 6\]"),
         (["objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
+        (["objective.name=sft", *ODE, "objective.offline=true"], r"prompts\.weights = .* given images are all taken alike"),
         (["objective.name=nft", *ODE, "objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
         (["objective.name=dpo", *ODE, "rollout.batch_size=8"], r"rollout\.batch_size = 8: dpo compares samples of a group"),
         (["forward.old_policy.limit=0.5"], r"forward\.old_policy\.limit = 0\.5: clip takes the transitions of the trained"),
