@@ -166,6 +166,9 @@ class OneRank:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+
     def step(self) -> Tensor:
         self.optimizer.step()
         self.optimizer.zero_grad()
