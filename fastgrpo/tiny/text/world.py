@@ -3,7 +3,7 @@
 A miniature of the text rendering task of Flow-GRPO (arXiv 2505.05470): prompts quote two to four characters, which the image
 must show, in any ink and anywhere.
 
-    {"prompt": "a sign that says \"kax7\"", "tag": "four", "text": "kax7"}
+    {"prompt": "a sign that says \"kan7\"", "tag": "four", "text": "kan7"}
 
 `python -m fastgrpo.tiny.text.world` writes `prompts/train.jsonl` and `prompts/eval.jsonl`, samples of the two sides of a
 split of all strings there are.
