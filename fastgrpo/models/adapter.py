@@ -277,6 +277,10 @@ class Adapter:
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block in place: they are alike, so that the compiler works once for all."""
+        # A block is compiled for each shape, with gradients and without, adapter on and off: more often than the compiler
+        # allows by itself, which would go on in eager mode with a line in the log.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
             block.compile()
 
