@@ -123,4 +123,4 @@ def learning_rate(config: Config, iteration: int) -> float:
     first, last = config.update.learning_rate, config.update.final_learning_rate
     if last is None or config.iterations == 1:
         return first
-    return first + (last - first) * (iteration - 1) / (config.iterations - 1)
+    return first + (last - first) * min(1.0, (iteration - 1) / (config.iterations - 1))
