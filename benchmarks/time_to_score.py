@@ -14,7 +14,8 @@ A recipe is configs/recipes/tiny/NAME.yaml, `default` is configs/tiny_shapes.yam
 Seconds an iteration are measured first, all recipes in turn in one process, as the fastest of a few iterations after
 one to warm up. On a CPU they are the processor's own, in one thread: what the wall would show on a machine with nothing
 else to do. So what happens beside the benchmark makes no recipe look slow; the seconds that passed on the wall are kept
-with each evaluation.
+with each evaluation. All iterations are taken to cost what those first ones do; where a sliding window changes the steps
+after it, they do not quite.
 
 Image forwards are evaluations of the network for one image: guidance takes two, and a backward pass counts as two more.
 They are counted at the network.
@@ -240,7 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scores", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--budget", type=float, default=1500, help="seconds of training of a run, at most")
     parser.add_argument("--multiple", type=float, default=8.5, help="of the default's own seconds, at most")
-    parser.add_argument("--every", type=float, default=20, help="seconds of training between evaluations, at first")
+    parser.add_argument("--every", type=float, default=10, help="seconds of training between evaluations, at first")
     parser.add_argument("--images", type=int, default=200, help="of an evaluation")
     parser.add_argument("--steps", type=int, default=20, help="of an evaluation's ODE")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each recipe")
