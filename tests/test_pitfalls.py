@@ -82,6 +82,7 @@ TESTS = {
         "test_kernel_compile.py::test_no_atomics",
         "test_transition.py::test_repeats_bit_for_bit",
         "test_advantages.py::test_samples_take_their_bits_along",
+        "test_advantages.py::test_the_batch_std_is_the_same_bits_in_any_order",
     ],
     # What rollout and update must share
     "the update has another batch size": ["test_pitfalls.py::test_update_in_another_batch_size"],
@@ -127,7 +128,9 @@ TESTS = {
     "groups are told by the text of their prompts": ["test_pitfalls.py::test_groups_told_by_text"],
     "ids are packed into float32": ["test_pitfalls.py::test_ids_packed_into_float32"],
     "a LoRA that binds nothing": ["test_pitfalls.py::test_lora_that_binds_nothing"],
+    "prompts depend on when they are fetched": ["test_prompts.py::test_order_is_a_function_of_seed_and_iteration"],
     "gradients are summed in bfloat16": ["test_engine.py::test_equals_plain_torch"],
+    "accumulated gradients do not count the steps": ["test_update.py::test_gradient_is_that_of_the_published_formula"],
     "scores that come late are another sample's": ["test_pitfalls.py::test_scores_that_come_late"],
     "pixels are cut off": ["test_pitfalls.py::test_pixels_cut_off"],
     "images are decoded in tiles": ["test_pitfalls.py::test_images_decoded_in_tiles"],
@@ -358,9 +361,9 @@ def test_noise_seeded_by_rank(ranks: tuple) -> None:
 
 def test_guidance_in_the_rollout_alone(guided: tuple) -> None:
     """The policy that samples is the guided one: without guidance in the update, another one's ratio is taken."""
-    trainer, in_rollout, in_update, metrics = guided
+    _, in_rollout, in_update, metrics = guided
     assert {rows for _, _, rows in [*in_rollout, *in_update]} == {2 * BATCH}
-    assert trainer.learning.learner.guidance_scale == 3 and metrics["first_ratio_deviation"] == 0.0
+    assert metrics["first_ratio_deviation"] == 0.0
 
 
 def test_evaluation_of_the_last_weights(tmp_path: Path) -> None:
@@ -433,7 +436,7 @@ def test_ids_packed_into_float32() -> None:
     assert len({tuple(row) for row in noise.tolist()}) == 64
     assert not torch.equal(noise, normal(noise_address(TRAIN, 0, 2**24, ids), 0, 4))
     starts = window_starts(Window(kind="random", size=2), 10, 0, ids, 0)
-    assert (starts[::2] != starts[1::2]).sum() > 16
+    assert (starts[::2] != starts[1::2]).sum() > 20
 
 
 def test_lora_that_binds_nothing(tiny_model) -> None:  # noqa: ANN001
