@@ -14,7 +14,7 @@ from fastgrpo import sde
 from fastgrpo.generation import Embeddings
 from fastgrpo.objectives import clip
 from fastgrpo.rollout import Policy, rollout
-from fastgrpo.trajectory import TRAIN, Experience, Steps, experience_of, noise_address
+from fastgrpo.trajectory import TRAIN, Experience, Rollout, Steps, experience_of, noise_address
 from fastgrpo.update import (
     Learner,
     largest_micro_batch,
@@ -148,14 +148,20 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
 
 def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_model) -> None:  # noqa: ANN001
     """Against a gradient of each step alone, by weights that are 1 for one step and 0 for the others."""
-    experience = experience_of(tuned_model, 1.0, "flow_sde")
-    at = experience.steps.start[:, None] + torch.arange(3)  # (B, S)
+    start = torch.tensor([0, 6, 3, 0])
+    at = start[:, None] + torch.arange(3)  # (B, S)
+    steps = steps_of(tuned_model, start, 3)
+    experience = rolled(tuned_model, 1.0, "flow_sde")
 
     def gradient(weights: list[float] | None, beta: float) -> dict[str, Tensor]:
-        rows = None
+        weighted = experience
         if weights is not None:
-            rows = torch.zeros(4, 10).scatter(1, at, torch.tensor(weights).expand(4, -1))
-        weighted = replace(experience, steps=experience.steps._replace(loss_weight=rows))
+            table = torch.zeros(4, 10).scatter(1, at, torch.tensor(weights).expand(4, -1))
+            latents = torch.cat([experience.x, experience.x_next[-1:]])
+            rollout = Rollout(latents, experience.v_old, torch.zeros(3, 4), latents[-1])
+            weighted = experience_of(
+                rollout, steps._replace(loss_weight=table), experience.conditioning, experience.advantages, experience.weight
+            )
         update(learner_of(tuned_model, 1.0, beta=beta), [weighted])
         found = {n: p.grad.double() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
         tuned_model.transformer.zero_grad()
