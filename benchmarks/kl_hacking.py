@@ -15,8 +15,9 @@ of held-out prompts, always from the same noise:
     diversity    root mean square difference between two images of one prompt, likewise, mean over pairs and prompts
 
 The nearest image is found exactly, up to its grid: a scene is four cells that each hold one shape or none, so each cell
-has its own nearest drawing, of all shapes, colours, centres and radii. Two runs are compared at the last evaluation of the
-run with a KL, and at the evaluation of the run without whose reward is nearest to that.
+has its own nearest drawing, of all shapes, colours, centres and radii. What both can at best be is shown by true images:
+drawings of the same prompts, through the autoencoder. A run with a KL is taken at its last evaluation, and the run without
+at the one whose reward is nearest to that.
 
 Writes results/kl_hacking_DEVICE.{json,png}.
 """
@@ -40,14 +41,20 @@ from fastgrpo.config import load_config
 from fastgrpo.engine import finish as leave
 from fastgrpo.engine import start
 from fastgrpo.generation import generate
-from fastgrpo.tiny.render import BACKGROUND, coverage
-from fastgrpo.tiny.world import CELL, COLORS, JITTER, RADIUS, SHAPES
+from fastgrpo.tiny.pretrain import to_unit
+from fastgrpo.tiny.render import BACKGROUND, coverage, render
+from fastgrpo.tiny.world import CELL, COLORS, JITTER, RADIUS, SHAPES, sample_scene
 from fastgrpo.trainer import Trainer
 from fastgrpo.trajectory import SAMPLE
 
-WEIGHT = 3.0  # w: both parts then differ about as much between the base's images of one prompt
 SIZE = int(CELL)
 AT_ONCE = 100  # images
+NAMES = {
+    "reward": "reward", "accuracy": "accuracy", "kilobytes": "kilobytes as a JPEG",
+    "distance": "distance to the world, levels", "diversity": "diversity in a group, levels",
+}  # fmt: skip
+SHOWN, BELOW = ("reward", "accuracy", "distance", "diversity"), ("kilobytes", "accuracy", "distance", "diversity")
+LEVELS = (3, 4, 5, 6, 8, 10, 15, 20, 30)
 COLORS_OF_RUNS = ("#d1495b", "#2f6fdb", "#2a9d5c", "#8a5cc2")
 
 
@@ -95,6 +102,14 @@ def diversity(groups: Tensor) -> Tensor:
     return pairs.sum(dim=(1, 2)) / (flat.shape[1] * (flat.shape[1] - 1))
 
 
+def trainer_of(arguments: argparse.Namespace, beta: float, folder: str, device: torch.device) -> Trainer:
+    settings = [
+        f"output={folder}", f"objective.beta={beta}", "rollout.groups=8", "rollout.batch_size=64",
+        f"reward.train={{tiny_shapes: 1, jpeg_incompressibility: {arguments.weight}}}", *arguments.set,
+    ]  # fmt: skip
+    return Trainer(load_config(arguments.config, settings), 1, device)
+
+
 @torch.no_grad()
 def draw_images(trainer: Trainer, records: Sequence[dict]) -> Tensor:
     """One image of each record, by the averaged weights and as trained, but by the ODE."""
@@ -120,37 +135,42 @@ def prompts_of_each_tag(records: Sequence[dict], count: int) -> list[dict]:
     return chosen
 
 
-def evaluate(trainer: Trainer, iteration: int, records: Sequence[dict], size: int) -> Evaluation:
-    repeated = [record for record in records for _ in range(size)]
-    images = draw_images(trainer, repeated)
-    scores = trainer.reward(images, [record["prompt"] for record in repeated], repeated)
+def true_images(trainer: Trainer, records: Sequence[dict]) -> Tensor:
+    """A drawing of each record, through the autoencoder: no weights of the network could give better images."""
+    rng = np.random.default_rng(trainer.config.seed)
+    drawings = torch.from_numpy(np.stack([render(sample_scene(record, rng)) for record in records])).permute(0, 3, 1, 2)
+    vae, images = trainer.model.pipeline.vae, []
+    with torch.no_grad():
+        for part in drawings.to(vae.device).split(AT_ONCE):
+            latents = vae.encode(to_unit(part)).latent_dist.mean
+            images.append(trainer.model.decode((latents - vae.config.shift_factor) * vae.config.scaling_factor).cpu())
+    return torch.cat(images)
+
+
+def measure(trainer: Trainer, iteration: int, images: Tensor, records: Sequence[dict], size: int) -> Evaluation:
+    """images (P N, 3, H, W) of the records (P N), N = size of them of a prompt."""
+    scores = trainer.reward(images, [record["prompt"] for record in records], list(records))
     each = {
         "reward": trainer.reward.total(scores), "accuracy": scores[:, 0], "kilobytes": scores[:, 1],
         "distance": torch.cat([distance(part) for part in images.split(AT_ONCE)]),
     }  # fmt: skip
-    groups = images.unflatten(0, (len(records), size))
-    values = {name: value.view(len(records), size).mean(dim=1) for name, value in each.items()}
+    values = {name: value.unflatten(0, (-1, size)).mean(dim=1) for name, value in each.items()}
+    groups = images.unflatten(0, (-1, size))
     return Evaluation(iteration, groups, {**values, "diversity": diversity(groups)})
 
 
-def train(
-    arguments: argparse.Namespace, beta: float, folder: str, device: torch.device
-) -> tuple[list[Evaluation], list[dict]]:
-    """A run's evaluations, the base's first, and the records of their prompts."""
-    settings = [
-        f"output={folder}", f"objective.beta={beta}", "rollout.groups=8", "rollout.batch_size=64",
-        f"reward.train={{tiny_shapes: 1, jpeg_incompressibility: {arguments.weight}}}", *arguments.set,
-    ]  # fmt: skip
-    trainer = Trainer(load_config(arguments.config, settings), 1, device)
-    records = prompts_of_each_tag(trainer.evaluator.prompts.metadata, arguments.prompts)
-    evaluations = [evaluate(trainer, 0, records, arguments.group)]
+def train(arguments: argparse.Namespace, beta: float, trainer: Trainer, records: Sequence[dict]) -> list[Evaluation]:
+    """A run's evaluations, the base's first. Where nothing is right any more there is nothing left to lose: it stops."""
+    evaluations = [measure(trainer, 0, draw_images(trainer, records), records, arguments.group)]
     for iteration in tqdm(range(1, arguments.iterations + 1), desc=f"beta {beta:g}", leave=False, dynamic_ncols=True):
         trainer.iterate(iteration)
         if iteration % arguments.every == 0:
-            evaluations.append(evaluate(trainer, iteration, records, arguments.group))
+            images = draw_images(trainer, records)
+            evaluations.append(measure(trainer, iteration, images, records, arguments.group))
             tqdm.write(f"beta {beta:g}: {evaluations[-1].row()}")
-    trainer.engine.close()
-    return evaluations, records
+            if evaluations[-1].row()["accuracy"] == 0:
+                break
+    return evaluations
 
 
 def change(evaluation: Evaluation, base: Evaluation, name: str) -> dict[str, float]:
@@ -171,60 +191,63 @@ def at_reward(run: Sequence[Evaluation], reward: float) -> Evaluation:
     return min(run[1:], key=lambda evaluation: abs(evaluation.values["reward"].mean().item() - reward))
 
 
-def draw(runs: dict[float, list[Evaluation]], equal: dict[str, Evaluation], records: Sequence[dict]) -> Any:
-    figure = pyplot().figure(figsize=(13, 11), layout="constrained")
-    curves, pictures = figure.subfigures(2, 1, height_ratios=(6, 5))
-    draw_curves(curves, runs, equal)
-    draw_pictures(pictures, equal, records)
+def draw(
+    runs: dict[float, list[Evaluation]], truth: Evaluation, pictured: dict[str, Evaluation], prompts: list[str]
+) -> Any:
+    figure = pyplot().figure(figsize=(14, 11), layout="constrained")
+    curves, pictures = figure.subfigures(2, 1, height_ratios=(6, 4))
+    draw_curves(curves, runs, truth, pictured["with KL"].row()["reward"])
+    draw_pictures(pictures, pictured, prompts)
     return figure
 
 
-def draw_curves(figure: Any, runs: dict[float, list[Evaluation]], equal: dict[str, Evaluation]) -> None:
-    """Above against iterations, below against the reward, where height is what a reward has cost."""
-    panels = figure.subplots(2, 4)
-    names = {"reward": "reward", "accuracy": "accuracy", "distance": "distance to the world (levels)",
-             "diversity": "diversity in a group (levels)"}  # fmt: skip
+def draw_curves(figure: Any, runs: dict[float, list[Evaluation]], truth: Evaluation, reward: float) -> None:
+    """Above against iterations; below against the reward, where height is what a reward has cost."""
+    panels = figure.subplots(2, len(SHOWN))
     for color, (beta, run) in zip(COLORS_OF_RUNS, sorted(runs.items()), strict=False):
         rows = [evaluation.row() for evaluation in run]
-        label = f"beta {beta:g}" if beta else "no KL"
-        style = {"marker": ".", "color": color, "label": label}
-        for (above, below), (name, title) in zip(panels.T, names.items(), strict=True):
-            above.plot([row["iteration"] for row in rows], [row[name] for row in rows], **style)
-            shown = "kilobytes" if name == "reward" else name
-            below.plot([row["reward"] for row in rows], [row[shown] for row in rows], **style)
-            above.set(title=title, xlabel="iteration")
-            below.set(title="kilobytes of JPEG" if name == "reward" else title, xlabel="reward")
-    reward = equal["with KL"].values["reward"].mean().item()
+        style = {"marker": ".", "color": color, "label": f"beta {beta:g}" if beta else "no KL"}
+        for axes, name in zip(panels[0], SHOWN, strict=True):
+            axes.plot([row["iteration"] for row in rows], [row[name] for row in rows], **style)
+        for axes, name in zip(panels[1], BELOW, strict=True):
+            axes.plot([row["reward"] for row in rows], [row[name] for row in rows], **style)
+    for line, names, below in ((panels[0], SHOWN, "iteration"), (panels[1], BELOW, "reward")):
+        for axes, name in zip(line, names, strict=True):
+            axes.axhline(truth.row()[name], color="#888", linewidth=0.8, linestyle=":", label="true images")
+            axes.set(title=NAMES[name], xlabel=below, yscale="log" if name == "distance" else "linear")
+            if name == "distance":
+                axes.set_yticks(LEVELS, LEVELS)
+                axes.set_yticks([], minor=True)
     for axes in panels[1]:
-        axes.axvline(reward, color="#888", linewidth=0.8, linestyle="--")
-    panels[0, 0].legend(frameon=False)
+        axes.axvline(reward, color="#888", linewidth=0.8, linestyle="--", label="compared here")
+    panels[1, 0].legend(frameon=False, fontsize=8)
 
 
-def draw_pictures(figure: Any, equal: dict[str, Evaluation], records: Sequence[dict]) -> None:
+def draw_pictures(figure: Any, pictured: dict[str, Evaluation], prompts: list[str]) -> None:
     """Left the first image of several prompts, right several of one prompt: each column one prompt and one noise."""
-    count, each, many = len(records), 8, 6
-    first = [i * count // each for i in range(each)]
-    shown = [(p, 0) for p in first] + [(first[1], n) for n in range(1, many + 1)]
-    grid = figure.subplots(len(equal), len(shown), squeeze=False)
-    for line, (name, evaluation) in zip(grid, equal.items(), strict=True):
+    first = [i * len(prompts) // 10 for i in range(10)]
+    shown = [(p, 0) for p in first] + [(first[2], n) for n in range(1, 5)]
+    grid = figure.subplots(len(pictured), len(shown))
+    for line, (name, evaluation) in zip(grid, pictured.items(), strict=True):
         row = evaluation.row()
         for axes, (prompt, n) in zip(line, shown, strict=True):
             axes.imshow(evaluation.images[prompt, n].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel(f"{name}\nreward {row['reward']:.2f}\naccuracy {row['accuracy']:.0%}", fontsize=8)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        label = f"{name}\niteration {row['iteration']}\nreward {row['reward']:.2f}\naccuracy {row['accuracy']:.0%}"
+        line[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     for axes, (prompt, n) in zip(grid[0], shown, strict=True):
-        title = textwrap.fill(records[prompt]["prompt"], 12) if n == 0 else f"column 2's\nprompt,\nnoise {n + 1}"
-        axes.set_title(title, fontsize=7)
+        title = textwrap.fill(prompts[prompt], 14)
+        axes.set_title(title if n == 0 else f"{title}\n(noise {n + 1})", fontsize=7)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 3.0], help="0 and one or more above it")
-    parser.add_argument("--weight", type=float, default=WEIGHT, help="w, of the kilobytes in the reward")
+    parser.add_argument("--betas", type=float, nargs="+", default=[3.0], help="beside 0; pictures are of the first")
+    parser.add_argument("--weight", type=float, default=3.0, help="w, of the kilobytes in the reward")
     parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--every", type=int, default=5, help="iterations between evaluations")
+    parser.add_argument("--every", type=int, default=4, help="iterations between evaluations")
     parser.add_argument("--prompts", type=int, default=25)
     parser.add_argument("--group", type=int, default=16, help="images of a prompt in an evaluation")
     parser.add_argument("--quick", action="store_true")
@@ -234,17 +257,28 @@ def main() -> None:
         arguments.iterations, arguments.prompts, arguments.group = 20, 10, 8
     device, runs = start(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for beta in tqdm(arguments.betas, desc="runs", dynamic_ncols=True):
-            runs[beta], records = train(arguments, beta, folder, device)
-    strongest, without = runs[max(runs)], runs[0.0]
-    last = strongest[-1]
-    equal = {"base": without[0], "with KL": last, "without KL": at_reward(without, last.values["reward"].mean().item())}
+        for beta in tqdm([0.0, *arguments.betas], desc="runs", dynamic_ncols=True):
+            trainer = trainer_of(arguments, beta, folder, device)
+            chosen = prompts_of_each_tag(trainer.evaluator.prompts.metadata, arguments.prompts)
+            records = [record for record in chosen for _ in range(arguments.group)]
+            truth = measure(trainer, 0, true_images(trainer, records), records, arguments.group)
+            runs[beta] = train(arguments, beta, trainer, records)
+            trainer.engine.close()
+    base, prompts = runs[0.0][0], [record["prompt"] for record in chosen]
+    pairs = {beta: (runs[beta][-1], at_reward(runs[0.0], runs[beta][-1].row()["reward"])) for beta in arguments.betas}
     result = {
-        "weight": arguments.weight, "prompts": len(records), "group": arguments.group,
-        "equal_reward": {name: compared(evaluation, without[0]) for name, evaluation in equal.items()},
+        "weight": arguments.weight, "prompts": len(prompts), "group": arguments.group,
+        "true_images": truth.row(), "base": base.row(),
+        "equal_reward": [
+            {"beta": beta, "with_kl": compared(ours, base), "without_kl": compared(other, base)}
+            for beta, (ours, other) in pairs.items()
+        ],
         "runs": {f"beta {beta:g}": [evaluation.row() for evaluation in run] for beta, run in runs.items()},
     }  # fmt: skip
-    finish("kl_hacking_quick" if arguments.quick else "kl_hacking", result, draw(runs, equal, records))
+    ours, other = pairs[arguments.betas[0]]
+    rows = {"base": base, "with KL": ours, "without KL,\nequal reward": other, "without KL,\nat its end": runs[0.0][-1]}
+    figure = draw(runs, truth, rows, prompts)
+    finish("kl_hacking_quick" if arguments.quick else "kl_hacking", result, figure)
     leave()
 
 

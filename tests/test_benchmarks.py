@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
-from kl_hacking import Evaluation, at_reward, change, distance, diversity, prompts_of_each_tag  # noqa: E402
+from kl_hacking import Evaluation, at_reward, change, distance, diversity, prompts_of_each_tag, true_images  # noqa: E402
 from released import Released, Sample  # noqa: E402
 from scaling import communication  # noqa: E402
 from tradeoff import excess_noise, window  # noqa: E402
@@ -20,6 +21,7 @@ from tradeoff import excess_noise, window  # noqa: E402
 from fastgrpo import sde  # noqa: E402
 from fastgrpo.config import load_config  # noqa: E402
 from fastgrpo.prompts import load_prompts  # noqa: E402
+from fastgrpo.rewards import tiny_shapes  # noqa: E402
 from fastgrpo.tiny.render import BACKGROUND, render  # noqa: E402
 from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts  # noqa: E402
 from fastgrpo.update import Learner, update  # noqa: E402
@@ -126,16 +128,16 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
     return experience, learner
 
 
-def true_images(count: int) -> torch.Tensor:
+def drawings(count: int) -> torch.Tensor:
     rng = np.random.default_rng(0)
     _, records = split_prompts()
     scenes = [sample_scene(records[i], rng) for i in rng.integers(len(records), size=count)]
     return torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
 
 
-def test_true_images_are_near_the_world_and_noise_leads_away_from_it() -> None:
+def test_drawings_are_near_the_world_and_noise_leads_away_from_it() -> None:
     """Noise of s levels is s away: the few numbers of the nearest drawing explain next to nothing of it."""
-    images = true_images(30)
+    images = drawings(30)
     assert distance(images).max() < 4  # half a step of the grid of centres and radii
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator)
@@ -165,6 +167,13 @@ def test_the_distance_is_that_of_the_nearest_drawing() -> None:
     nearest = min(((blend[:16, :16] - patch) ** 2).sum() for patch in candidates)
     assert found[2].item() == pytest.approx((nearest / blend.size) ** 0.5, rel=0.02)
     assert found[2] > 5
+
+
+def test_true_images_show_what_was_asked_as_well_as_the_autoencoder_can() -> None:
+    records = split_prompts()[1][::40]
+    images = true_images(SimpleNamespace(config=SimpleNamespace(seed=0), model=load_tuned_model()), records)
+    assert tiny_shapes.strict(images, [record["prompt"] for record in records], records).tolist() == [1.0] * len(records)
+    assert 2 < distance(images).mean() < 4
 
 
 def test_diversity_is_the_mean_over_pairs() -> None:
