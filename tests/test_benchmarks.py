@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tuned_model
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
+from kl_hacking import Evaluation, at_reward, change, distance, diversity, prompts_of_each_tag, true_images  # noqa: E402
 from released import Released, Sample  # noqa: E402
 from scaling import communication  # noqa: E402
 from scored_runs import BASELINE, DEFAULT, RUNGS, Run, configuration, due, finished, reached  # noqa: E402
@@ -23,6 +26,9 @@ from tradeoff import excess_noise, window  # noqa: E402
 from fastgrpo import sde  # noqa: E402
 from fastgrpo.config import differences, load_config  # noqa: E402
 from fastgrpo.prompts import load_prompts  # noqa: E402
+from fastgrpo.rewards import tiny_shapes  # noqa: E402
+from fastgrpo.tiny.render import BACKGROUND, render  # noqa: E402
+from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts  # noqa: E402
 from fastgrpo.update import Learner, update  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
@@ -229,3 +235,78 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):  # noq
     objective = partial(clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
     learner = Learner(PlainEngine(Policy(model)), objective, model.reference, guidance_scale, model.dtype, len(prompts))
     return experience, result, learner
+
+
+def drawings(count: int) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    _, records = split_prompts()
+    scenes = [sample_scene(records[i], rng) for i in rng.integers(len(records), size=count)]
+    return torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
+
+
+def test_drawings_are_near_the_world_and_noise_leads_away_from_it() -> None:
+    """Noise of s levels is s away: the few numbers of the nearest drawing explain next to nothing of it."""
+    images = drawings(30)
+    assert distance(images).max() < 4  # half a step of the grid of centres and radii
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator)
+    means = [distance((images + level * noise).round().clamp(0, 255)).mean().item() for level in (5, 10, 20, 40)]
+    assert means == sorted(means)
+    assert 9 < means[1] < 11 and 16 < means[2] < 20
+
+
+def test_the_distance_is_that_of_the_nearest_drawing() -> None:
+    """Against the search over all pairs, written out for one cell; on the grid, a drawing is 0 away but for rounding."""
+    on_grid = [Shape("triangle", "green", 8.0, 8.0, 5.4), Shape("circle", "red", 8.15, 7.85, 4.8)]
+    patches = [render([shape])[:16, :16].astype(np.float64) for shape in on_grid]
+    empty = render([])
+    images = np.stack([empty.copy() for _ in range(3)])
+    for image, patch in zip(images, patches, strict=False):
+        image[:16, :16] = patch
+    blend = images[2]
+    blend[:16, :16] = np.round(0.7 * patches[0] + 0.3 * np.float64(BACKGROUND))  # a pale triangle
+    found = distance(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert found[:2].max() < 0.5
+
+    candidates = [
+        render([Shape(name, color, 8 + x, 8 + y, radius)])[:16, :16].astype(np.float64)
+        for name in SHAPES for color in COLORS for x in np.linspace(-0.3, 0.3, 5) for y in np.linspace(-0.3, 0.3, 5)
+        for radius in np.linspace(4.8, 6, 9)
+    ]  # fmt: skip
+    nearest = min(((blend[:16, :16] - patch) ** 2).sum() for patch in candidates)
+    assert found[2].item() == pytest.approx((nearest / blend.size) ** 0.5, rel=0.02)
+    assert found[2] > 5
+
+
+def test_true_images_show_what_was_asked_as_well_as_the_autoencoder_can() -> None:
+    records = split_prompts()[1][::40]
+    images = true_images(SimpleNamespace(config=SimpleNamespace(seed=0), model=load_tuned_model()), records)
+    assert tiny_shapes.strict(images, [record["prompt"] for record in records], records).tolist() == [1.0] * len(records)
+    assert 2 < distance(images).mean() < 4
+
+
+def test_diversity_is_the_mean_over_pairs() -> None:
+    """Three flat images at levels 0, 10 and 40 differ by 10, 30 and 40; three alike by nothing."""
+    levels = torch.tensor([[0, 10, 40], [7, 7, 7]], dtype=torch.uint8)
+    groups = levels[:, :, None, None, None].expand(2, 3, 3, 32, 32)
+    torch.testing.assert_close(diversity(groups), torch.tensor([80 / 3, 0.0]))
+
+
+def test_runs_are_compared_at_the_nearest_reward_and_against_the_base() -> None:
+    def evaluation(iteration: int, reward: float, distances: list[float]) -> Evaluation:
+        values = {"reward": torch.full((3,), reward), "distance": torch.tensor(distances)}
+        return Evaluation(iteration, torch.zeros(0), values)
+
+    base = evaluation(0, 2.0, [4.0, 5.0, 6.0])
+    run = [base, evaluation(5, 1.0, [4.0] * 3), evaluation(10, 2.4, [5.0, 6.0, 7.0]), evaluation(15, 3.1, [9.0, 5.0, 7.0])]
+    assert at_reward(run, 2.1) is run[2]
+    assert at_reward(run, 9.0) is run[3]
+    assert change(run[2], base, "distance") == {"relative": 0.2, "error": 0.0}  # each prompt moved alike
+    error = np.std([5.0, 0.0, 1.0], ddof=1) / 3**0.5 / 5
+    assert change(run[3], base, "distance") == {"relative": 0.4, "error": pytest.approx(error, abs=1e-4)}
+
+
+def test_evaluated_prompts_are_even_over_the_categories() -> None:
+    records = [{"tag": tag, "n": n} for tag, count in (("a", 10), ("b", 2), ("c", 5)) for n in range(count)]
+    chosen = [(record["tag"], record["n"]) for record in prompts_of_each_tag(records, 6)]
+    assert chosen == [("a", 0), ("a", 5), ("b", 0), ("b", 1), ("c", 0), ("c", 2)]
