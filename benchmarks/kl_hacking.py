@@ -243,7 +243,7 @@ def draw_pictures(figure: Any, pictured: dict[str, Evaluation], prompts: list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
     parser.add_argument("--betas", type=float, nargs="+", default=[3.0], help="beside 0; pictures are of the first")
     parser.add_argument("--weight", type=float, default=3.0, help="w, of the kilobytes in the reward")
     parser.add_argument("--iterations", type=int, default=60)
