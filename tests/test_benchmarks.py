@@ -13,7 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
-from kl_hacking import Evaluation, at_reward, change, distance, diversity, prompts_of_each_tag, true_images  # noqa: E402
+from kl_hacking import (  # noqa: E402
+    Evaluation,
+    at_reward,
+    by_category,
+    change,
+    distance,
+    diversity,
+    prompts_of_each_tag,
+    true_images,
+)
 from released import Released, Sample  # noqa: E402
 from scaling import communication  # noqa: E402
 from tradeoff import excess_noise, window  # noqa: E402
@@ -195,6 +204,15 @@ def test_runs_are_compared_at_the_nearest_reward_and_against_the_base() -> None:
     assert change(run[2], base, "distance") == {"relative": 0.2, "error": 0.0}  # each prompt moved alike
     error = np.std([5.0, 0.0, 1.0], ddof=1) / 3**0.5 / 5
     assert change(run[3], base, "distance") == {"relative": 0.4, "error": pytest.approx(error, abs=1e-4)}
+
+
+def test_categories_are_means_over_their_own_prompts() -> None:
+    values = {name: torch.tensor([1.0, 5.0, 3.0]) * factor for name, factor in
+              (("accuracy", 0.1), ("distance", 1.0), ("diversity", 10.0))}  # fmt: skip
+    assert by_category(Evaluation(0, torch.zeros(0), values), ["a", "b", "a"]) == {
+        "a": {"accuracy": 0.2, "distance": 2.0, "diversity": 20.0},
+        "b": {"accuracy": 0.5, "distance": 5.0, "diversity": 50.0},
+    }
 
 
 def test_evaluated_prompts_are_even_over_the_categories() -> None:
