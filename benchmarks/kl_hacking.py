@@ -1,6 +1,6 @@
 """What the KL is for: a reward that can be hacked, maximised with it and without, compared at equal reward.
 
-    python benchmarks/kl_hacking.py             about 25 minutes on two cores
+    python benchmarks/kl_hacking.py             ten minutes of one core
     python benchmarks/kl_hacking.py --quick     3 minutes: fewer iterations and images, one beta beside 0
 
 What is maximised is accuracy + w * kilobytes of the image as a JPEG. The first part is earned by drawing what was asked. The
@@ -126,7 +126,7 @@ def draw_images(trainer: Trainer, records: Sequence[dict]) -> Tensor:
 
 
 def prompts_of_each_tag(records: Sequence[dict], count: int) -> list[dict]:
-    """As many of each category, evenly spaced in the file."""
+    """As many of each category, evenly spaced in the file; a category that has fewer repeats some, with other noise."""
     tags = dict.fromkeys(record["tag"] for record in records)
     share, chosen = max(1, count // len(tags)), []
     for tag in tags:
@@ -181,9 +181,18 @@ def change(evaluation: Evaluation, base: Evaluation, name: str) -> dict[str, flo
     return {"relative": round(ours.mean().item() / scale - 1, 4), "error": round(error / scale, 4)}
 
 
-def compared(evaluation: Evaluation, base: Evaluation) -> dict[str, Any]:
+def compared(evaluation: Evaluation, base: Evaluation, tags: Sequence[str]) -> dict[str, Any]:
     changes = {name: change(evaluation, base, name) for name in ("distance", "diversity")}
-    return {**evaluation.row(), "against_base": changes}
+    return {**evaluation.row(), "against_base": changes, "categories": by_category(evaluation, tags)}
+
+
+def by_category(evaluation: Evaluation, tags: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The means of a category's prompts; tags are the prompts', (P,)."""
+    means = {}
+    for tag in dict.fromkeys(tags):
+        mine = torch.tensor([other == tag for other in tags])
+        means[tag] = {name: round(evaluation.values[name][mine].mean().item(), 4) for name in SHOWN[1:]}
+    return means
 
 
 def at_reward(run: Sequence[Evaluation], reward: float) -> Evaluation:
@@ -244,7 +253,7 @@ def draw_pictures(figure: Any, pictured: dict[str, Evaluation], prompts: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
-    parser.add_argument("--betas", type=float, nargs="+", default=[3.0], help="beside 0; pictures are of the first")
+    parser.add_argument("--betas", type=float, nargs="+", default=[3.0, 1.0], help="beside 0; pictures are of the first")
     parser.add_argument("--weight", type=float, default=3.0, help="w, of the kilobytes in the reward")
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--every", type=int, default=4, help="iterations between evaluations")
@@ -255,6 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.iterations, arguments.prompts, arguments.group = 20, 10, 8
+        arguments.betas = arguments.betas[:1]
     device, runs = start(), {}
     with tempfile.TemporaryDirectory() as folder:
         for beta in tqdm([0.0, *arguments.betas], desc="runs", dynamic_ncols=True):
@@ -264,13 +274,13 @@ def main() -> None:
             truth = measure(trainer, 0, true_images(trainer, records), records, arguments.group)
             runs[beta] = train(arguments, beta, trainer, records)
             trainer.engine.close()
-    base, prompts = runs[0.0][0], [record["prompt"] for record in chosen]
+    base, prompts, tags = runs[0.0][0], [record["prompt"] for record in chosen], [record["tag"] for record in chosen]
     pairs = {beta: (runs[beta][-1], at_reward(runs[0.0], runs[beta][-1].row()["reward"])) for beta in arguments.betas}
     result = {
         "weight": arguments.weight, "prompts": len(prompts), "group": arguments.group,
-        "true_images": truth.row(), "base": base.row(),
+        "true_images": compared(truth, base, tags), "base": compared(base, base, tags),
         "equal_reward": [
-            {"beta": beta, "with_kl": compared(ours, base), "without_kl": compared(other, base)}
+            {"beta": beta, "with_kl": compared(ours, base, tags), "without_kl": compared(other, base, tags)}
             for beta, (ours, other) in pairs.items()
         ],
         "runs": {f"beta {beta:g}": [evaluation.row() for evaluation in run] for beta, run in runs.items()},

@@ -16,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
-from kl_hacking import Evaluation, at_reward, change, distance, diversity, prompts_of_each_tag, true_images  # noqa: E402
+from kl_hacking import (  # noqa: E402
+    Evaluation,
+    at_reward,
+    by_category,
+    change,
+    distance,
+    diversity,
+    prompts_of_each_tag,
+    true_images,
+)
 from released import Released, Sample  # noqa: E402
 from scaling import communication  # noqa: E402
 from scored_runs import BASELINE, DEFAULT, RUNGS, Run, configuration, due, finished, reached  # noqa: E402
@@ -174,7 +183,7 @@ import common
 common.RESULTS = Path(sys.argv[1])
 import time_to_score
 options = sys.argv[2:]
-for budget in ("1", "2"):
+for budget in ("2", "4"):
     sys.argv[1:] = [*options, "--budget", budget]
     time_to_score.main()
 """
@@ -188,13 +197,13 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     options = [
         "--recipes", "flow_grpo", "+guidance", "--seeds", "7", "--scores", "0", "1.1", "--images", "5", "--steps", "2",
-        "--every", "0.4", "--rounds", "1", "--workers", "1", "--work", str(tmp_path / "work"),
+        "--every", "0.8", "--rounds", "1", "--workers", "1", "--work", str(tmp_path / "work"),
     ]  # fmt: skip
     settings = [part for setting in small for part in ("--set", setting)]
     root = CONFIG.parent.parent
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     command = [sys.executable, "-c", WHOLE, str(tmp_path), *options, *settings]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     before, after = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert after == json.loads((tmp_path / "time_to_score_cpu.json").read_text())
@@ -205,7 +214,7 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     for short, long in zip(before["results"], after["results"], strict=True):
         any_score, no_score = long["scores"]["0"], long["scores"]["1.1"]
         assert any_score["reached"] and not no_score["reached"]
-        assert no_score["by_seed"] == {"7": "not reached in 2 seconds"} and no_score["speed_up"]["seconds"]["times"] is None
+        assert no_score["by_seed"] == {"7": "not reached in 4 seconds"} and no_score["speed_up"]["seconds"]["times"] is None
         assert any_score["seconds"] == pytest.approx(any_score["iterations"] * long["seconds_per_iteration"], abs=0.06)
         assert long["curves"]["7"][: len(short["curves"]["7"])] == short["curves"]["7"], "evaluated anew"
         assert len(long["curves"]["7"]) > len(short["curves"]["7"]) > 2
@@ -304,6 +313,15 @@ def test_runs_are_compared_at_the_nearest_reward_and_against_the_base() -> None:
     assert change(run[2], base, "distance") == {"relative": 0.2, "error": 0.0}  # each prompt moved alike
     error = np.std([5.0, 0.0, 1.0], ddof=1) / 3**0.5 / 5
     assert change(run[3], base, "distance") == {"relative": 0.4, "error": pytest.approx(error, abs=1e-4)}
+
+
+def test_categories_are_means_over_their_own_prompts() -> None:
+    values = {name: torch.tensor([1.0, 5.0, 3.0]) * factor for name, factor in
+              (("accuracy", 0.1), ("distance", 1.0), ("diversity", 10.0))}  # fmt: skip
+    assert by_category(Evaluation(0, torch.zeros(0), values), ["a", "b", "a"]) == {
+        "a": {"accuracy": 0.2, "distance": 2.0, "diversity": 20.0},
+        "b": {"accuracy": 0.5, "distance": 5.0, "diversity": 50.0},
+    }
 
 
 def test_evaluated_prompts_are_even_over_the_categories() -> None:
