@@ -24,7 +24,7 @@ Iterations to a score: a deterministic ODE draws held-out images with the averag
 noise at every evaluation and for every recipe of a seed. Evaluations are due at the same seconds of training in all
 recipes, and their own time does not count. A score is reached at the first of two evaluations in a row that are at or
 above it: one alone may be luck. What is not reached within the budget gives a bound, "> 8.5x" where that is the
-baseline.
+baseline. The ODE takes 20 steps: of 200 images 40 steps judge 2% otherwise for the base and 1% for a trained model.
 
 A run ends when it has reached the highest score, or at its budget: `--budget` seconds of training, or `--multiple`
 times what the default took with the same seed. Runs are kept in `--work`, evaluation by evaluation, and the same
