@@ -192,6 +192,17 @@ def check_not_finite(engine: Engine) -> dict[str, bool]:
     return checks
 
 
+def check_accumulation(engine: Engine) -> dict[str, bool]:
+    """A gradient, and after it 64 times 2^-9 of it, each of which a sum in bfloat16 would round away."""
+    engine.set_learning_rate(0.0)  # so that all of them are of the same weights
+    batch, norms = {name: tensor[:1].to(engine.device) for name, tensor in make_batch(99, 1).items()}, []
+    for factors in ([1.0], [1.0] + [2.0**-9] * 64):
+        for i, factor in enumerate(factors, 1):
+            engine.backward(micro_loss(engine, batch, engine.dtype) * factor, last=i == len(factors))
+        norms.append(engine.step().item())
+    return {"small gradients count": abs(norms[1] / norms[0] - 1.125) < 5e-3}
+
+
 def check_collectives(engine: Engine) -> dict[str, bool]:
     ranks = list(range(engine.world_size))
     own = torch.tensor([[engine.rank, 7]], device=engine.device)
@@ -219,7 +230,7 @@ def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str
     save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", UPDATES, {"ema": ema.state_dict(), "seed": 1})
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
     final = engine.trained_state("cpu")
-    checks |= check_not_finite(engine) | check_collectives(engine)
+    checks |= check_not_finite(engine) | check_collectives(engine) | check_accumulation(engine)
     engine.close()
     seen = {"losses": losses + more_losses, "norms": norms + more_norms, "state": state}
     return {**seen, "more": more, "final": final, "checks": checks}
