@@ -167,8 +167,9 @@ class ObjectiveConfig:
     """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
     log_prob_weight: Literal["exact", "cps_reference"] = "exact"
     """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
-    step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
-    """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard)."""
+    step_weight: Literal["uniform", "tempflow", "guard"] | None = None
+    """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard). Left
+    out: the objective's own, which is guard for guard and uniform for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)

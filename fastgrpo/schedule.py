@@ -30,6 +30,7 @@ def group_steps(
     if rollout.after_window.compress_ratio != 1:
         sigmas = compressed(sigmas, int(start[0]) + size, rollout.after_window.compress_ratio)
     sampler, noise_level = rollout.sampler, rollout.noise_level
+    step_weight = objective.step_weight or OBJECTIVES[objective.name].step_weight
     trained = trained_steps(start, size, sigmas.numel() - 1)
     steps = Steps(
         sigmas=sigmas,
@@ -37,7 +38,7 @@ def group_steps(
         start=start,
         size=size,
         kl_weight=sde.kl_weights(sampler, sigmas, noise_level, objective.kl).float(),
-        loss_weight=sde.step_weights(objective.step_weight, sampler, sigmas, noise_level, trained).float(),
+        loss_weight=sde.step_weights(step_weight, sampler, sigmas, noise_level, trained).float(),
         siblings=rollout.group_size if rollout.shared_noise else 1,
         prefix=int(start[0]) if rollout.shared_noise else 0,
     )

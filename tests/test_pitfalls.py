@@ -288,7 +288,7 @@ def test_every_pitfall_has_its_test() -> None:
 def test_late_steps_outweigh_early_ones(tmp_path: Path) -> None:
     """The gradient's scale |c_v| / s grows 31 times along SD3.5's 10 steps: Guard's 1 / |dt| must reach the loss."""
     window = "rollout.window={kind: fixed, start: 1, size: 2}"
-    trainer = trainer_of(tmp_path, "objective.name=guard", "objective.step_weight=guard", window)
+    trainer = trainer_of(tmp_path, "objective.name=guard", window)
     losses = losses_of(trainer)
     trainer.iterate(1)
     dt = -trainer.model.sigmas(STEPS).double().diff()

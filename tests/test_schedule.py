@@ -55,6 +55,14 @@ def test_step_weights_are_each_groups_own(name: str) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-6, atol=0)
 
 
+def test_a_step_weight_left_out_is_the_objectives_own() -> None:
+    for name, own in {"clip": "uniform", "dppo": "uniform", "guard": "guard"}.items():
+        left_out, named = (steps_of(objective=ObjectiveConfig(name=name, step_weight=w)) for w in (None, own))
+        assert torch.equal(left_out.loss_weight, named.loss_weight)
+    uniform = steps_of(objective=ObjectiveConfig(name="guard", step_weight="uniform"))
+    assert not torch.equal(left_out.loss_weight, uniform.loss_weight)
+
+
 @pytest.mark.parametrize("window", [Window(kind="random", size=3, range=(0, 8)), ROLLOUT.window, Window()])
 def test_second_order_after_the_window_and_only_there(window: Window) -> None:
     plain, steps = steps_of(window=window), steps_of(window=window, after_window=AfterWindow(solver="dpmpp_2m"))

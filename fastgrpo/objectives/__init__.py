@@ -40,13 +40,15 @@ class Objective:
     """Whose velocity is v_old: that of the policy that sampled, of the model before training, or none's: v_old = 0."""
     pairs: bool = False
     """Rows 2i and 2i + 1 are a chosen and a rejected sample of one prompt, with one t and one noise."""
+    step_weight: str = "uniform"
+    """Of the steps' losses, where the configuration names none."""
     may_be_zero: tuple[str, ...] = ()
     """Settings that may be 0; all other numbers must be above it."""
 
 
 OBJECTIVES: dict[str, Objective] = {
     "clip": Objective(loss=clip),
-    "guard": Objective(loss=guard),
+    "guard": Objective(loss=guard, step_weight="guard"),
     "dppo": Objective(loss=dppo),
     "nft": Objective(loss=nft, forward=True),
     "awm": Objective(loss=awm, forward=True, may_be_zero=("time_power", "ema_beta")),
