@@ -35,7 +35,7 @@ from tradeoff import excess_noise, window  # noqa: E402
 from fastgrpo import sde  # noqa: E402
 from fastgrpo.config import differences, load_config  # noqa: E402
 from fastgrpo.prompts import load_prompts  # noqa: E402
-from fastgrpo.rewards import tiny_shapes  # noqa: E402
+from fastgrpo.rewards import tiny  # noqa: E402
 from fastgrpo.tiny.render import BACKGROUND, render  # noqa: E402
 from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts  # noqa: E402
 from fastgrpo.update import Learner, update  # noqa: E402
@@ -290,7 +290,7 @@ def test_the_distance_is_that_of_the_nearest_drawing() -> None:
 def test_true_images_show_what_was_asked_as_well_as_the_autoencoder_can() -> None:
     records = split_prompts()[1][::40]
     images = true_images(SimpleNamespace(config=SimpleNamespace(seed=0), model=load_tuned_model()), records)
-    assert tiny_shapes.strict(images, [record["prompt"] for record in records], records).tolist() == [1.0] * len(records)
+    assert tiny.shapes(images, [record["prompt"] for record in records], records).tolist() == [1.0] * len(records)
     assert 2 < distance(images).mean() < 4
 
 

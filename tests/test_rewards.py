@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.rewards import RewardSum, checked, load_reward, load_rewards, reward_version
+from fastgrpo.rewards import RewardSum, checked, load_reward, load_rewards, reward_version, score_range
 from fastgrpo.tiny.render import render
 from fastgrpo.tiny.world import sample_scene, split_prompts
 
@@ -22,6 +22,7 @@ def test_tiny_shapes_scores_true_and_false_images(name: str) -> None:
     assert scores.dtype == torch.float32 and scores.shape == (len(records),) and (scores == 1).all()
     wrong = load_reward(name)(images.roll(1, 0), prompts, records)
     assert (wrong < 1).all() and (wrong >= 0).all()
+    assert score_range(load_reward(name)) == (0, 1)
 
 
 def test_a_reward_of_ones_own_needs_no_registration() -> None:

@@ -30,10 +30,10 @@ Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
 
 REWARDS = {
-    "tiny_shapes": "fastgrpo.rewards.tiny_shapes:strict",
-    "tiny_shapes_graded": "fastgrpo.rewards.tiny_shapes:graded",
-    "tiny_text": "fastgrpo.rewards.tiny_text:strict",
-    "tiny_text_graded": "fastgrpo.rewards.tiny_text:graded",
+    "tiny_shapes": "fastgrpo.rewards.tiny:shapes",
+    "tiny_shapes_graded": "fastgrpo.rewards.tiny:shapes_graded",
+    "tiny_text": "fastgrpo.rewards.tiny:text",
+    "tiny_text_graded": "fastgrpo.rewards.tiny:text_graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
     "clip_score": "fastgrpo.rewards.clip:ClipScore",
