@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.config import Config
+from fastgrpo.keys import Config
 from fastgrpo.models.sd3 import SD3
 from fastgrpo.prompts import PromptSet, prompts_of_iteration
 from fastgrpo.rewards import load_reward

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.advantages import Advantages
-from fastgrpo.config import Config
 from fastgrpo.ema import Ema, lagging
 from fastgrpo.engine import Engine
 from fastgrpo.forward import noise_levels, noised
+from fastgrpo.keys import Config
 from fastgrpo.objectives import OBJECTIVES, effective_clip_range, settings_of
 from fastgrpo.pairs import Pairs
 from fastgrpo.trajectory import Batch, Experience, experience_of

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from fastgrpo import sde
 from fastgrpo.after_window import compressed, dpmpp_2m
+from fastgrpo.keys import ObjectiveConfig, RolloutConfig
 from fastgrpo.objectives import OBJECTIVES
 from fastgrpo.trajectory import Steps
 from fastgrpo.windows import differ_by_group, trained_steps, window_size, window_starts
 
 
 def group_steps(
-    rollout,  # noqa: ANN001 (fastgrpo.config.RolloutConfig)
-    objective,  # noqa: ANN001 (fastgrpo.config.ObjectiveConfig)
+    rollout: RolloutConfig,
+    objective: ObjectiveConfig,
     sigmas: Tensor,  # (rollout.num_steps + 1,)
     iteration: int,
     seed: int,
@@ -45,7 +46,7 @@ def group_steps(
     return _second_order(steps) if rollout.after_window.solver == "dpmpp_2m" else steps
 
 
-def _without_window(rollout, sigmas: Tensor) -> Steps:  # noqa: ANN001
+def _without_window(rollout: RolloutConfig, sigmas: Tensor) -> Steps:
     """The ODE alone, of which only the end is trained on."""
     if rollout.shared_noise or rollout.after_window.compress_ratio != 1:
         raise ValueError(
@@ -73,7 +74,7 @@ def _second_order(steps: Steps) -> Steps:
     return steps._replace(table=table, history=torch.where(after, c_p / c_x, 0.0).float())
 
 
-def _check(rollout) -> None:  # noqa: ANN001
+def _check(rollout: RolloutConfig) -> None:
     """What needs one window for all groups, and whole groups in a batch."""
     one_window = {
         f"after_window.compress_ratio {rollout.after_window.compress_ratio}": rollout.after_window.compress_ratio != 1,

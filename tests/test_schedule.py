@@ -8,7 +8,7 @@ from test_sde import SD3, schedule
 
 from fastgrpo import sde
 from fastgrpo.after_window import AfterWindow, compressed, dpmpp_2m
-from fastgrpo.config import ObjectiveConfig, RolloutConfig
+from fastgrpo.keys import ObjectiveConfig, RolloutConfig
 from fastgrpo.schedule import group_steps
 from fastgrpo.trajectory import Steps
 from fastgrpo.windows import Window, window_starts
