@@ -26,10 +26,11 @@ from fastgrpo.schema import apply_override, build, plain
 from fastgrpo.trainer import Trainer
 
 BASELINE, DEFAULT = "flow_grpo", "default"
-RUNGS = {  # what each takes from the default, beside what those before it took; after the last, all else
+GRPO = "tiny_shapes_grpo.yaml"  # the last rung; from there to the default it is the objective
+RUNGS = {  # what each takes from it, beside what those before it took
     "+guidance": ["rollout.guidance_scale"],
     "+window": ["rollout"],
-    "+kl": ["objective.beta", "objective.kl", "update.micro_batch_size", "update.old_velocity"],
+    "+kl": ["objective"],
 }
 GROWTH = 0.08  # of all seconds of training so far: the distance between evaluations, once that is more than `every`
 
@@ -52,11 +53,11 @@ def configuration(name: str) -> Config:
     """Of a recipe, or of a rung between the baseline and the default."""
     if name not in RUNGS:
         return load_config(ROOT / "configs" / ("tiny_shapes.yaml" if name == DEFAULT else f"recipes/tiny/{name}.yaml"))
-    data, default = plain(configuration(BASELINE)), plain(configuration(DEFAULT))
+    data, last = plain(configuration(BASELINE)), plain(load_config(ROOT / "configs" / GRPO))
     names = list(RUNGS)
     for key in (key for rung in names[: names.index(name) + 1] for key in RUNGS[rung]):
         section, _, field = key.partition(".")
-        data[section] = {**data[section], field: default[section][field]} if field else default[section]
+        data[section] = {**data[section], field: last[section][field]} if field else last[section]
     config = build(Config, data)
     check(config)
     return config

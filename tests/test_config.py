@@ -11,7 +11,7 @@ from fastgrpo.models.adapter import read_architecture
 from fastgrpo.prompts import INPUT, check_held_out, load_prompts
 from fastgrpo.windows import Window
 
-TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
+TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes_grpo.yaml"
 
 
 @pytest.mark.parametrize("path", sorted(TINY.parent.glob("*.yaml")), ids=lambda path: path.stem)
@@ -164,8 +164,11 @@ ALGORITHM = ("rollout", "advantage", "objective", "forward", "update")
 # What the recipes of a model share: batches, the averaging, and in the tiny world the learning rate.
 SHARED = {"rollout.groups", "rollout.group_size", "rollout.batch_size", "update.ema_decay", "update.learning_rate"}
 
+FORWARD = {"forward.num_timesteps", "forward.range"}
 UNREAD = {  # what a recipe's objective does not ask for
-    "dppo": {"objective.clip_range"},
+    "clip": FORWARD,
+    "guard": FORWARD,
+    "dppo": {"objective.clip_range", *FORWARD},
     "nft": {"rollout.noise_level", "rollout.window", "objective.clip_range", "objective.log_prob_weight"},
     "awm": {"rollout.noise_level", "rollout.window", "objective.log_prob_weight"},
 }
@@ -191,7 +194,7 @@ def test_a_recipe_is_its_own_on_the_same_base(world: str, name: str) -> None:
         assert change.startswith((*(f"{section}." for section in ALGORITHM), "evaluation.guidance_scale")), change
     assert config.output == Path("runs") / "recipes" / world / name
     said = set().union(*(keys for _, keys in own))
-    free = SHARED | UNREAD.get(config.objective.name, set())
+    free = SHARED | UNREAD[config.objective.name]
     assert tuned - said <= free, f"{path.name} takes over what {base} tuned"
     if world == "tiny":
         assert not said & SHARED
@@ -281,7 +284,8 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, texts: dict[str, str
 
 def test_several_rewards_and_their_settings(tmp_path: Path) -> None:
     """A path in the file is relative to it, a path in an override to the working directory; the dump keeps both."""
-    text = TINY.read_text().replace("../", f"{TINY.parent}/../").replace("  train: tiny_shapes\n", """
+    text = (TINY.parent / "tiny_shapes.yaml").read_text()
+    text = text.replace("../", f"{TINY.parent}/../").replace("  train: tiny_shapes\n", """
   train: {tiny_shapes: 1, "mine:Class": 0.5}
   settings: {"mine:Class": {path: ./weights, nested: {path: ../b, names: [a, 1]}}}
 """)

@@ -155,7 +155,7 @@ def test_nothing_to_draft_and_half_drafts_are_refused() -> None:
     model.train_all(keep_reference=False)
     with pytest.raises(ValueError, match="no frozen linear layer"):
         model.prepare_drafts()
-    config = TINY_WEIGHTS.parent.parent.parent / "configs" / "tiny_shapes.yaml"
+    config = TINY_WEIGHTS.parent.parent.parent / "configs" / "tiny_shapes_grpo.yaml"
     with pytest.raises(ConfigError, match=r"rollout\.precision = 'fp8'.*update\.old_velocity=recompute"):
         load_config(config, ["rollout.precision=fp8"])
     with pytest.raises(ConfigError, match=r"model\.train=lora"):

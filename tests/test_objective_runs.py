@@ -16,7 +16,7 @@ from fastgrpo.learning import learning_rate
 from fastgrpo.schema import ConfigError
 from fastgrpo.testing import load_family
 
-CONFIG = ROOT / "configs" / "tiny_shapes.yaml"
+CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 ODE = ["rollout.sampler=ode"]
 
 

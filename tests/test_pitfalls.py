@@ -136,7 +136,7 @@ TESTS = {
     "images are decoded in tiles": ["test_pitfalls.py::test_images_decoded_in_tiles"],
 }
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes_grpo.yaml"
 GROUPS, SIZE, BATCH, STEPS = 3, 4, 3, 5  # batches of one and a half prompts: groups are split
 SMALL = [
     f"rollout.groups={GROUPS}", f"rollout.group_size={SIZE}", f"rollout.batch_size={BATCH}", f"rollout.num_steps={STEPS}",

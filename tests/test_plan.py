@@ -211,7 +211,7 @@ def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path
 
 
 def test_random_weights_of_nothing_are_refused() -> None:
-    tiny_shapes = CONFIG.parent / "tiny_shapes.yaml"
+    tiny_shapes = CONFIG.parent / "tiny_shapes_grpo.yaml"
     with pytest.raises(ConfigError, match=r"model\.random_weights = True.*model\.architecture"):
         load_config(tiny_shapes, ["model.random_weights=true"])
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "tiny_shapes.yaml"
+CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 SMALL = [
     "iterations=4", "rollout.groups=4", "rollout.group_size=4", "rollout.batch_size=4", "rollout.num_steps=4",
     "rollout.window={kind: random, size: 2}", "model.lora={rank: 4, alpha: 8}", "evaluation.images=10",
