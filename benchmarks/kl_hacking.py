@@ -16,7 +16,8 @@ of held-out prompts, always from the same noise:
 
 The nearest image is found exactly, up to its grid: a scene is four cells that each hold one shape or none, so each cell
 has its own nearest drawing, of all shapes, colours, centres and radii. What both can at best be is shown by true images:
-drawings of the same prompts, through the autoencoder. A run with a KL is taken at its last evaluation, and the run without
+drawings of the same prompts, through the autoencoder. (A base that draws other things than were asked is more diverse than
+they are: what is left of its diversity when it draws what was asked is theirs.) A run with a KL is taken at its last evaluation, and the run without
 at the one whose reward is nearest to that.
 
 Writes results/kl_hacking_DEVICE.{json,png}.
@@ -173,17 +174,20 @@ def train(arguments: argparse.Namespace, beta: float, trainer: Trainer, records:
     return evaluations
 
 
-def change(evaluation: Evaluation, base: Evaluation, name: str) -> dict[str, float]:
-    """A value against the base's, relative, and its standard error over prompts, paired."""
-    ours, theirs = evaluation.values[name], base.values[name]
+def change(evaluation: Evaluation, other: Evaluation, name: str) -> dict[str, float]:
+    """A value against another's, relative, and its standard error over prompts, paired."""
+    ours, theirs = evaluation.values[name], other.values[name]
     scale = theirs.mean().item()
     error = (ours - theirs).std().item() / math.sqrt(len(ours))
     return {"relative": round(ours.mean().item() / scale - 1, 4), "error": round(error / scale, 4)}
 
 
-def compared(evaluation: Evaluation, base: Evaluation, tags: Sequence[str]) -> dict[str, Any]:
-    changes = {name: change(evaluation, base, name) for name in ("distance", "diversity")}
-    return {**evaluation.row(), "against_base": changes, "categories": by_category(evaluation, tags)}
+def compared(evaluation: Evaluation, base: Evaluation, truth: Evaluation, tags: Sequence[str]) -> dict[str, Any]:
+    against = {
+        f"against_{key}": {name: change(evaluation, other, name) for name in ("distance", "diversity")}
+        for key, other in (("base", base), ("truth", truth))
+    }
+    return {**evaluation.row(), **against, "categories": by_category(evaluation, tags)}
 
 
 def by_category(evaluation: Evaluation, tags: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -256,7 +260,7 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs="+", default=[3.0, 1.0], help="beside 0; pictures are of the first")
     parser.add_argument("--weight", type=float, default=3.0, help="w, of the kilobytes in the reward")
     parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--every", type=int, default=4, help="iterations between evaluations")
+    parser.add_argument("--every", type=int, default=2, help="iterations between evaluations")
     parser.add_argument("--prompts", type=int, default=25)
     parser.add_argument("--group", type=int, default=16, help="images of a prompt in an evaluation")
     parser.add_argument("--quick", action="store_true")
@@ -278,9 +282,13 @@ def main() -> None:
     pairs = {beta: (runs[beta][-1], at_reward(runs[0.0], runs[beta][-1].row()["reward"])) for beta in arguments.betas}
     result = {
         "weight": arguments.weight, "prompts": len(prompts), "group": arguments.group,
-        "true_images": compared(truth, base, tags), "base": compared(base, base, tags),
+        "true_images": compared(truth, base, truth, tags), "base": compared(base, base, truth, tags),
         "equal_reward": [
-            {"beta": beta, "with_kl": compared(ours, base, tags), "without_kl": compared(other, base, tags)}
+            {
+                "beta": beta,
+                "with_kl": compared(ours, base, truth, tags),
+                "without_kl": compared(other, base, truth, tags),
+            }
             for beta, (ours, other) in pairs.items()
         ],
         "runs": {f"beta {beta:g}": [evaluation.row() for evaluation in run] for beta, run in runs.items()},

@@ -8,8 +8,9 @@ base.
     seconds to a score = iterations to the score x seconds an iteration
 
 A recipe is configs/recipes/tiny/NAME.yaml, `default` is configs/tiny_shapes.yaml, and all are compared with
-`flow_grpo`. From there to the default leads a ladder, on which each rung takes over one cause more of the difference
-(RUNGS in scored_runs.py).
+`flow_grpo`. From there to the default leads a ladder, on which each rung takes over one cause more of the difference: no
+guidance, a rollout of fewer steps with a window, another clip and KL (which is configs/tiny_shapes_grpo.yaml), and last
+another objective.
 
 Seconds an iteration are measured first, all recipes in turn in one process, as the fastest of a few iterations after
 one to warm up. On a CPU they are the processor's own, in one thread: what the wall would show on a machine with nothing
