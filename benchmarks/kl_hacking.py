@@ -17,8 +17,8 @@ of held-out prompts, always from the same noise:
 The nearest image is found exactly, up to its grid: a scene is four cells that each hold one shape or none, so each cell
 has its own nearest drawing, of all shapes, colours, centres and radii. What both can at best be is shown by true images:
 drawings of the same prompts, through the autoencoder. (A base that draws other things than were asked is more diverse than
-they are: what is left of its diversity when it draws what was asked is theirs.) A run with a KL is taken at its last evaluation, and the run without
-at the one whose reward is nearest to that.
+they are; once it draws what was asked, their diversity is what is left.) A run with a KL is taken at its last evaluation,
+and the run without at the one whose reward is nearest to that.
 
 Writes results/kl_hacking_DEVICE.{json,png}.
 """
