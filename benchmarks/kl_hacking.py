@@ -1,6 +1,6 @@
 """What the KL is for: a reward that can be hacked, maximised with it and without, compared at equal reward.
 
-    python benchmarks/kl_hacking.py             ten minutes of one core
+    python benchmarks/kl_hacking.py             twenty minutes of one core
     python benchmarks/kl_hacking.py --quick     3 minutes: fewer iterations and images, one beta beside 0
 
 What is maximised is accuracy + w * kilobytes of the image as a JPEG. The first part is earned by drawing what was asked. The
@@ -257,9 +257,9 @@ def draw_pictures(figure: Any, pictured: dict[str, Evaluation], prompts: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "ten_steps.yaml")
-    parser.add_argument("--betas", type=float, nargs="+", default=[3.0, 1.0], help="beside 0; pictures are of the first")
+    parser.add_argument("--betas", type=float, nargs="+", default=[5.0, 3.0], help="beside 0; pictures are of the first")
     parser.add_argument("--weight", type=float, default=3.0, help="w, of the kilobytes in the reward")
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=72)
     parser.add_argument("--every", type=int, default=2, help="iterations between evaluations")
     parser.add_argument("--prompts", type=int, default=25)
     parser.add_argument("--group", type=int, default=16, help="images of a prompt in an evaluation")
