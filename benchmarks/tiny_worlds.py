@@ -1,10 +1,10 @@
-"""The headline on the tiny world: base and trained accuracy over several seeds, each a run as `make train` does it.
+"""The headline on a tiny world: base and trained accuracy over several seeds, each a run as `make train` does it.
 
-    python benchmarks/tiny_shapes.py                 seeds 0, 1, 2 one after the other; ends in one JSON line
-    python benchmarks/tiny_shapes.py --seeds 0 --runs runs/seeds
+    python benchmarks/tiny_worlds.py                 seeds 0, 1, 2 one after the other; ends in one JSON line
+    python benchmarks/tiny_worlds.py --config configs/tiny_text.yaml --seeds 0
 
-Writes results/tiny_shapes.json, results/tiny_shapes.png (reward while training, accuracy by category) and
-results/tiny_shapes_samples.png (base above trained, for the same prompts and the same noise).
+Writes results/NAME.json, results/NAME.png (reward while training, accuracy by category) and results/NAME_samples.png (base
+above trained, for the same prompts and the same noise), named after the configuration.
 """
 
 import argparse
@@ -82,16 +82,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_shapes.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tiny_shapes_seeds", help="where the runs are kept")
+    parser.add_argument("--runs", type=Path, default=None, help="where the runs are kept; otherwise runs/NAME_seeds")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    runs = [args.runs.resolve() / str(seed) for seed in args.seeds]
-    summaries = [train(args.config, seed, run, args.set) for seed, run in zip(args.seeds, runs, strict=True)]
+    config, name = args.config.resolve(), args.config.stem
+    folder = (args.runs or ROOT / "runs" / f"{name}_seeds").resolve()
+    runs = [folder / str(seed) for seed in args.seeds]
+    summaries = [train(config, seed, run, args.set) for seed, run in zip(args.seeds, runs, strict=True)]
     RESULTS.mkdir(exist_ok=True)
-    draw(runs, summaries, RESULTS / "tiny_shapes.png")
-    draw_samples(runs[0], RESULTS / "tiny_shapes_samples.png")
+    draw(runs, summaries, RESULTS / f"{name}.png")
+    draw_samples(runs[0], RESULTS / f"{name}_samples.png")
     text = json.dumps({"settings": args.set, "runs": summaries}, indent=1)
-    (RESULTS / "tiny_shapes.json").write_text(text + "\n")
+    (RESULTS / f"{name}.json").write_text(text + "\n")
     keys = ("seed", "base_accuracy", "final_accuracy", "train_seconds")
     print(json.dumps([{key: summary[key] for key in keys} for summary in summaries]))
 
