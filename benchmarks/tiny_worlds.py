@@ -64,7 +64,8 @@ def draw_samples(run: Path, path: Path) -> None:
     """The first samples of the base above those of the trained model, with their prompts."""
     folders = sorted(folder for folder in (run / "samples").iterdir() if folder.is_dir())
     prompts = json.loads((run / "samples" / "prompts.json").read_text())
-    figure, axes = plt.subplots(2, COLUMNS, figsize=(1.5 * COLUMNS, 3.5), layout="constrained")
+    width, height = Image.open(folders[0] / "000.png").size
+    figure, axes = plt.subplots(2, COLUMNS, figsize=(1.5 * COLUMNS, 3 * height / width + 0.5), layout="constrained")
     for row, (folder, name) in enumerate(((folders[0], "base"), (folders[-1], "trained"))):
         for i, axis in enumerate(axes[row]):
             axis.imshow(Image.open(folder / f"{i:03d}.png"), interpolation="nearest")

@@ -70,7 +70,7 @@ def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
     ("settings", "message"),
     [
         (["objective.name=nft"], r"rollout\.sampler = 'flow_sde': nft trains on what the ODE ends with"),
-        (["objective.name=awm", *ODE, "forward.num_timesteps=4"], r"forward\.num_timesteps = 4: there are 3"),
+        (["objective.name=awm", *ODE, "forward.num_timesteps=4"], r"forward\.num_timesteps = 4: there are 2"),
         (["objective.name=awm", *ODE, "forward.range=[3, 12]"], r"forward\.range = \(3, 12\): must lie in \[0, 6\]"),
         (["objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
         (["objective.name=sft", *ODE, "objective.offline=true"], r"prompts\.weights = .* given images are all taken alike"),
