@@ -195,10 +195,10 @@ def compare(results: list[dict[str, Any]], scores: Sequence[float]) -> None:
 def draw(results: list[dict[str, Any]], scores: Sequence[float]) -> Any:
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(3, 2))
     for n, row in enumerate(results):
-        color, label = f"C{n}", row["recipe"]
+        color, label, style = f"C{n % 10}", row["recipe"], "-" if n < 10 else "--"  # there are ten colours
         for rows in row["curves"].values():
             seconds = [point["iteration"] * row["seconds_per_iteration"] for point in rows[1:]]
-            left.plot(seconds, [point["accuracy"] for point in rows[1:]], color=color, linewidth=1, label=label)
+            left.plot(seconds, [point["accuracy"] for point in rows[1:]], style, color=color, linewidth=1, label=label)
             label = None
             for score in scores:
                 spent = until(rows, score)
