@@ -209,7 +209,7 @@ def draw(results: list[dict[str, Any]], scores: Sequence[float]) -> Any:
     left.set(xscale="log", xlabel="seconds of training in one thread", ylabel="accuracy on held-out prompts")
     left.xaxis.set_major_formatter("{x:g}")
     left.set_title("A line a seed; a dot where a score is reached")
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="upper left", fontsize=8)
     draw_speed_ups(right, [row for row in results if "faster_iteration" in row], scores)
     return figure
 
