@@ -227,11 +227,10 @@ class Trainer:
             return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
         group = torch.arange(len(scores), device=scores.device) // rollout.group_size
         weights = list(self.reward.weights.values())
-        if not self.learning.objective.pairs:
-            return group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings), None
-        # Pairs select for themselves.
-        advantages = group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings | {"keep": None})
-        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (settings["keep"] or 2) // 2)
+        paired, keep = self.learning.objective.pairs, settings["keep"]
+        settings = settings | {"keep": None if paired else keep}  # pairs select for themselves
+        advantages = group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings)
+        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (keep or 2) // 2) if paired else None
 
     def _metrics(
         self, iteration: int, batches: list[Batch], scores: Tensor | None, advantages: Advantages,
