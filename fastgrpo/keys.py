@@ -28,7 +28,7 @@ class ModelConfig:
     name: str = "sd3"
     """Model family, see fastgrpo/models."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights and the network's arithmetic; latents and transitions are always float32."""
+    """Of the weights and the network's arithmetic (float32 without TF32); latents and transitions are always float32."""
     architecture: str | None = None
     """Published architecture, see fastgrpo/models/architectures: what `fastgrpo plan` and random_weights build."""
     random_weights: bool = False

@@ -151,3 +151,12 @@ def test_a_tiny_decoder_draws_the_drafts_only(tmp_path: Path) -> None:
     AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="reads latents of 16 channels, this model's have 4"):
         model.load_tiny_decoder(tmp_path / "wide")
+
+
+def test_float32_is_not_tf32_in_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default for them on a GPU, in which a tenth of a percent is lost."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    load_tiny_model(dtype=torch.bfloat16)
+    assert torch.backends.cudnn.allow_tf32
+    load_tiny_model()
+    assert not torch.backends.cudnn.allow_tf32

@@ -80,6 +80,10 @@ class Adapter:
         self.pipeline = pipeline.to(device)
         self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
         self._check_settings()
+        if dtype == torch.float32:
+            # By itself cuDNN convolves float32 with TF32's 10 bits, the transformer's patches too, and nothing else in torch
+            # does: a GPU's numbers would lie a thousand times further from a CPU's than rounding. For the whole process.
+            torch.backends.cudnn.allow_tf32 = False
         self.tiny_decoder: AutoencoderTiny | None = None
         self._frozen: torch.nn.Module | None = None  # of full fine-tuning: the transformer before it
         self._in_reference = False
