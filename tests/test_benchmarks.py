@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +17,9 @@ from conftest import load_tuned_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import kernel_speed  # noqa: E402
 from common import Trace  # noqa: E402
-from kernel_speed import SIGMAS, trace, usual_step  # noqa: E402
+from kernel_speed import SIGMAS, Inputs, Launches, buffer_sets, graphed, trace, usual_step  # noqa: E402
 from kl_hacking import (  # noqa: E402
     Evaluation,
     at_reward,
@@ -39,6 +43,7 @@ from fastgrpo.rewards import tiny  # noqa: E402
 from fastgrpo.tiny.render import BACKGROUND, render  # noqa: E402
 from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts  # noqa: E402
 from fastgrpo.update import Learner, update  # noqa: E402
+from fastgrpo_kernels import sde_step_triton, transition_triton  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 
@@ -58,6 +63,65 @@ def test_one_transition_is_two_launches_and_no_sync() -> None:
     assert counts["update, fused"]["launches"] == 3 and counts["update, fused"]["syncs"] == 0
     assert counts["rollout, usual"]["syncs"] == 19 and counts["rollout, usual"]["launches"] > 50
     assert counts["rollout, usual"]["bytes_per_element"] > 100
+
+
+def test_bytes_of_a_launch_are_those_of_its_arguments() -> None:
+    """x and v are read, x' and its bf16 copy written; under guidance also v_uncond read and the guided v written in fp32."""
+    shape = (2, 4, 8, 8)
+    i, count = Inputs(shape), 2 * 4 * 8 * 8
+    step = partial(sde_step_triton, i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16)
+    found = []
+    for call in (
+        step, partial(step, v_uncond=i.v_uncond, guidance_scale=4.5),
+        partial(transition_triton, i.x_next, i.x, i.v, i.v_old, i.rows),
+        partial(transition_triton, i.x_next, i.x, i.v, i.v_old, i.rows, v_uncond=i.v_uncond, guidance_scale=4.5),
+    ):  # fmt: skip
+        with Launches(count) as seen:
+            call()
+        assert seen.launches == 2
+        found.append(seen.bytes / count)
+    assert found == [4 + 2 + 4 + 2, 4 + 2 + 2 + 4 + 2 + 4, 4 + 4 + 2 + 2, 4 + 4 + 2 + 2 + 2]
+
+
+def test_buffers_exceed_the_cache_three_times() -> None:
+    megabyte = 2**20
+    assert buffer_sets(megabyte, 50 * megabyte) == 151
+    assert buffer_sets(800 * megabyte, 50 * megabyte) == 1
+    for one in (1, 1000, 786_432, 7_077_888):
+        assert (buffer_sets(one, 52_428_800) - 1) * one <= 3 * 52_428_800 < buffer_sets(one, 52_428_800) * one
+
+
+@pytest.mark.parametrize("sets", [1, 3, 40])
+def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> None:  # noqa: ANN001
+    """With a stand-in for CUDA's graphs: all calls take turns in it, each beside the outputs of all others."""
+    captured, replayed, outputs = [], [], {}
+
+    def call(n: int) -> torch.Tensor:
+        outputs[n] = weakref.ref(written := torch.zeros(1))
+        captured.append((n, {m for m, output in outputs.items() if output() is not None}))
+        return written
+
+    def capture(_) -> nullcontext:  # noqa: ANN001
+        captured.clear()  # what was run to warm up
+        return nullcontext()
+
+    for name, value in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "current_stream": lambda: None,
+        "stream": lambda _: nullcontext(), "synchronize": lambda: None, "graph": capture,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replayed.append(1)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def seconds(function, **_) -> float:  # noqa: ANN001
+        """A clock on which each captured call takes 2."""
+        function()
+        return 2.0 * len(captured) * len(replayed)
+
+    monkeypatch.setattr(kernel_speed, "seconds", seconds)
+    assert graphed([partial(call, n) for n in range(sets)]) == 2.0
+    assert len(captured) >= 32 and len(captured) * len(replayed) >= 1000
+    assert [n for n, _ in captured] == list(range(sets)) * (len(captured) // sets)
+    assert all(alive == set(range(sets)) for _, alive in captured[sets:])
 
 
 @pytest.mark.parametrize("sampler, noise_level", [("flow_sde", 0.7), ("flow_sde", 1.2), ("cps", 0.9)])
@@ -221,8 +285,6 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
 
 
 def own_update(model, prompts: list[str], guidance_scale: float, config):  # noqa: ANN001, ANN201
-    from functools import partial
-
     from test_update import PlainEngine
 
     from fastgrpo.generation import Embeddings
