@@ -45,12 +45,12 @@ class ModelConfig:
     """Length of the text sequence, max_sequence_length of the pipeline."""
     tiny_decoder: Path | None = None
     """Folder of an AutoencoderTiny that decodes training images, for rewards that bear it; evaluation never uses it."""
-    attention: Literal["native", "flash2", "flash3", "xformers"] = "native"
-    """Attention kernels: torch's own, flash-attn 2 or 3, or xformers; all but the first are installed apart."""
+    attention: Literal["native", "cudnn", "flash2", "flash3", "xformers"] = "native"
+    """Attention kernels: torch's own without cuDNN, cuDNN's on a GPU, or flash-attn 2, 3 or xformers, installed apart."""
     train: Literal["lora", "full"] = "lora"
     """A low-rank update, or every weight of the transformer."""
     compile: bool = False
-    """torch.compile each transformer block, once for rollout and update; takes a minute or more at the start."""
+    """torch.compile each transformer block, once for rollout and update; takes a minute or more for each shape."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
