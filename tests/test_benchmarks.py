@@ -181,6 +181,39 @@ def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float
     assert len(own) > 10
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("drop_dead", [False, True])
+def test_the_straightforward_loop_updates_on_the_models_device(monkeypatch, drop_dead: bool, guidance_scale: float) -> None:  # noqa: ANN001
+    """With rewards on the host, as the tiny worlds' are. The meta device stands for a GPU: it holds shapes only."""
+    settings = [
+        f"rollout.guidance_scale={guidance_scale}", "rollout.groups=2", "rollout.group_size=4", "rollout.batch_size=4",
+        "update.steps_per_rollout=1", "objective.beta=0.1",
+    ]  # fmt: skip
+    config, model = load_config(CONFIG, settings), load_tuned_model()
+    model.device = torch.device("meta")
+    rival = Released(config, model, load_prompts(config.prompts.train), drop_dead=drop_dead)
+    rewards = {0: torch.tensor([0.0, 1.0, 1.0, 1.0]), 1: torch.tensor([1.0, 1.0, 1.0, 1.0])}
+    handed, both = [], 2 if guidance_scale != 1 else 1
+
+    def sample(records: list[dict], groups: torch.Tensor) -> Sample:
+        assert len(records) == 4 and groups.unique().numel() == 1
+        on = dict(device="meta")
+        embeds, pooled = torch.zeros(4 * both, 1, 8, **on), torch.zeros(4 * both, 8, **on)
+        x, log_prob = torch.zeros(4, *model.latent_shape, **on), torch.zeros(4, **on)
+        return Sample(embeds, pooled, [x] * 3, [log_prob] * 2, rewards[int(groups[0])], groups)
+
+    monkeypatch.setattr(rival, "sample", sample)
+    monkeypatch.setattr(rival, "backward", lambda *arguments: handed.append(arguments))
+    rival.iterate(1)
+    assert len(handed) == (1 if drop_dead else 2)
+    for batch, advantages, _ in handed:
+        for tensor, rows in (
+            (advantages, 4), (batch.embeds, 4 * both), (batch.pooled, 4 * both),
+            *((t, 4) for t in (*batch.latents, *batch.log_probs)),
+        ):  # fmt: skip
+            assert tensor.is_meta and len(tensor) == rows
+
+
 def evaluations(*accuracies: float) -> list[dict]:
     return [{"iteration": 3 * n, "accuracy": accuracy} for n, accuracy in enumerate(accuracies)]
 
