@@ -96,7 +96,8 @@ class RolloutConfig:
     batch_size: int = 128
     """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
     precision: Literal["model", "fp8"] = "model"
-    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity)."""
+    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity). It should
+    pay only with model.compile: each layer rounds its input in eight launches. An estimate, no GPU has run it."""
     cuda_graph: bool = True
     """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)

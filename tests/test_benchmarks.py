@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -17,7 +18,9 @@ from conftest import load_tuned_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import common  # noqa: E402
 import kernel_speed  # noqa: E402
+import rollout_speed  # noqa: E402
 from common import Trace  # noqa: E402
 from kernel_speed import SIGMAS, Inputs, Launches, buffer_sets, graphed, trace, usual_step  # noqa: E402
 from kl_hacking import (  # noqa: E402
@@ -212,6 +215,63 @@ def test_the_straightforward_loop_updates_on_the_models_device(monkeypatch, drop
             *((t, 4) for t in (*batch.latents, *batch.log_probs)),
         ):  # fmt: skip
             assert tensor.is_meta and len(tensor) == rows
+
+
+def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:  # noqa: ANN001
+    """One at once, one in the middle, and one whose model could not be made; a warm-up counts for nothing."""
+    turns = dict.fromkeys(("diffusers", "at once", "in the middle", "eager"), 0)
+
+    def form(name: str, fails_at: int = 100) -> None:
+        turns[name] += 1
+        if turns[name] == fails_at:
+            raise torch.OutOfMemoryError(f"{name} does not fit")
+
+    def seconds(function, **_) -> float:  # noqa: ANN001
+        function()
+        return 100.0 if max(turns.values()) <= rollout_speed.WARM_UPS else 4.0
+
+    monkeypatch.setattr(rollout_speed, "seconds", seconds)
+    functions = {
+        "diffusers": partial(form, "diffusers"), "at once": partial(form, "at once", 1), "not made": "ValueError: no units",
+        "in the middle": partial(form, "in the middle", 4), "eager": partial(form, "eager"),
+    }  # fmt: skip
+    measured = rollout_speed.measure(functions, rounds=3)
+    assert turns == {"diffusers": 5, "at once": 1, "in the middle": 4, "eager": 5}
+    row = rollout_speed.row_of(measured, batch=8, num_steps=10, guidance=1.0, work=0.01)
+    whole = {"images_per_second": 2.0, "ms_per_step": 400.0, "mfu": 0.2, "speedup_over_diffusers": 1.0}
+    assert row == {
+        "batch": 8, "steps": 10, "guidance": 1.0, "diffusers": whole, "eager": whole,
+        "at once": {"error": "OutOfMemoryError: at once does not fit"}, "not made": {"error": "ValueError: no units"},
+        "in the middle": {"error": "OutOfMemoryError: in the middle does not fit"},
+    }  # fmt: skip
+    without = rollout_speed.row_of({"diffusers": "Error: gone", "eager": 4.0}, 8, 10, 1.0, 0.01)
+    assert without["eager"]["images_per_second"] == 2.0 and "speedup_over_diffusers" not in without["eager"]
+    bars = rollout_speed.draw([{"resolution": 512, "rows": [row]}]).axes[0].containers
+    assert [bool(form[0].get_height() > 0) for form in bars] == [True, False, False, False, True]
+
+
+def test_a_run_that_is_killed_leaves_the_rows_it_had(monkeypatch, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+    """The form that a torch without 8-bit products cannot make has its error there, too."""
+    def refusing(*_: torch.Tensor, **__: object) -> torch.Tensor:
+        raise RuntimeError("no 8-bit rows here")
+
+    def killed(*_: object, measure=rollout_speed.measure) -> dict:  # noqa: ANN001
+        monkeypatch.setattr(rollout_speed, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        return measure(*_)
+
+    monkeypatch.setattr(torch, "_scaled_mm", refusing)
+    monkeypatch.setattr(rollout_speed, "measure", killed)
+    monkeypatch.setattr(rollout_speed, "peak_flops", lambda _: (1e9, "made up"))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    options = "--batches 2 1 --steps 3 --guidance 1 --rounds 1 --no-compile --fp8"
+    monkeypatch.setattr(sys, "argv", ["rollout_speed.py", *options.split()])
+    with pytest.raises(KeyboardInterrupt):
+        rollout_speed.main()
+    (printed,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    (result,) = json.loads(next(tmp_path.glob("rollout_speed_*.json")).read_text())["results"]
+    assert result["rows"] == [printed] and printed["batch"] == result["phase_batch"] == 2
+    assert printed["eager"]["images_per_second"] > 0 and set(result["phase_seconds"]) == {"network", "transition", "decoder"}
+    assert re.search(r"ValueError: rollout\.precision = 'fp8'.*no 8-bit rows here", printed["fp8"]["error"])
 
 
 def evaluations(*accuracies: float) -> list[dict]:
