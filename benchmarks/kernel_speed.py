@@ -28,6 +28,7 @@ from fastgrpo import sde
 from fastgrpo.trajectory import noise_address
 from fastgrpo_kernels import sde_step as public_sde_step
 from fastgrpo_kernels import transition as public_transition
+from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
 from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel, sde_step_triton
 from fastgrpo_kernels.transition import (
     moments_fwd_kernel,
@@ -97,7 +98,8 @@ class Launches:
     """Counts the Triton launches inside it and the bytes of their (B, D) arguments, each moved once."""
 
     KERNELS = (
-        sde_step_fwd_kernel, log_prob_fwd_kernel, transition_fwd_kernel, moments_fwd_kernel, transition_bwd_kernel
+        sde_step_fwd_kernel, log_prob_fwd_kernel, transition_fwd_kernel, moments_fwd_kernel, transition_bwd_kernel,
+        guided_velocity_fwd_kernel,
     )  # fmt: skip
 
     def __init__(self, elements: int) -> None:
