@@ -74,10 +74,16 @@ def result_path(name: str, suffix: str) -> Path:
     return RESULTS / f"{name}_{device}.{suffix}"
 
 
-def finish(name: str, result: dict[str, Any], figure: Any = None) -> None:
-    """Keep the result and its picture, and print it as one line of JSON."""
+def keep(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result, what there is of it so far, with where it was measured; returned as it is written."""
     result = {"benchmark": name, "device": device_name(), "torch": torch.__version__, **result}
     result_path(name, "json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def finish(name: str, result: dict[str, Any], figure: Any = None) -> None:
+    """Keep the result and its picture, and print it as one line of JSON."""
+    result = keep(name, result)
     if figure is not None:
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)

@@ -3,13 +3,16 @@
     python benchmarks/kernel_speed.py            writes results/kernel_speed_DEVICE.{json,png}
 
 First a trace, the same on every device: launches, syncs and bytes moved for each element. Then times by size, on a GPU as a
-share of its memory bandwidth. On a CPU the two functions run their torch reference and not the kernels, so there the times
-say nothing about the kernels, and are left out; the kernels' launches and bytes are counted from their arguments.
+share of its memory bandwidth, of the bytes that the same trace counts; buffers take turns, so that none lies in the cache.
+On a CPU the two functions run their torch reference and not the kernels, so there the times say nothing about the kernels,
+and are left out; the kernels' launches and bytes are counted from their arguments.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from fastgrpo.measure import DEVICE, peak_bandwidth, seconds
 from fastgrpo.trajectory import noise_address
 from fastgrpo_kernels import sde_step as public_sde_step
 from fastgrpo_kernels import transition as public_transition
+from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
 from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel, sde_step_triton
 from fastgrpo_kernels.transition import (
     moments_fwd_kernel,
@@ -37,6 +41,8 @@ from fastgrpo_kernels.transition import (
 NOISE_LEVEL = 0.7
 SIGMAS = torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0])  # SD3.5, 10 steps
 TRACED = (9, 16, 64, 64)  # the published batch at 512 px
+GUIDANCE = 4.5
+GRAPH_CALLS, TIMED_CALLS = 32, 1000  # at the least: beside so many, starting a graph and waiting for it take no time
 SIZES = [(1, 16, 64, 64), (9, 16, 64, 64), (64, 16, 64, 64), (64, 16, 128, 128), (256, 16, 128, 128)]
 
 
@@ -85,7 +91,7 @@ class Inputs:
         self.table = sde.coefficient_table("flow_sde", SIGMAS, NOISE_LEVEL).float().to(DEVICE)
         self.rows = self.table[3].expand(batch, 4).contiguous()
         self.x, self.x_next = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
-        self.v, self.v_old = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(2))
+        self.v, self.v_old, self.v_uncond = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))
         self.address = noise_address(0, 0, 0, torch.arange(batch, device=DEVICE))
 
 
@@ -93,7 +99,8 @@ class Launches:
     """Counts the Triton launches inside it and the bytes of their (B, D) arguments, each moved once."""
 
     KERNELS = (
-        sde_step_fwd_kernel, log_prob_fwd_kernel, transition_fwd_kernel, moments_fwd_kernel, transition_bwd_kernel
+        sde_step_fwd_kernel, log_prob_fwd_kernel, transition_fwd_kernel, moments_fwd_kernel, transition_bwd_kernel,
+        guided_velocity_fwd_kernel,
     )  # fmt: skip
 
     def __init__(self, elements: int) -> None:
@@ -157,43 +164,85 @@ def _counts(launches: int, syncs: int, bytes_an_element: float) -> dict[str, flo
     return {"launches": launches, "syncs": syncs, "bytes_per_element": round(bytes_an_element, 2)}
 
 
+FUSED = {  # on a GPU the kernels; by name, of one set of inputs
+    "fused": lambda i: public_sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16),
+    "fused, guided": lambda i: public_sde_step(
+        i.x, i.v, i.table, i.step, i.address, v_uncond=i.v_uncond, guidance_scale=GUIDANCE, model_dtype=torch.bfloat16
+    ),
+    "fused transition": lambda i: public_transition(i.x_next, i.x, i.v, i.v_old, i.rows),
+}
+
+
 def times() -> list[dict[str, Any]]:
-    """On a GPU: microseconds of each form by size, and the fused one's share of the memory bandwidth."""
+    """On a GPU: microseconds of each form by size, and the fused ones' share of the memory bandwidth."""
     bandwidth, source = peak_bandwidth()
-    compiled = torch.compile(table_step)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    compiled = torch.compile(table_step, dynamic=False)  # for each size by itself, which is its best
+    forms = {
+        "usual": lambda i: usual_step(i.x, i.v, i.t, i.timesteps, i.sigmas),
+        "compiled": lambda i: compiled(i.x, i.v, i.rows),
+        **FUSED,
+    }
     rows = []
     for shape in tqdm(SIZES, desc="sizes"):
-        i = Inputs(shape)
-        forms = {
-            "usual": lambda i=i: usual_step(i.x, i.v, i.t, i.timesteps, i.sigmas),
-            "compiled": lambda i=i: compiled(i.x, i.v, i.rows),
-            "fused": lambda i=i: public_sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16),
-            "fused transition": lambda i=i: public_transition(i.x_next, i.x, i.v, i.v_old, i.rows),
-        }
-        row: dict[str, Any] = {"shape": list(shape), "megabytes": round(i.x.numel() * 16 / 2**20, 1)}
-        for name, function in forms.items():
-            row[f"{name} us"] = round(seconds(function, repeats=30) * 1e6, 2)
-            if name != "usual":  # it waits for the host, which a graph cannot hold
-                row[f"{name} in a graph us"] = round(graphed(function) * 1e6, 2)
-        # x and v read, x', its bf16 copy and v in fp32 written
-        moved = i.x.numel() * (4 + 2 + 4 + 2 + 4)
-        row["fused share of bandwidth"] = round(moved / (row["fused in a graph us"] / 1e6) / bandwidth, 3)
-        row["bandwidth"] = source
+        elements, inputs = math.prod(shape), [Inputs(shape)]
+        with Launches(elements) as seen:
+            FUSED["fused"](inputs[0])
+        inputs += [Inputs(shape) for _ in range(buffer_sets(seen.bytes, cache) - 1)]
+        row = {"shape": list(shape), "megabytes": round(seen.bytes / 2**20, 1), "sets": len(inputs), "bandwidth": source}
+        for name, form in forms.items():
+            row |= measured(name, [partial(form, each) for each in inputs], elements, bandwidth)
         rows.append(row)
     return rows
 
 
-def graphed(function: Callable[[], Any], calls: int = 50) -> float:
-    """Seconds of a call inside a CUDA graph of many, where no launch is waited for."""
+def measured(name: str, calls: Sequence[Callable[[], Any]], elements: int, bandwidth: float) -> dict[str, float]:
+    """One form's columns of a row; the share of the bandwidth where its kernels are known to the trace."""
+    turn = itertools.cycle(calls)
+    row = {f"{name} us": round(seconds(lambda: next(turn)(), repeats=30) * 1e6, 2)}
+    if name == "usual":  # it waits for the host, which a graph cannot hold
+        return row
+    spent = graphed(calls)
+    row[f"{name} in a graph us"] = round(spent * 1e6, 2)
+    with Launches(elements) as seen:
+        calls[0]()
+    if seen.launches:
+        row[f"{name} share of bandwidth"] = round(seen.bytes / spent / bandwidth, 3)
+    return row
+
+
+def buffer_sets(bytes_of_one: int, cache: int) -> int:
+    """How many sets of inputs and outputs have to take turns so that a call finds nothing of its own in the cache.
+
+    bytes_of_one: what one call reads and writes. cache: bytes of the device's last cache, which all sets together exceed
+    three times, as a cache need not drop the oldest first.
+    """
+    return 3 * cache // bytes_of_one + 1
+
+
+def graphed(calls: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of one call inside a CUDA graph that makes the calls in turn, where no launch is waited for.
+
+    What a call returns is held until it is that call's turn again, so that others do not write where it did.
+    """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function()
+        for call in calls:
+            call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, turns, held = torch.cuda.CUDAGraph(), math.ceil(GRAPH_CALLS / len(calls)), [None] * len(calls)
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return seconds(graph.replay, repeats=20) / calls
+        for _ in range(turns):
+            for n, call in enumerate(calls):
+                held[n] = call()
+    replays = math.ceil(TIMED_CALLS / (turns * len(calls)))
+
+    def replay() -> None:
+        for _ in range(replays):
+            graph.replay()
+
+    return seconds(replay, repeats=5) / (replays * turns * len(calls))
 
 
 def draw(traced: dict[str, dict[str, float]]) -> Any:

@@ -26,8 +26,8 @@ class Sample:
     pooled: Tensor
     latents: list[Tensor]  # of every step, T + 1
     log_probs: list[Tensor]  # T
-    rewards: Tensor
-    groups: Tensor
+    rewards: Tensor  # wherever the reward made them
+    groups: Tensor  # on the host
 
 
 class Released:
@@ -49,7 +49,7 @@ class Released:
         for start in range(0, rollout.groups * rollout.group_size, rollout.batch_size):
             groups = torch.arange(start, start + rollout.batch_size) // rollout.group_size
             samples.append(self.sample([self.prompts.metadata[i] for i in chosen[groups.numpy()]], groups))
-        rewards = torch.cat([sample.rewards for sample in samples])
+        rewards = torch.cat([sample.rewards for sample in samples]).cpu()  # on the host, as that script compares them
         groups = torch.cat([sample.groups for sample in samples])
         advantages = torch.zeros_like(rewards)
         for group in groups.unique():
@@ -60,18 +60,19 @@ class Released:
         for n, (sample, advantage) in enumerate(zip(samples, parts, strict=True), 1):
             live = advantage.nonzero().flatten() if self.drop_dead else torch.arange(len(advantage))
             if len(live):
-                self.backward(self.only(sample, live), advantage[live].clamp(-5, 5), share)
+                self.backward(self.only(sample, live), advantage[live].clamp(-5, 5).to(self.model.device), share)
             if n % share == 0:
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
     def only(self, sample: Sample, live: Tensor) -> Sample:
-        """Those rows of a batch; under guidance, of the empty prompt too."""
-        rows = torch.cat([live, live + len(sample.groups)]) if self.guided else live
+        """Those rows of a batch; under guidance, of the empty prompt too. live: on the host."""
+        mine = live.to(self.model.device)
+        rows = torch.cat([mine, mine + len(sample.groups)]) if self.guided else mine
         return Sample(
-            sample.embeds[rows], sample.pooled[rows], [x[live] for x in sample.latents],
-            [log_prob[live] for log_prob in sample.log_probs], sample.rewards[live], sample.groups[live],
+            sample.embeds[rows], sample.pooled[rows], [x[mine] for x in sample.latents],
+            [log_prob[mine] for log_prob in sample.log_probs], sample.rewards[live], sample.groups[live],
         )  # fmt: skip
 
     @torch.no_grad()

@@ -5,24 +5,28 @@
 
     diffusers            the stock StableDiffusion3Pipeline with its ODE and PEFT's LoRA layers; the same number of steps
     eager                fastgrpo.rollout: SDE in a window, log-probs, trajectory kept
-    compiled             the same, torch.compile of the transformer's block
-    captured             the same as eager, one CUDA graph (GPU)
-    captured, compiled   both (GPU)
-    fp8                  --fp8: frozen layers multiply in 8 bits; on a GPU captured too
+    compiled             the same, torch.compile of the transformer's block, for each shape by itself
+    fp8                  --fp8: frozen layers multiply in 8 bits
+    fp8, compiled        both: by themselves 8 bits cost eight small launches a layer, which the compiler joins
+    captured[, ...]      any of the four as one CUDA graph (GPU)
 
-All forms of a row draw in turn, round after round, so that a machine that slows down slows them all. Writes
-results/rollout_speed_DEVICE.{json,png}.
+All forms of a row draw in turn, round after round, so that a machine that slows down slows them all. A form that fails has
+its error in the row. Each row is printed and written as soon as it is there, those of the first of --batches first, to
+results/rollout_speed_DEVICE.json; the picture follows at the end.
 """
 
 import argparse
 import copy
+import json
+import math
 import statistics
+import traceback
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import torch
-from common import finish, pyplot
+from common import finish, keep, pyplot
 from models import add_stock_lora, conditioning, load
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -36,6 +40,38 @@ from fastgrpo.trajectory import TRAIN, Steps, noise_address
 from fastgrpo_kernels import sde_step
 
 WINDOW = 3
+WARM_UPS = 2  # compile, capture, and once as it will be
+
+
+def tried(function: Callable[[], Any]) -> Any:
+    """What the function returns, or as a text what went wrong: a form that cannot run takes no other with it."""
+    try:
+        return function()
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()  # what it held is free now that its frames are gone
+    return message
+
+
+def variants(eager: Adapter, *, compiled: bool, fp8: bool) -> dict[str, Any]:
+    """The model and copies of it that compile, that multiply in 8 bits, and both; in place of a copy its error."""
+    def made(*preparations: Callable[[Adapter], None]) -> Adapter:
+        model = copy.deepcopy(eager)
+        for prepare in preparations:
+            prepare(model)
+        return model
+
+    prepare_drafts, compile_blocks = type(eager).prepare_drafts, type(eager).compile_blocks
+    found = {"eager": eager}
+    if compiled:
+        found["compiled"] = tried(lambda: made(compile_blocks))
+    if fp8:
+        found["fp8"] = tried(lambda: made(prepare_drafts))
+    if fp8 and compiled:
+        found["fp8, compiled"] = tried(lambda: made(prepare_drafts, compile_blocks))
+    return found
 
 
 def steps_of(model: Adapter, num_steps: int, batch: int) -> Steps:
@@ -46,9 +82,11 @@ def steps_of(model: Adapter, num_steps: int, batch: int) -> Steps:
     return Steps(sigmas.to(DEVICE), table, start.to(DEVICE), size, torch.zeros(num_steps, device=DEVICE))
 
 
-def forms(models: dict[str, Adapter], batch: int, num_steps: int, guidance: float) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: each a function that draws `batch` images' latents."""
-    eager, rival = models["eager"], models["diffusers"]
+def forms(
+    rival: Adapter, models: dict[str, Any], batch: int, num_steps: int, guidance: float
+) -> dict[str, Callable[[], Any] | str]:
+    """What is timed, by name: each a function that draws `batch` images' latents, or the error of making its model."""
+    eager = models["eager"]
     plain, steps = conditioning(eager, batch), steps_of(eager, num_steps, batch)
     empty = type(plain)(*(torch.zeros_like(tensor[:1]) for tensor in plain))
     rows = with_unconditional(plain, empty if guidance != 1 else None)
@@ -57,19 +95,26 @@ def forms(models: dict[str, Adapter], batch: int, num_steps: int, guidance: floa
 
     def stock() -> None:
         height, width = rival.size
-        rival.pipeline(
-            prompt_embeds=plain.embeds, pooled_prompt_embeds=plain.pooled,
-            negative_prompt_embeds=empty.embeds.expand_as(plain.embeds),
-            negative_pooled_prompt_embeds=empty.pooled.expand_as(plain.pooled), height=height, width=width,
-            num_inference_steps=num_steps, guidance_scale=guidance, output_type="latent",
-        )  # fmt: skip
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it for who does not ask; ours goes without
+        try:
+            rival.pipeline(
+                prompt_embeds=plain.embeds, pooled_prompt_embeds=plain.pooled,
+                negative_prompt_embeds=empty.embeds.expand_as(plain.embeds),
+                negative_pooled_prompt_embeds=empty.pooled.expand_as(plain.pooled), height=height, width=width,
+                num_inference_steps=num_steps, guidance_scale=guidance, output_type="latent",
+            )  # fmt: skip
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
-    found = {"diffusers": stock}
-    for name in (name for name in models if name != "diffusers"):
-        found[name] = drawing(rollout, models[name], steps, address, rows, options)
+    found: dict[str, Any] = {"diffusers": stock}
+    for name, model in models.items():
+        if isinstance(model, str):  # an error instead
+            found[name] = model
+            continue
+        found[name] = drawing(rollout, model, steps, address, rows, options)
         if DEVICE.type == "cuda":
             label = "captured" if name == "eager" else f"captured, {name}"
-            found[label] = drawing(CapturedRollout(CudaCapture()), models[name], steps, address, rows, options)
+            found[label] = drawing(CapturedRollout(CudaCapture()), model, steps, address, rows, options)
     return found
 
 
@@ -84,39 +129,50 @@ def drawing(form: Callable[..., Any], model: Any, *arguments: Any) -> Callable[[
     return draw
 
 
-def measure(models: dict[str, Adapter], batch: int, num_steps: int, guidance: float, rounds: int) -> dict[str, Any]:
-    functions = forms(models, batch, num_steps, guidance)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():  # compile, capture, warm up
-        for _ in range(2):
-            function()
-    for _ in range(rounds):
+def measure(functions: dict[str, Callable[[], Any] | str], rounds: int) -> dict[str, float | str]:
+    """Median seconds of each function, all in turn; of one that fails, or is an error already, the error."""
+    found: dict[str, Any] = {name: function if isinstance(function, str) else [] for name, function in functions.items()}
+    for turn in range(WARM_UPS + rounds):
         for name, function in functions.items():
-            times[name].append(seconds(function, repeats=1, warm_ups=0))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+            if isinstance(found[name], str):
+                continue
+            spent = tried(lambda function=function: seconds(function, repeats=1, warm_ups=0))
+            if isinstance(spent, str):
+                found[name] = spent
+            elif turn >= WARM_UPS:
+                found[name].append(spent)
+    return {name: times if isinstance(times, str) else statistics.median(times) for name, times in found.items()}
+
+
+def row_of(measured: dict[str, float | str], batch: int, num_steps: int, guidance: float, work: float) -> dict[str, Any]:
+    """A row of the results. work: the FLOPs of a step of one image, over the device's a second."""
     row: dict[str, Any] = {"batch": batch, "steps": num_steps, "guidance": guidance}
-    for name, median in medians.items():
+    for name, median in measured.items():
+        if isinstance(median, str):
+            row[name] = {"error": median}
+            continue
         row[name] = {
             "images_per_second": round(batch / median, 3), "ms_per_step": round(1000 * median / num_steps, 3),
-            "speedup_over_diffusers": round(medians["diffusers"] / median, 3),
+            "mfu": round(batch * num_steps * work / median, 4),
         }  # fmt: skip
+        if not isinstance(measured["diffusers"], str):
+            row[name]["speedup_over_diffusers"] = round(measured["diffusers"] / median, 3)
     return row
 
 
 def phases(model: Adapter, batch: int) -> dict[str, float]:
-    """Seconds of each part of a step, and of the decoder once an image batch."""
+    """Seconds of each part of a step as eager code runs it, and of the decoder once an image batch."""
     rows, x = conditioning(model, batch), torch.randn(batch, *model.latent_shape, device=DEVICE)
     sigma, steps = torch.full((batch,), 0.7, device=DEVICE), steps_of(model, 10, batch)
     address, index = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE)), torch.tensor([3], device=DEVICE)
+    x_model = x.to(model.dtype)
+    parts = {
+        "network": lambda: model.velocity(x_model, sigma, rows),
+        "transition": lambda: sde_step(x, x_model, steps.table, index, address, model_dtype=model.dtype),
+        "decoder": lambda: model.decode(x),
+    }
     with torch.no_grad():
-        x_model = x.to(model.dtype)
-        return {
-            "network": seconds(lambda: model.velocity(x_model, sigma, rows), repeats=10),
-            "transition": seconds(
-                lambda: sde_step(x, x_model, steps.table, index, address, model_dtype=model.dtype), repeats=10
-            ),
-            "decoder": seconds(lambda: model.decode(x), repeats=5),
-        }
+        return {name: round(seconds(part, repeats=10, warm_ups=5), 6) for name, part in parts.items()}
 
 
 def flops_of(model: Adapter) -> float:
@@ -132,12 +188,12 @@ def draw(results: list[dict[str, Any]]) -> Any:
 
     plt = pyplot()
 
-    names = [name for name in results[0]["rows"][0] if isinstance(results[0]["rows"][0][name], dict)]
     rows = [(result["resolution"], row) for result in results for row in result["rows"]]
+    names = [name for name, value in rows[0][1].items() if isinstance(value, dict)]
     figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(rows)), 3.8), layout="constrained")
     places, width = np.arange(len(rows)), 0.8 / len(names)
     for n, name in enumerate(names):
-        values = [row[name]["speedup_over_diffusers"] for _, row in rows]
+        values = [row[name].get("speedup_over_diffusers", math.nan) for _, row in rows]
         axes.bar(places + (n - (len(names) - 1) / 2) * width, values, width, label=name)
     labels = [f"{r} px, batch {row['batch']}\n{row['steps']} steps, guidance {row['guidance']:g}" for r, row in rows]
     axes.set_xticks(places, labels, fontsize=7)
@@ -148,45 +204,44 @@ def draw(results: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def main() -> None:
+def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = DEVICE.type == "cuda"
     parser.add_argument("--model", choices=("tiny", "sd3.5-medium"), default="sd3.5-medium" if gpu else "tiny")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 9, 24] if gpu else [16, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 1, 2, 24] if gpu else [128, 16])
     parser.add_argument("--resolutions", type=int, nargs="+", default=[512], help="of sd3.5-medium, pixels")
     parser.add_argument("--steps", type=int, nargs="+", default=[10])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.5])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled forms")
     parser.add_argument("--fp8", action="store_true", help="8-bit rollouts too")
-    arguments = parser.parse_args()
-    results = []
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of()
+    results: list[dict[str, Any]] = []
     for resolution in arguments.resolutions if arguments.model != "tiny" else [32]:
-        models = {"diffusers": load(arguments.model, resolution), "eager": load(arguments.model, resolution)}
-        models["diffusers"].pipeline.set_progress_bar_config(disable=True)
-        add_stock_lora(models["diffusers"], rank=32, alpha=64)
-        models["eager"].add_lora(rank=32, alpha=64)
-        if not arguments.no_compile:
-            models["compiled"] = copy.deepcopy(models["eager"])
-            models["compiled"].compile_blocks()
-        if arguments.fp8:
-            models["fp8"] = copy.deepcopy(models["eager"])
-            models["fp8"].prepare_drafts()
-        peak, source = peak_flops(models["eager"].dtype)
-        flops, rows = flops_of(models["eager"]), []
+        rival, eager = load(arguments.model, resolution), load(arguments.model, resolution)
+        rival.pipeline.set_progress_bar_config(disable=True)
+        add_stock_lora(rival, rank=32, alpha=64)
+        eager.add_lora(rank=32, alpha=64)
+        peak, source = peak_flops(eager.dtype)
+        flops, batch = flops_of(eager), arguments.batches[0]
+        results.append({
+            "resolution": resolution, "rows": [], "flops_per_forward": flops, "peak_flops": peak, "peak_from": source,
+            "phase_batch": batch, "phase_seconds": tried(lambda model=eager, batch=batch: phases(model, batch)),
+        })  # fmt: skip
+        models = variants(eager, compiled=not arguments.no_compile, fp8=arguments.fp8)
         grid = list(product(arguments.batches, arguments.steps, arguments.guidance))
         for batch, num_steps, guidance in tqdm(grid, desc=f"{resolution} px"):
-            row = measure(models, batch, num_steps, guidance, arguments.rounds)
-            for name in [name for name in row if isinstance(row[name], dict)]:
-                work = flops * num_steps * (1 if guidance == 1 else 2)
-                row[name]["mfu"] = round(row[name]["images_per_second"] * work / peak, 4)
-            rows.append(row)
-        parts = phases(models["eager"], max(arguments.batches))
-        results.append({
-            "resolution": resolution, "rows": rows, "flops_per_forward": flops, "peak_flops": peak, "peak_from": source,
-            "phase_batch": max(arguments.batches), "phase_seconds": {name: round(s, 6) for name, s in parts.items()},
-        })  # fmt: skip
-        del models
+            measured = measure(forms(rival, models, batch, num_steps, guidance), arguments.rounds)
+            work = flops * (1 if guidance == 1 else 2) / peak
+            row = row_of(measured, batch, num_steps, guidance, work)
+            results[-1]["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            keep("rollout_speed", {"model": arguments.model, "results": results})
+        del rival, eager, models
         synchronize()
     finish("rollout_speed", {"model": arguments.model, "results": results}, draw(results))
 

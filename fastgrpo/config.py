@@ -239,8 +239,6 @@ def _check_fp8(config: Config) -> None:
         schema.refuse("rollout.precision", "fp8", way_out)
     if config.model.train != "lora":
         schema.refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")
-    if config.model.dtype == "float16":
-        schema.refuse("rollout.precision", "fp8", "the kernels return bfloat16 or float32: take model.dtype=bfloat16")
 
 
 def _check_micro_batch(config: Config) -> None:

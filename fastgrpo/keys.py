@@ -45,12 +45,12 @@ class ModelConfig:
     """Length of the text sequence, max_sequence_length of the pipeline."""
     tiny_decoder: Path | None = None
     """Folder of an AutoencoderTiny that decodes training images, for rewards that bear it; evaluation never uses it."""
-    attention: Literal["native", "flash2", "flash3", "xformers"] = "native"
-    """Attention kernels: torch's own, flash-attn 2 or 3, or xformers; all but the first are installed apart."""
+    attention: Literal["native", "cudnn", "flash2", "flash3", "xformers"] = "native"
+    """Attention kernels: torch's own without cuDNN, cuDNN's on a GPU, or flash-attn 2, 3 or xformers, installed apart."""
     train: Literal["lora", "full"] = "lora"
     """A low-rank update, or every weight of the transformer."""
     compile: bool = False
-    """torch.compile each transformer block, once for rollout and update; takes a minute or more at the start."""
+    """torch.compile each transformer block, once for rollout and update; takes a minute or more for each shape."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -96,7 +96,8 @@ class RolloutConfig:
     batch_size: int = 128
     """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
     precision: Literal["model", "fp8"] = "model"
-    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity)."""
+    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity). It should
+    pay only with model.compile: each layer rounds its input in eight launches. An estimate, no GPU has run it."""
     cuda_graph: bool = True
     """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
     window: Window = field(default_factory=Window)

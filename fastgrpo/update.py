@@ -22,8 +22,7 @@ from fastgrpo.forward import target_moments
 from fastgrpo.objectives import Loss, StepRows
 from fastgrpo.rollout import GuidanceRule, velocities
 from fastgrpo.trajectory import STEPS_FIRST, Experience, conditioning_rows, join, select
-from fastgrpo_kernels import transition
-from fastgrpo_kernels.sde_step import guided_velocity_ref
+from fastgrpo_kernels import guided_velocity, transition
 
 
 class Engine(Protocol):
@@ -138,7 +137,7 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )
     if learner.mix is not None:
-        guided = guided_velocity_ref(v, v_uncond, learner.guidance_scale, torch.float32)
+        guided = guided_velocity(v, v_uncond, learner.guidance_scale)
         moments = target_moments(moments, x_next, guided, v_old, learner.mix)
     step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight, loss_weight=loss_weight)
     return learner.objective(moments, step_rows, advantages, weight)
@@ -162,14 +161,14 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
     for transitions in micro_batches(experience, learner.micro_batch_size):
         with torch.enable_grad():
             x_model = transitions.x.to(learner.model_dtype)
-            v = _guided(learner, x_model, transitions.sigma, transitions.conditioning)
-        parts.append(v.detach())
+            parts.append(_guided(learner, x_model, transitions.sigma, transitions.conditioning))
     return replace(experience, v_old=torch.cat(parts).view_as(experience.v_old))
 
 
 def _guided(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+    """The guided velocity, (B, *D) float32, without gradient."""
     v, v_uncond = velocities(learner.engine, x, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
-    return guided_velocity_ref(v, v_uncond, learner.guidance_scale, torch.float32)
+    return guided_velocity(v, v_uncond, learner.guidance_scale)
 
 
 def largest_micro_batch(learner: Learner, experience: Experience) -> int:

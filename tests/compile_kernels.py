@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
 from fastgrpo_kernels.philox import BLOCK, THREADS, normal_fwd_kernel
 from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel
 from fastgrpo_kernels.transition import moments_fwd_kernel, transition_bwd_kernel, transition_fwd_kernel
@@ -51,6 +52,9 @@ CASES = {
     "transition_bwd bf16": (transition_bwd_kernel, BF16, True),
     "transition_bwd odd": (transition_bwd_kernel, BF16, False),
     "moments_fwd": (moments_fwd_kernel, {}, True),
+    "guided_velocity_fwd fp32": (guided_velocity_fwd_kernel, {}, True),
+    "guided_velocity_fwd bf16": (guided_velocity_fwd_kernel, BF16, True),
+    "guided_velocity_fwd odd": (guided_velocity_fwd_kernel, BF16, False),
 }
 
 
@@ -68,6 +72,22 @@ def compile_case(kernel, types: dict[str, str | None], divisible: bool, target: 
     return triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=options)
 
 
+def guidance_arithmetic(ptx: str) -> dict[str, int]:
+    """The float32 operations of a thread that the compiler says are made of guidance.py, whichever kernel it is part of.
+
+    Rounding to nearest is left out of their names, as some have it by default, and so is an operand that is read as bf16;
+    a pair in one instruction counts twice.
+    """
+    operation = re.compile(r"\s*((?:add|sub|mul|fma)[.\w]*?)(?:\.rn)?\.f32(x2)?(?:\.bf16)?\s")
+    found, inside = Counter(), False
+    for line in ptx.splitlines():
+        if line.lstrip().startswith(".loc"):
+            inside = "// guidance.py:" in line
+        elif inside and (instruction := operation.match(line)):
+            found[instruction[1]] += 2 if instruction[2] else 1
+    return dict(found)
+
+
 def nvidia_report(assembly: dict) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(assembly["cubin"])
@@ -82,6 +102,7 @@ def nvidia_report(assembly: dict) -> dict:
         "barriers": assembly["ptx"].count("bar.sync"),
         "atomics": len(re.findall(r"\b(?:atom|red)\.global\b", assembly["ptx"])),
         "access": dict(Counter(kind + width for kind, width in access.findall(assembly["ptx"]))),
+        "guidance": guidance_arithmetic(assembly["ptx"]),
     }
 
 

@@ -27,7 +27,11 @@ EXPECTED = {
     "transition_fwd bf16": ((4, 2, 0, 0), 3),
     "transition_bwd fp32": ((5, 0, 1, 0), 0),
     "transition_bwd bf16": ((4, 2, 0, 2), 0),
+    "guided_velocity_fwd fp32": ((2, 0, 1, 0), 0),
+    "guided_velocity_fwd bf16": ((0, 2, 1, 0), 0),
 }
+GUIDED = ("sde_step_fwd bf16", "sde_step_fwd odd", "transition_fwd bf16", "transition_bwd bf16", "transition_bwd odd",
+          "guided_velocity_fwd fp32", "guided_velocity_fwd bf16", "guided_velocity_fwd odd")  # fmt: skip
 WIDE_ACCESSES = {
     "cuda": ("ld.v4.b32", "ld.v2.b32", "st.v4.b32", "st.v2.b32"),
     "hip": ("load_dwordx4", "load_dwordx2", "store_dwordx4", "store_dwordx2"),
@@ -75,8 +79,16 @@ def test_wide_accesses_and_no_detour(report, case, target):
     assert not any("16" in name or "short" in name for name in entry["access"])
 
 
+@pytest.mark.parametrize("target", NVIDIA)
+def test_guidance_is_one_expression_everywhere(report, target):
+    """A difference and one fma for each of a thread's four elements, in every kernel that guides: the same bits."""
+    found = {name: entry["guidance"] for name, entry in report.items() if name.endswith(target) and entry["guidance"]}
+    assert found == {f"{case} {target}": {"sub": 4, "fma": 4} for case in GUIDED}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_sizes_fall_back_to_narrow_accesses(report, target):
     """Their rows are not aligned: a wide access would fault."""
-    entry = report[f"sde_step_fwd odd {target}"]
-    assert not any(name in entry["access"] for names in WIDE_ACCESSES.values() for name in names)
+    for case in ("sde_step_fwd odd", "guided_velocity_fwd odd"):
+        entry = report[f"{case} {target}"]
+        assert not any(name in entry["access"] for names in WIDE_ACCESSES.values() for name in names)

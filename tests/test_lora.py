@@ -1,5 +1,7 @@
 """The lean LoRA layer against PEFT's own, and 8-bit drafts against the exact layer."""
 
+import re
+
 import pytest
 import torch
 from conftest import TINY_WEIGHTS, load_tiny_model, load_tuned_model
@@ -12,6 +14,19 @@ from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.lora import LeanLinear, lora_config
 
 SHAPES = [(5, 24), (3, 7, 24), (2, 3, 5, 24)]
+
+
+def scales_rows() -> bool:
+    """Whether this release of torch multiplies 8-bit numbers here, with a scale for each row."""
+    ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(ones, ones.T, scale_a=torch.ones(16, 1), scale_b=torch.ones(1, 16), out_dtype=torch.float32)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+needs_fp8 = pytest.mark.skipif(not scales_rows(), reason="this release of torch multiplies no 8-bit rows on a CPU")
 
 
 class Net(nn.Module):
@@ -111,6 +126,7 @@ def test_it_launches_three_operations_where_peft_launches_five() -> None:
     assert operations(lean, x) == 3 and operations(stock, x) == 5
 
 
+@needs_fp8
 def test_drafts_are_near_and_only_inside() -> None:
     model = load_tuned_model()
     x, sigma = torch.randn(3, *model.latent_shape), torch.full((3,), 0.7)
@@ -127,6 +143,7 @@ def test_drafts_are_near_and_only_inside() -> None:
     assert model.transformer.state_dict().keys() == load_tuned_model().transformer.state_dict().keys()
 
 
+@needs_fp8
 def test_which_layers_are_drafted() -> None:
     """The frozen ones of the blocks, base layers of a LoRA included; neither the LoRA's own nor what is outside."""
     model = load_tuned_model()
@@ -138,6 +155,7 @@ def test_which_layers_are_drafted() -> None:
     assert frozen == 0  # none was left out
 
 
+@needs_fp8
 def test_one_layer_is_its_rounded_weights() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 48).requires_grad_(False)
@@ -161,3 +179,52 @@ def test_nothing_to_draft_and_half_drafts_are_refused() -> None:
         load_config(config, ["rollout.precision=fp8", "update.old_velocity=rollout"])
     with pytest.raises(ConfigError, match=r"model\.train=lora"):
         load_config(config, ["rollout.precision=fp8", "model.train=full"])
+
+
+def test_every_dtype_may_ask_for_fp8() -> None:
+    """What a device multiplies is found out on it, not written down in the configuration."""
+    config = TINY_WEIGHTS.parent.parent.parent / "configs" / "sd3_ocr.yaml"
+    for dtype in ("float32", "bfloat16", "float16"):
+        settings = ["rollout.precision=fp8", f"model.dtype={dtype}"]
+        assert load_config(config, settings).model.dtype == dtype
+
+
+def test_each_kind_of_layer_multiplies_once_at_the_start(monkeypatch) -> None:  # noqa: ANN001
+    seen = []
+
+    def product(x: Tensor, w: Tensor, *, bias: Tensor | None, out_dtype: torch.dtype, **_: object) -> Tensor:
+        seen.append((w.T.shape, out_dtype, bias is None))
+        return torch.zeros(len(x), w.shape[1], dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    layers = prepare_fp8(load_tuned_model().blocks)
+    kinds = {(layer.weight.shape, torch.float32, layer.bias is None) for layer in layers}
+    assert len(seen) == len(kinds) < len(layers) and set(seen) == kinds
+    assert not any(layer.drafting for layer in layers)
+
+
+# What torch says on a GPU, of a bias in float32; on a CPU, in its release 2.11; on a GPU without 8-bit units.
+REFUSALS = (
+    (ValueError, "Bias is not supported when out_dtype is set to Float32", torch.float32),
+    (RuntimeError, "Now _scaled_mm only supports per-tensor scaling for CPU backend.", torch.float32),
+    (NotImplementedError, "torch._scaled_mm is only supported on CUDA devices with compute capability >= 9", torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("kind, message, dtype", REFUSALS)
+def test_a_product_that_the_device_refuses_is_told_at_the_start(monkeypatch, kind, message, dtype) -> None:  # noqa: ANN001
+    def product(*_: Tensor, bias: Tensor | None, **__: object) -> Tensor:
+        if bias is not None:
+            raise kind(message + "\nException raised from somewhere in C++")
+        return torch.zeros(1, 32)
+
+    def block(bias: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 32, bias=bias)).to(dtype).requires_grad_(False)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    name = str(dtype).removeprefix("torch.")
+    take = "rollout.precision=model" if dtype == torch.bfloat16 else "model.dtype=bfloat16, or rollout.precision=model"
+    expected = rf"'fp8': the CPU multiplies no .* model\.dtype={name} \({re.escape(message)}\); take {re.escape(take)}$"
+    with pytest.raises(ValueError, match=expected):
+        prepare_fp8([block(bias=True)])
+    assert len(prepare_fp8([block(bias=False)])) == 2

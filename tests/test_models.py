@@ -16,8 +16,7 @@ from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
 from fastgrpo.rollout import Policy
 from fastgrpo.testing import FAMILIES, load_family
 from fastgrpo.trajectory import SAMPLE, concatenate, noise_address
-from fastgrpo_kernels import INITIAL_STEP, normal
-from fastgrpo_kernels.sde_step import guided_velocity_ref
+from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
 
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
@@ -102,7 +101,7 @@ def guided(model, x, sigma, conditioning, without, scale, together):  # noqa: AN
         v_uncond, v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
     else:
         v_uncond, v = model.velocity(x, sigma, without), model.velocity(x, sigma, conditioning)
-    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity_ref(v, v_uncond, scale, torch.float32)
+    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(v, v_uncond, scale)
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)

@@ -122,6 +122,29 @@ def test_only_the_lora_is_trained(tuned_model) -> None:  # noqa: ANN001
     assert targets == set(tuned_model.lora_targets)
 
 
+def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:  # noqa: ANN001
+    """A batch that was there before costs nothing; no program is for sizes that vary, and each shape has as many."""
+    model, compiled, module_compile = load_tuned_model(), [], torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        symbolic = any(isinstance(size, torch.SymInt) for x in inputs for size in (x.shape if torch.is_tensor(x) else [x]))
+        compiled.append("any shape" if symbolic else max(x.shape[0] for x in inputs if torch.is_tensor(x) and x.dim() == 3))
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: module_compile(self, **how, backend=backend))
+    model.compile_blocks()
+    conditioning = model.encode(["a red circle"] * 7)
+    found = []
+    for batch in (2, 3, 7, 3, 2):
+        x, rows = torch.zeros(batch, *model.latent_shape), type(conditioning)(*(t[:batch] for t in conditioning))
+        with torch.no_grad():
+            model.velocity(x, torch.full((batch,), 0.5), rows)
+        found.append(compiled.copy())
+        compiled.clear()
+    assert found[0] and set(found[0]) == {2}
+    assert found[1:] == [[3] * len(found[0]), [7] * len(found[0]), [], []]
+
+
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     from fastgrpo.models import load_model
 

@@ -6,11 +6,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tuned_model
 from torch import Tensor, nn
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+import fastgrpo.update
+import fastgrpo_kernels.guidance
 from fastgrpo import sde
 from fastgrpo.generation import Embeddings
 from fastgrpo.objectives import clip
@@ -26,6 +30,7 @@ from fastgrpo.update import (
     transition_loss,
     update,
 )
+from fastgrpo_kernels import guided_velocity_triton, transition_triton
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
 
@@ -221,6 +226,28 @@ def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: i
 def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
     experience = rolled(tuned_model, guidance_scale, "flow_sde")
     learner = learner_of(tuned_model, guidance_scale, micro_batch_size=size)
+    for transitions in micro_batches(recompute_old(learner, experience), size):
+        loss = transition_loss(learner, transitions)
+        assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatch, size: int) -> None:  # noqa: ANN001
+    """They round guidance once, where torch rounds it twice: v_old has to be theirs too."""
+    if torch.cuda.is_available():
+        pytest.skip("there the kernels are not interpreted: tests/test_guidance.py compares them")
+
+    def fma(_, x, y, z):  # noqa: ANN001, ANN202
+        """Of a GPU; the interpreter's own rounds twice. A product of two float32 is exact in float64."""
+        assert x.data.dtype == np.float32
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+    monkeypatch.setattr(fastgrpo_kernels.guidance, "guided_velocity_ref", guided_velocity_triton)
+    monkeypatch.setattr(fastgrpo.update, "transition", transition_triton)
+    experience = rolled(tuned_model, 3.0, "flow_sde")
+    learner = learner_of(tuned_model, 3.0, micro_batch_size=size)
     for transitions in micro_batches(recompute_old(learner, experience), size):
         loss = transition_loss(learner, transitions)
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0

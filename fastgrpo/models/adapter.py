@@ -72,6 +72,7 @@ class Adapter:
     lora_targets: ClassVar[tuple[str, ...]]
     takes: ClassVar[frozenset[str]] = frozenset()  # of num_frames, distilled_guidance
     image_conditioned: ClassVar[bool] = False  # prompts come with an input image
+    masks: ClassVar[str | None] = None  # tokens that its attention has to leave out, which only torch's own can
     vae_dtype: ClassVar[torch.dtype | None] = None  # of the decoder, where it is not the model's
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: ClassVar[Callable[[Tensor, Tensor, float], Tensor] | None] = None
@@ -280,13 +281,14 @@ class Adapter:
         self.tiny_decoder = decoder.to(self.device).eval().requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """torch.compile each transformer block in place: they are alike, so that the compiler works once for all."""
+        """torch.compile each transformer block in place, for each shape by itself; they are alike, and share it."""
         # A block is compiled for each shape, with gradients and without, adapter on and off: more often than the compiler
         # allows by itself, which would go on in eager mode with a line in the log.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
-            block.compile()
+            # By itself the compiler would take the second shape for one of many, and make one program for all from there on.
+            block.compile(dynamic=False)
 
     def prepare_drafts(self) -> None:
         """Make ready for `drafting`; after the trained weights are in place."""
@@ -298,6 +300,10 @@ class Adapter:
 
     def use_attention(self, name: str) -> None:
         """Which attention kernels the transformer runs on, see `fastgrpo.models.attention`."""
+        # flash-attn takes no mask, diffusers hands xformers the true and false of one as scores of one and zero, and
+        # cuDNN's gradient under a mask can be NaN (pytorch issue 196678).
+        if name != "native" and self.masks:
+            raise ValueError(f"model.attention = {name!r}: {type(self).__name__} has to mask {self.masks}; take native")
         use_attention(self.transformer, name)
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:

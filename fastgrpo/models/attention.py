@@ -9,6 +9,7 @@ from torch import Tensor
 
 BACKENDS = {  # name -> diffusers' name, the module that must be importable, how to get it
     "native": ("native", "torch", ""),
+    "cudnn": ("_native_cudnn", "torch", ""),
     "flash2": ("flash", "flash_attn", "pip install flash-attn"),
     "flash3": ("_flash_3", "flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention"),
     "xformers": ("xformers", "xformers", "pip install xformers"),
@@ -16,12 +17,24 @@ BACKENDS = {  # name -> diffusers' name, the module that must be importable, how
 
 
 def use_attention(transformer: torch.nn.Module, name: str) -> None:
-    """Route the attention of every block to the kernels called `name`."""
+    """Route the attention of every block to the kernels called `name`; ValueError if they cannot run here.
+
+    What is left to torch runs without cuDNN from here on, in the whole process.
+    """
+    # On Hopper torch 2.11 and later prefer cuDNN, whose plans for training and for inference are two: the first ratio need
+    # not be exactly 1. The switch is of the process because torch has no other that holds outside a `with`, and all who
+    # call attention, encoders and processors of diffusers, would have to enter one. "cudnn" asks for it at each call.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "native":
         return
     backend, module, install = BACKENDS[name]
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"model.attention = {name!r}: {module} is not installed ({install}); take native")
+    if name == "cudnn" and not torch.cuda.is_available():
+        raise ValueError(f"model.attention = {name!r}: there is no GPU here for cuDNN to run on; take native")
+    if name == "cudnn" and transformer.dtype not in (torch.bfloat16, torch.float16):
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise ValueError(f"model.attention = {name!r}: cuDNN has none in {dtype}; take model.dtype=bfloat16, or native")
     _route(transformer, backend)
 
 

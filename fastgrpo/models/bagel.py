@@ -61,6 +61,7 @@ class Bagel(Adapter):
         "self_attn.q_proj_moe_gen", "self_attn.k_proj_moe_gen", "self_attn.v_proj_moe_gen", "self_attn.o_proj_moe_gen",
         "mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj",
     )  # fmt: skip
+    masks = "the end of short prompts"
 
     @classmethod
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Bagel":
@@ -151,10 +152,6 @@ class Bagel(Adapter):
         squares = latents.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, 2, 2, C)
         image = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return super().vae_latents(image, decoder)
-
-    def use_attention(self, name: str) -> None:
-        if name != "native":
-            raise ValueError(f"model.attention = {name!r}: BAGEL masks the end of short prompts, which needs native")
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
         """Only beside weights that the prompt is not read with, as what was read of it is kept."""

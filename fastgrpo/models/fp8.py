@@ -45,10 +45,10 @@ class Fp8Linear(nn.Linear):
 
 
 def prepare_fp8(blocks: Sequence[nn.Module]) -> list[Fp8Linear]:
-    """Give every frozen linear layer of the blocks an 8-bit copy of its weight, and return those layers."""
-    if next(blocks[0].parameters()).is_cuda and torch.cuda.get_device_capability() < (8, 9):
-        name = torch.cuda.get_device_name()
-        raise ValueError(f"rollout.precision = 'fp8': {name} has no 8-bit matrix units (8.9 and later have); take model")
+    """Give every frozen linear layer of the blocks an 8-bit copy of its weight, and return those layers.
+
+    One layer of each kind multiplies once: ValueError where the device cannot, before a rollout would find out.
+    """
     found = [
         layer for block in blocks for layer in block.modules()
         if type(layer) is nn.Linear and not layer.weight.requires_grad and not any(n % MULTIPLE for n in layer.weight.shape)
@@ -57,7 +57,28 @@ def prepare_fp8(blocks: Sequence[nn.Module]) -> list[Fp8Linear]:
         raise ValueError("rollout.precision = 'fp8': no frozen linear layer in the transformer's blocks; take model")
     for layer in found:
         Fp8Linear.convert(layer)
+    kinds = {(layer.weight.shape, layer.weight.dtype, layer.bias is None): layer for layer in found}
+    for layer in kinds.values():
+        _try_product(layer)
     return found
+
+
+@torch.no_grad()
+def _try_product(layer: Fp8Linear) -> None:
+    """What can be multiplied depends on the device, on torch's release, on the dtype and on the bias: only trying tells."""
+    weight = layer.weight
+    try:
+        with drafting([layer]):
+            layer(torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, ValueError) as error:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"the {weight.device.type.upper()}"
+        reason, _, _ = str(error).partition("\n")  # and not the C++ stack below it
+        take = "rollout.precision=model" if dtype == "bfloat16" else "model.dtype=bfloat16, or rollout.precision=model"
+        raise ValueError(
+            f"rollout.precision = 'fp8': {device} multiplies no 8-bit numbers with model.dtype={dtype} "
+            f"({reason}); take {take}"
+        ) from error
 
 
 @contextmanager

@@ -75,6 +75,7 @@ class QwenImage(Adapter):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
+    masks = "the padding of prompts"
     longest_text: ClassVar[int] = 1024  # tokens, of the stock pipeline's max_sequence_length
 
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
@@ -159,11 +160,6 @@ class QwenImage(Adapter):
 
     def load_tiny_decoder(self, path: Path) -> None:
         raise ValueError(f"model.tiny_decoder = {path}: no AutoencoderTiny reads latents of Qwen-Image; leave it out")
-
-    def use_attention(self, name: str) -> None:
-        # flash-attn takes no mask, and diffusers hands xformers the true and false of one as scores of one and zero.
-        if name != "native":
-            raise ValueError(f"model.attention = {name!r}: cannot mask the padding of prompts; take native")
 
 
 class QwenImageEdit(QwenImage):

@@ -44,6 +44,7 @@ class ZImage(Adapter):
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     )  # fmt: skip
+    masks = "the padding of captions"
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -115,10 +116,6 @@ class ZImage(Adapter):
         for block in network.layers:
             both = run(network, block, both, mask, rotations, time)
         return -images(network.all_final_layer[PATCH](both, c=time), x)  # the network's own sign is data - noise
-
-    def use_attention(self, name: str) -> None:
-        if name != "native":
-            raise ValueError(f"model.attention = {name!r}: Z-Image masks its padded captions; take native, which can")
 
 
 def run(network: nn.Module, block: nn.Module, *inputs: Any) -> Tensor:

@@ -23,8 +23,8 @@ def check_tensor(
         raise ValueError(f"{name} is not contiguous (strides {value.stride()}): call .contiguous() on it")
 
 
-def check_latents(name: str, x: Tensor) -> None:
-    """A batch of fp32 latents (B, *D) that the kernels can address."""
+def check_latents(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    """A batch (B, *D) that the kernels can address, in one of these dtypes; of none in fp32."""
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected (B, *D) with at least one element a sample"
@@ -35,4 +35,4 @@ def check_latents(name: str, x: Tensor) -> None:
     # The batch is the second axis of the grid, which CUDA limits to 16 bits.
     if x.shape[0] > 65535:
         raise ValueError(f"{name} has a batch of {x.shape[0]}: split batches of more than 65535 samples")
-    check_tensor(name, x, x, tuple(x.shape), torch.float32)
+    check_tensor(name, x, x, tuple(x.shape), *(dtypes or (torch.float32,)))

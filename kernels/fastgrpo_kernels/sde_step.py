@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
+from fastgrpo_kernels.guidance import guided_velocity_ref, load_velocity
 from fastgrpo_kernels.philox import (
     BLOCK,
     NUM_WARPS,
@@ -41,15 +42,6 @@ class SdeStep(NamedTuple):
     x_next_model: Tensor  # (B, *D) in the dtype that the network reads; x_next itself when that is fp32
     v: Tensor  # (B, *D) the velocity as used: under guidance the guided one in fp32, else the input itself
     log_prob: Tensor  # (B,) fp32
-
-
-def guided_velocity_ref(
-    v: Tensor, v_uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype
-) -> Tensor:
-    """`v_uncond + g (v - v_uncond)`, or `v`, computed in `dtype`."""
-    if v_uncond is None:
-        return v.to(dtype)
-    return v_uncond.to(dtype) + guidance_scale * (v.to(dtype) - v_uncond.to(dtype))
 
 
 def columns(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,17 +72,6 @@ def sde_step_ref(
     log_s = torch.log(torch.where(s > 0, s, 1.0))
     log_prob = -eps.flatten(1).square().mean(1) / 2 - log_s - HALF_LOG_2PI.value
     return SdeStep(x_next, x_next.to(model_dtype or x.dtype), used, torch.where(s > 0, log_prob, 0.0))
-
-
-@triton.jit
-def load_velocity(v, v_uncond, guidance_scale, o_x, m_x):
-    """A block of the guided velocity. One expression for rollout and training, with an explicit fma: were the
-    compiler to choose, the two could round differently, and the on-policy ratio would not be exactly 1."""
-    b_v = tl.load(v + o_x, mask=m_x, other=0.0).to(tl.float32)
-    if v_uncond is not None:
-        b_u = tl.load(v_uncond + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_v = tl.fma(b_v - b_u, guidance_scale, b_u)
-    return b_v
 
 
 @triton.jit

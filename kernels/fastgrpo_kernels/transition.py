@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
+from fastgrpo_kernels.guidance import guided_velocity_ref, load_velocity
 from fastgrpo_kernels.philox import BLOCK, NUM_WARPS
-from fastgrpo_kernels.sde_step import columns, guided_velocity_ref, load_velocity, sum_row
+from fastgrpo_kernels.sde_step import columns, sum_row
 
 
 class Moments(NamedTuple):

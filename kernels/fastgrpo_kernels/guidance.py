@@ -1,0 +1,79 @@
+"""Classifier-free guidance, in one expression for all kernels.
+
+    v_guided = v_uncond + g (v - v_uncond)        the difference rounded, then one fma; v itself without v_uncond
+
+The rollout and the update make the guided velocity inside their own kernels, from `load_velocity`. `guided_velocity` makes
+it for whoever needs it by itself, such as v_old of the network that is trained, and in the same bits: torch rounds the
+product too, and from v_old of another rounding the on-policy ratio would not be exactly 1.
+
+B samples, D elements a sample.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
+from fastgrpo_kernels.philox import BLOCK, NUM_WARPS
+
+
+def guided_velocity_ref(
+    v: Tensor, v_uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The definition of `guided_velocity` in torch, differentiable, computed in `dtype`."""
+    if v_uncond is None:
+        return v.to(dtype)
+    return v_uncond.to(dtype) + guidance_scale * (v.to(dtype) - v_uncond.to(dtype))
+
+
+@triton.jit
+def load_velocity(v, v_uncond, guidance_scale, o_x, m_x):
+    """A block of the guided velocity. One expression for rollout and training, with an explicit fma: were the
+    compiler to choose, the two could round differently, and the on-policy ratio would not be exactly 1."""
+    b_v = tl.load(v + o_x, mask=m_x, other=0.0).to(tl.float32)
+    if v_uncond is not None:
+        b_u = tl.load(v_uncond + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_v = tl.fma(b_v - b_u, guidance_scale, b_u)
+    return b_v
+
+
+@triton.jit
+def guided_velocity_fwd_kernel(
+    v,  # (B, D) any float
+    v_uncond,  # (B, D) any float
+    v_guided,  # (B, D) fp32
+    guidance_scale,
+    D,
+    BLOCK: tl.constexpr,
+):
+    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_d = i_s * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_d < D
+    o_x = i_b * D + o_d
+    tl.store(v_guided + o_x, load_velocity(v, v_uncond, guidance_scale, o_x, m_x), mask=m_x)
+
+
+def guided_velocity_triton(v: Tensor, v_uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """`guided_velocity_ref` as one kernel."""
+    if v_uncond is None:
+        return v.float()
+    batch, size = v.shape[0], v.shape[1:].numel()
+    v_guided = torch.empty_like(v, dtype=torch.float32)
+    guided_velocity_fwd_kernel[(triton.cdiv(size, BLOCK), batch)](
+        v, v_uncond, v_guided, float(guidance_scale), size, BLOCK=BLOCK, num_warps=NUM_WARPS
+    )
+    return v_guided
+
+
+@torch.no_grad()
+def guided_velocity(v: Tensor, v_uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """`v_uncond + g (v - v_uncond)`, or `v` where there is no v_uncond: (B, *D) fp32, without gradient.
+
+    v, v_uncond: (B, *D) fp32, bf16 or fp16. In the bits that `sde_step` and `transition` make of the same two.
+    """
+    check_latents("v", v, *VELOCITY_DTYPES)
+    if v_uncond is not None:
+        check_tensor("v_uncond", v_uncond, v, tuple(v.shape), *VELOCITY_DTYPES)
+    run = guided_velocity_triton if v.is_cuda else guided_velocity_ref
+    return run(v.detach(), v_uncond, guidance_scale)
