@@ -8,8 +8,8 @@
     if __name__ == "__main__":
         main({"speed": speed})
 
-The script imports at its top whatever is slow to import: that needs no GPU and happens beside other phases, so nothing at its
-top may touch the GPU. `main` then says READY and waits on standard input for the seconds that it may take. By hand:
+The script imports at its top whatever is slow to import: that happens beside other phases, and may not touch the GPU. `main`
+then says READY and waits on standard input for the seconds that the phase may take. By hand:
 
     echo 60 | OUT=/tmp/out python benchmarks/gpu_kernels.py kernels
 

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in phases, for a machine that is lent for minutes:   bash benchmarks/gpu_suite.sh 500
 
-Every phase is a process. All start at once, import what they need (slow, and no GPU's work), and wait for their turn. What only
-has to be right takes its turn first and together; what is timed has the GPU to itself, one after the other in the order of its
-value. Each has a limit of its own: one that fails, hangs or loses the GPU leaves the others running, and what it had found by
-then is written down. In $OUT:
+Every phase is a process. All start at once, import what they need (slow, and nothing for a GPU to do), and wait for their turn.
+What only has to be right takes its turn first and together; what is timed has the GPU to itself, one after the other in the
+order of its value. Each has a limit of its own: one that fails, hangs or loses the GPU leaves the others running, and what it
+had found by then is written down. In $OUT:
 
     results.jsonl    every number, see gpu_phase.py; of each phase a last line END with its status
     suite.log        what this program and all phases printed

@@ -1,9 +1,6 @@
-"""The GPU suite: what it does about a phase that fails, hangs or comes too late, and a rehearsal on the CPU of what it measures."""
+"""The GPU suite: a phase that fails, hangs or comes too late leaves the others; and a rehearsal of what it measures."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -71,6 +68,12 @@ def rows(out: Path, phase: str) -> dict[str, dict]:
     return {line["name"]: line for line in lines if line["phase"] == phase}
 
 
+def runs(pid: int) -> bool:
+    """Whether the process is there, and not only waiting to be reaped."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_what_goes_wrong_in_a_phase_stays_there(script: Path, tmp_path: Path) -> None:
     names = ("wrong", "hangs", "dies", "lost", "right")
     wrong, hangs, dies, lost, right = (Planned(name, script, expected=1, limit=2) for name in names)
@@ -92,8 +95,7 @@ def test_what_goes_wrong_in_a_phase_stays_there(script: Path, tmp_path: Path) ->
     assert rows(suite.out, "dies").keys() == {"before", "END"}
     log = (suite.out / "suite.log").read_text()
     assert "Timeout" in log and "in hangs" in log, "it did not say where it hung"
-    with pytest.raises(ProcessLookupError):
-        os.kill(rows(suite.out, "hangs")["before"]["child"], signal.SIG_DFL)
+    assert not runs(rows(suite.out, "hangs")["before"]["child"]), "what it had started outlived it"
 
     found = rows(suite.out, "lost")
     assert found["FAILED kernel"]["memory_summary"] == "who holds what"
