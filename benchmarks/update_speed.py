@@ -28,6 +28,7 @@ def forms(batch: int, trained: int) -> dict[str, list[str]]:
     for stage in (0, 1, 2, 3):
         found[f"ZeRO {stage}"] = [f"engine.zero_stage={stage}", "rollout.cuda_graph=false"]
     found["checkpointing"] = ["update.gradient_checkpointing=true"]
+    found = {name: [*settings, "update.old_velocity=rollout"] for name, settings in found.items()}  # one cause at a time
     found["v_old recomputed"] = ["update.old_velocity=recompute"]
     return found
 

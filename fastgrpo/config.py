@@ -158,6 +158,20 @@ def trained_steps(config: Config) -> int:
     return window_size(config.rollout.window, config.rollout.num_steps)
 
 
+def recomputes_old(config: Config, micro_batch_size: int | None = None) -> bool:
+    """Whether the update makes v_old again, as is asked for, or else where its forward passes are not the rollout's.
+
+    micro_batch_size: what `largest` turned out to be, once that is known.
+    """
+    if config.update.old_velocity is not None:
+        return config.update.old_velocity == "recompute"
+    rollout, model = config.rollout, config.model
+    size = micro_batch_size or config.update.micro_batch_size
+    # A compiled block is one program with gradients and another without, which keep other values in full precision.
+    compiled = model.compile and model.dtype != "float32"
+    return rollout.precision != "model" or compiled or size not in ("rollout", rollout.batch_size)
+
+
 def _check_objective(config: Config) -> None:
     """What an objective takes, and what it would leave unread."""
     objective, name, lag = config.objective, config.objective.name, config.forward.old_policy.limit
@@ -215,8 +229,8 @@ def _check_division(config: Config, world_size: int) -> None:
 
 
 def _check_fp8(config: Config) -> None:
-    if config.update.old_velocity != "recompute":
-        way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute"
+    if not recomputes_old(config):
+        way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute, or leave it out"
         schema.refuse("rollout.precision", "fp8", way_out)
     if config.model.train != "lora":
         schema.refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.advantages import Advantages
+from fastgrpo.config import recomputes_old
 from fastgrpo.ema import Ema, lagging
 from fastgrpo.engine import Engine
 from fastgrpo.forward import noise_levels, noised
@@ -103,7 +104,7 @@ class Learning:
 
     def _with_old_velocities(self, parts: list[list[Experience]]) -> list[list[Experience]]:
         """v_old of all parts, before the first of them moves the weights."""
-        kept = not self.objective.forward and self.config.update.old_velocity == "rollout"
+        kept = not self.objective.forward and not recomputes_old(self.config, self.learner.micro_batch_size)
         if kept or self.objective.old == "zero":
             return parts
         with self.behaviour() if self.objective.old == "behaviour" else self.model.reference():

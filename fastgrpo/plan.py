@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.config import Config, ConfigError, trained_steps
+from fastgrpo.config import Config, ConfigError, recomputes_old, trained_steps
 from fastgrpo.models import SETTINGS, model_class
 from fastgrpo.objectives import OBJECTIVES
 from fastgrpo.schedule import group_steps
@@ -131,7 +131,7 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     rollout, forward = config.rollout, counts.forward_flops
     guided = 2 if rollout.guidance_scale != 1 else 1
     objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
-    rescored = objective.old != "zero" if objective.forward else config.update.old_velocity == "recompute"
+    rescored = objective.old != "zero" if objective.forward else recomputes_old(config)
     epochs = config.update.inner_epochs
     return {
         "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,

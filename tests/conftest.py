@@ -31,11 +31,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 TINY_WEIGHTS = Path(__file__).resolve().parent.parent / "fastgrpo" / "tiny" / "weights"
 
 
-def load_tiny_model():  # noqa: ANN201 (an adapter of fastgrpo.models)
+def load_tiny_model(dtype: torch.dtype = torch.float32):  # noqa: ANN201 (an adapter of fastgrpo.models)
     """The embedded pipeline, through the adapter that loads SD3.5."""
     from fastgrpo.models import load_model
 
-    return load_model("sd3", path=TINY_WEIGHTS, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)
+    return load_model("sd3", path=TINY_WEIGHTS, dtype=dtype, device=torch.device("cpu"), max_text_tokens=1)
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,9 @@ def tiny_model():  # noqa: ANN201
     return load_tiny_model()
 
 
-def load_tuned_model(targets: tuple[str, ...] | None = None):  # noqa: ANN201
+def load_tuned_model(targets: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32):  # noqa: ANN201
     """The embedded pipeline with a LoRA that has an effect."""
-    model = load_tiny_model()
+    model = load_tiny_model(dtype)
     torch.manual_seed(1)
     model.add_lora(rank=4, alpha=8, targets=targets)
     with torch.no_grad():

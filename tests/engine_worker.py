@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
+from helpers import NoSync
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -179,6 +180,32 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
     return checks
 
 
+@torch.no_grad()
+def waits_in_a_rollout(engine: Engine) -> int:
+    """How often DeepSpeed waits for the device while what it wraps is sampled from."""
+    from deepspeed.accelerator import get_accelerator  # chosen by `start`
+
+    accelerator, waits = get_accelerator(), []
+    batch = {name: tensor.to(engine.device) for name, tensor in make_batch(99, 0).items()}
+    accelerator.synchronize = lambda *_, **__: waits.append(1)  # on the instance, in front of the class's own
+    try:
+        with engine.rollout_policy() as policy, NoSync():
+            for _ in range(3):
+                velocity(policy, batch, engine.dtype)
+    finally:
+        del accelerator.synchronize
+    return len(waits)
+
+
+def check_no_host(engine: Engine) -> dict[str, bool]:
+    """Over more iterations than DeepSpeed's own timers take to start. In stage 3 nothing is captured, and hooks may wait."""
+    waits = []
+    for update in range(4):
+        waits.append(waits_in_a_rollout(engine) if engine.zero_stage < 3 else 0)
+        run_updates(engine, range(update, update + 1))
+    return {"no rollout waits for the device": waits == [0, 0, 0, 0]}
+
+
 def check_not_finite(engine: Engine) -> dict[str, bool]:
     before = engine.trained_state()
     batch = {name: tensor[:1].to(engine.device) for name, tensor in make_batch(99, 1).items()}
@@ -230,7 +257,7 @@ def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str
     save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", UPDATES, {"ema": ema.state_dict(), "seed": 1})
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
     final = engine.trained_state("cpu")
-    checks |= check_not_finite(engine) | check_collectives(engine) | check_accumulation(engine)
+    checks |= check_no_host(engine) | check_not_finite(engine) | check_collectives(engine) | check_accumulation(engine)
     engine.close()
     seen = {"losses": losses + more_losses, "norms": norms + more_norms, "state": state}
     return {**seen, "more": more, "final": final, "checks": checks}

@@ -5,7 +5,16 @@ import pytest
 import yaml
 
 from fastgrpo.advantages import group_advantages
-from fastgrpo.config import Config, ConfigError, check_ranks, describe, differences, dump_config, load_config
+from fastgrpo.config import (
+    Config,
+    ConfigError,
+    check_ranks,
+    describe,
+    differences,
+    dump_config,
+    load_config,
+    recomputes_old,
+)
 from fastgrpo.models import model_class
 from fastgrpo.models.adapter import read_architecture
 from fastgrpo.prompts import INPUT, check_held_out, load_prompts
@@ -308,3 +317,27 @@ def test_help_describes_every_key() -> None:
     for key in ("rollout.window.kind", "objective.clip_range", "update.learning_rate", "model.lora.rank", "seed"):
         assert f"  {key} (" in text
     assert all(line.strip() for line in text.splitlines()), "a key without a description"
+
+
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ([], False),
+        (["model.compile=true"], False),  # in float32 both programs keep the same values
+        (["model.compile=true", "model.dtype=bfloat16"], True),
+        (["model.compile=true", "model.dtype=bfloat16", "update.old_velocity=rollout"], False),
+        (["model.dtype=bfloat16"], False),
+        (["rollout.precision=fp8"], True),
+        (["update.micro_batch_size=64"], False),  # the rollout's own
+        (["update.micro_batch_size=32"], True),
+        (["update.micro_batch_size=largest"], True),
+        (["update.old_velocity=recompute"], True),
+    ],
+)
+def test_v_old_is_made_again_where_the_update_rounds_in_another_way(settings: list[str], again: bool) -> None:
+    assert recomputes_old(load_config(TINY, settings)) == again
+
+
+def test_the_largest_micro_batch_may_be_the_rollouts_own() -> None:
+    config = load_config(TINY, ["update.micro_batch_size=largest"])
+    assert not recomputes_old(config, micro_batch_size=64) and recomputes_old(config, micro_batch_size=128)

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo.config import ConfigError, load_config
+from fastgrpo.config import ConfigError, load_config, recomputes_old
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.lora import LeanLinear, lora_config
 
@@ -156,7 +156,8 @@ def test_nothing_to_draft_and_half_drafts_are_refused() -> None:
     with pytest.raises(ValueError, match="no frozen linear layer"):
         model.prepare_drafts()
     config = TINY_WEIGHTS.parent.parent.parent / "configs" / "tiny_shapes_grpo.yaml"
+    assert recomputes_old(load_config(config, ["rollout.precision=fp8"]))
     with pytest.raises(ConfigError, match=r"rollout\.precision = 'fp8'.*update\.old_velocity=recompute"):
-        load_config(config, ["rollout.precision=fp8"])
+        load_config(config, ["rollout.precision=fp8", "update.old_velocity=rollout"])
     with pytest.raises(ConfigError, match=r"model\.train=lora"):
-        load_config(config, ["rollout.precision=fp8", "update.old_velocity=recompute", "model.train=full"])
+        load_config(config, ["rollout.precision=fp8", "model.train=full"])

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import load_tuned_model
 from torch import Tensor, nn
 
 from fastgrpo import sde
@@ -237,6 +238,21 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa
     for transitions in micro_batches(compiled, 4):
         loss = transition_loss(learner, transitions)
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.kl.item() > 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_in_bfloat16_the_first_ratio_is_1_only_with_v_old_made_again() -> None:
+    """A block's programs with gradients and without round differently, which is why `recomputes_old` says so by itself."""
+    model = load_tuned_model(dtype=torch.bfloat16)
+    model.compile_blocks()
+    experience, learner = rolled(model, 1.0, "flow_sde"), learner_of(model, 1.0, beta=0.0)
+
+    def deviation(experience: Experience) -> float:
+        losses = [transition_loss(learner, transitions) for transitions in micro_batches(experience, 4)]
+        return max((ratio - 1).abs().item() for loss in losses for ratio in (loss.ratio_min, loss.ratio_max))
+
+    assert deviation(experience) > 1e-6
+    assert deviation(recompute_old(learner, experience)) == 0.0
 
 
 def test_recomputing_in_the_rollouts_shape_changes_nothing(tuned_model) -> None:  # noqa: ANN001

@@ -4,7 +4,7 @@
     y = a b (x8 w8^T) + bias                           summed in float32, rounded to x's dtype
 
 LoRA, norms, attention and everything outside the blocks stay as they are. What rolls out is then not quite the policy that
-is trained, so v_old has to be made again by that one (`update.old_velocity=recompute`): the ratio is again of exact
+is trained, so v_old is made again by that one (`update.old_velocity`): the ratio is again of exact
 policies, and 8-bit numbers only decide which samples are looked at.
 """
 
