@@ -18,8 +18,8 @@ from typing import Any
 from gpu_phase import REHEARSE, ROOT, Phase, main
 
 CONFIG = "configs/tiny_shapes.yaml"
-# The first lines of metrics.jsonl of `deepspeed fastgrpo/train.py --config configs/tiny_shapes.yaml` on a CPU.
-REFERENCE = Path(__file__).with_name("gpu_reference.json")
+# Of the first lines of metrics.jsonl of `deepspeed fastgrpo/train.py --config configs/tiny_shapes.yaml` on a CPU.
+REFERENCE = Path(__file__).with_name("reference_tiny.json")
 TOLERANCE = 0.01  # of the first iteration's loss and gradient, relative
 ACCURACY = 0.95  # what README says of the run
 TESTS = ["-m", "gpu", "-n", "8", "--timeout", "100"]  # in parallel: every dtype, shape and alignment is a kernel to compile
@@ -79,7 +79,7 @@ def deepspeed(phase: Phase, settings: list[str]) -> tuple[list[dict[str, Any]], 
         tail=log.read_text()[-600:] if status else "",
     )  # fmt: skip
     if rows:
-        phase.record("seconds of the last iteration", **rows[-1]["seconds"])
+        phase.record("last iteration", **{part: round(seconds, 3) for part, seconds in rows[-1]["seconds"].items()})
     return rows, found
 
 

@@ -107,10 +107,10 @@ def on_device(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def bandwidth(phase: Phase) -> None:
-    """Many calls in one graph, each on inputs and outputs of its own, in all three times the L2, so that none is in a cache."""
+    """Many calls in one graph, each on inputs and outputs of its own, in all three times the L2, so that no cache helps."""
     copied = copy_speed(phase) if CUDA else None
     cache = torch.cuda.get_device_properties(0).L2_cache_size if CUDA else 1
-    compiled = torch.compile(table_step, dynamic=False, backend="eager" if REHEARSE else "inductor")
+    compiled = torch.compile(table_step, dynamic=False)
     for shape in SPEED_SHAPES:
         elements = math.prod(shape)
         sets = [Inputs(shape) for _ in range(max(2, math.ceil(3 * cache / (12 * elements))))]

@@ -1,4 +1,4 @@
-"""What phases of the GPU suite share that run a network: SD3.5 Medium, a rollout's arguments, graphs, whether rollouts agree.
+"""What the phases that run a network share: SD3.5 Medium, a rollout's arguments, graphs, whether rollouts are equal.
 
 In a rehearsal the network is the embedded tiny one, and in place of a graph the rollout runs again.
 """
@@ -63,15 +63,6 @@ def rollout_arguments(model: Adapter, batch: int, num_steps: int, guidance: floa
     return inputs, dict(guidance_scale=guidance, latent_shape=model.latent_shape, model_dtype=model.dtype)
 
 
-def compile_blocks(model: Adapter) -> None:
-    """As `Adapter.compile_blocks`, but in a rehearsal without the compiler, which takes minutes on a CPU."""
-    if not REHEARSE:
-        model.compile_blocks()
-        return
-    for block in model.blocks:
-        block.compile(dynamic=False, backend="eager")
-
-
 class Rerun:
     """On a CPU in place of a graph."""
 
@@ -90,16 +81,13 @@ def capture() -> Callable[[Callable[[], Rollout]], tuple[Rollout, Callable[[], N
     return CudaCapture() if CUDA else Rerun()
 
 
-def equal(a: Rollout, b: Rollout) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in PARTS)
-
-
 def differences(a: Rollout, b: Rollout) -> dict[str, str]:
-    """Of two rollouts, part by part: equal to the last bit, or how many numbers differ, by how much, and which are NaN."""
+    """Of two rollouts, of each part that is not equal to the last bit: how many numbers differ, by how much, and the NaN."""
     found = {}
     for name in PARTS:
         x, y = getattr(a, name).float(), getattr(b, name).float()
-        nan = f", nan {int(x.isnan().sum())} and {int(y.isnan().sum())}"
-        share, largest = (x != y).float().mean().item(), (x - y).abs().max().item()
-        found[name] = "equal" if torch.equal(x, y) else f"{share:.1%} differ, by {largest:.1e} at most{nan}"
+        if not torch.equal(x, y):
+            share, largest = (x != y).float().mean().item(), (x - y).abs().max().item()
+            nan = f"nan {int(x.isnan().sum())} and {int(y.isnan().sum())}"
+            found[name] = f"{share:.1%} differ, by {largest:.1e} at most, {nan}"
     return found

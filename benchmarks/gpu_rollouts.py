@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DEVICE, peak_flops
+from common import DEVICE
 from gpu_model import (
     CUDA,
     HALF,
     capture,
-    compile_blocks,
     rollout_arguments,
     sd3,
     trained,
@@ -29,7 +28,7 @@ from rollout_speed import drawing, flops_of
 from torch.profiler import ProfilerActivity
 
 from fastgrpo.graph import CapturedRollout
-from fastgrpo.measure import memory, synchronize, timed
+from fastgrpo.measure import memory, peak_flops, synchronize, timed
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.rollout import Policy, rollout
 
@@ -64,14 +63,13 @@ def rollouts(phase: Phase) -> None:
 
     batch_of(FIRST_BATCH)
     batch_of(SECOND_BATCH)
-    torch._dynamo.config.recompile_limit = 64
     for suffix, drafts in (("", False), ("fp8, ", True)):
         with phase.step(f"{suffix or 'exact, '}compiled"):
             model = copy.deepcopy(eager)
             if drafts:
                 model.prepare_drafts()
                 speed.measure(FIRST_BATCH, "captured, fp8", speed.drawn(FIRST_BATCH, CapturedRollout(capture()), model))
-            compile_blocks(model)
+            model.compile_blocks()
             draw = speed.drawn(FIRST_BATCH, rollout, model)
             speed.measure(FIRST_BATCH, f"{suffix}compiled", draw, COMPILED_SECONDS)
             draw = speed.drawn(FIRST_BATCH, CapturedRollout(capture()), model)

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in phases, for a machine that is lent for minutes:   bash benchmarks/gpu_suite.sh 500
 
-Every phase is a process. All start at once, import what they need (slow, and nothing for a GPU to do), and wait for their turn.
-What only has to be right takes its turn first and together; what is timed has the GPU to itself, one after the other in the
-order of its value. Each has a limit of its own: one that fails, hangs or loses the GPU leaves the others running, and what it
-had found by then is written down. In $OUT:
+Every phase is a process. All start at once, import what they need (slow, and nothing for a GPU to do), and wait for their
+turn. What only has to be right takes its turn first and together; what is timed has the GPU to itself, one after the other
+in the order of its value. Each has a limit of its own: one that fails, hangs or loses the GPU leaves the others running, and
+what it had found by then is written down. In $OUT:
 
     results.jsonl    every number, see gpu_phase.py; of each phase a last line END with its status
     suite.log        what this program and all phases printed
@@ -110,7 +110,7 @@ class Process:
         status = MEANINGS.get(code, f"exit {code}")
         if code is None or status.startswith("exit") and seconds >= limit:
             status = "timed out"
-        self._suite.ended(self.phase, status, round(seconds, 1), [] if status == "ok" else list(self._tail))
+        self._suite.ended(self.phase, status, round(seconds, 1), () if status == "ok" else tuple(self._tail))
 
     def end(self) -> None:
         """The process and all that it started, which its group is: compile workers, launchers, tests."""
@@ -147,7 +147,8 @@ class Suite:
 
     def ended(self, phase: Phase, status: str, seconds: float = 0.0, tail: Sequence[str] = ()) -> None:
         self.statuses[phase.name] = status
-        append(self.out, {"phase": phase.name, "name": "END", "status": status, "seconds": seconds, "traceback": tail})
+        last = {"printed_last": tail[-1][:150], "traceback": tail} if tail else {}
+        append(self.out, {"phase": phase.name, "name": "END", "status": status, "seconds": seconds, **last})
         self.say(f"== {phase.name}: {status} after {seconds} s")
 
     def run(self, together: Sequence[Phase], alone: Sequence[Phase]) -> None:
@@ -194,17 +195,35 @@ def version(package: str) -> str:
 
 
 def summary(out: Path) -> str:
-    """Every number in short, then what went wrong, then how the phases ended: the most important last."""
+    """Every number in short by phase, then what went wrong, then how the phases ended: the most important last."""
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] != "environment" and not row.get("detail")]
-    rows.sort(key=lambda row: (row["name"] == "END") * 2 or row["name"].startswith("FAILED"))
-    width = max(60, SUMMARY_CHARACTERS // max(1, len(rows)))
-    lines = [f"{row['phase']:9} {row['name'][:44]:44} {_values(row)}" for row in rows]
-    return "\n".join(line[: min(width, 320)] for line in lines)
+    ends = [row for row in rows if row["name"] == "END"]
+    failed = [row for row in rows if row["name"].startswith("FAILED")]
+    numbers = [row for row in rows if row not in ends and row not in failed]
+    lines = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        lines += [phase, *(f"  {row['name']}: {_values(row)}" for row in numbers if row["phase"] == phase)]
+    lines += [f"{row['phase']}: {row['name']}: {_values(row)}" for row in failed]
+    lines += [f"{end['phase']}: {end['status']} after {end['seconds']} s {end.get('printed_last', '')}" for end in ends]
+    return "\n".join(cut(lines, SUMMARY_CHARACTERS))
+
+
+def cut(lines: list[str], characters: int) -> list[str]:
+    """The lines, all at the greatest width at which they have no more characters together."""
+    fits = (w for w in range(500, 10, -5) if sum(min(len(line), w) + 1 for line in lines) <= characters)
+    width = next(fits, 10)
+    return [line[:width] for line in lines]
 
 
 def _values(row: dict) -> str:
-    return json.dumps({k: v for k, v in row.items() if k not in ("phase", "name", "at", *LONG)})
+    return " ".join(f"{key}={_value(row[key])}" for key in row if key not in ("phase", "name", "at", *LONG))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "(" + " ".join(f"{key}={_value(each)}" for key, each in value.items()) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
@@ -221,7 +240,7 @@ def main() -> int:
     suite.run([p for p in chosen if p in TOGETHER], [p for p in chosen if p in ALONE])
     print(f"\n======== summary\n{summary(suite.out)}")
     wrong = [name for name, status in suite.statuses.items() if status != "ok"]
-    print(f"not ok: {', '.join(wrong)}" if wrong else "all phases ended ok", flush=True)
+    print(f"not ok: {', '.join(wrong)}" if wrong else "every phase ended ok", flush=True)
     return 1 if wrong else 0
 
 

@@ -108,14 +108,17 @@ def test_what_goes_wrong_in_a_phase_stays_there(script: Path, tmp_path: Path) ->
 
 
 def test_the_summary_is_short_and_ends_with_what_matters(tmp_path: Path) -> None:
-    lines = [{"phase": "tests", "name": "END", "status": "ok", "seconds": 1.0}]
-    lines += [{"phase": "rollouts", "name": "FAILED batch 24", "error": "e" * 400, "traceback": ["t" * 4000]}]
-    lines += [{"phase": "rollouts", "name": f"batch {n}", "ms": n} for n in range(300)]
+    lines = [{"phase": "tests", "name": "END", "status": "timed out", "seconds": 1.0, "printed_last": "in test_seven"}]
+    lines += [{"phase": "rollouts", "name": "FAILED batch 24", "error": "e" * 9000, "traceback": ["t" * 4000]}]
+    lines += [{"phase": "rollouts", "name": f"batch {n}", "ms": n + 1 / 3, "spread": {"min": n}} for n in range(200)]
     lines += [{"phase": "kernels", "name": "a case", "detail": True, "error": 0}]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = summary(tmp_path)
-    assert len(text) < 2 * SUMMARY_CHARACTERS and "batch 299" in text and "a case" not in text and "ttt" not in text
-    assert [line.split()[1] for line in text.splitlines()[-2:]] == ["FAILED", "END"]
+    assert SUMMARY_CHARACTERS / 2 < len(text) <= SUMMARY_CHARACTERS
+    assert "  batch 199: ms=199.3 spread=(min=199)\n" in text and "a case" not in text and "ttt" not in text
+    *_, failure, end = text.splitlines()
+    assert failure.startswith("rollouts: FAILED batch 24: error=eee")
+    assert end == "tests: timed out after 1.0 s in test_seven"
 
 
 def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
