@@ -1,71 +1,18 @@
-"""What the benchmarks share: the device, honest timing, a counting trace, results as one JSON line and a picture."""
+"""What the benchmarks share: a counting trace, results as one JSON line and a picture."""
 
 import json
 import re
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
+from fastgrpo.measure import DEVICE, device_name
+
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # so that a clone runs without being installed
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Dense bf16 FLOP/s and bytes/s of memory, from the makers' data sheets (SXM parts).
-PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12), "B200": (2250e12, 8.0e12)}
-
-
-def device_name() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{model.group(1) if model else 'CPU'}, {torch.get_num_threads()} threads"
-
-
-def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s to hold a speed against, and where the number is from."""
-    for name, (flops, _) in PEAKS.items():
-        if DEVICE.type == "cuda" and name in device_name() and dtype != torch.float32:
-            return flops, f"data sheet of {name}, dense bf16"
-    n = 2048 if DEVICE.type == "cpu" else 8192
-    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
-    return 2 * n**3 / seconds(lambda: a @ a, repeats=5), f"measured: {n}x{n} matmul in {dtype}"
-
-
-def peak_bandwidth() -> tuple[float, str]:
-    """Bytes/s of memory, and where the number is from."""
-    for name, (_, bandwidth) in PEAKS.items():
-        if DEVICE.type == "cuda" and name in device_name():
-            return bandwidth, f"data sheet of {name}"
-    a = torch.randn(1 << 26, device=DEVICE)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / seconds(lambda: b.copy_(a), repeats=5), "measured: copy of 256 MB"
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(function: Callable[[], Any], repeats: int, warm_ups: int = 2) -> float:
-    """Median wall time of a call, the device's work included."""
-    for _ in range(warm_ups):
-        function()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        began = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 class Trace(TorchDispatchMode):

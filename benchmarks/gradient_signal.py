@@ -21,7 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from common import DEVICE, RESULTS, ROOT, pyplot
+from common import RESULTS, ROOT, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from fastgrpo import sde
 from fastgrpo.advantages import group_advantages
 from fastgrpo.config import Config, load_config
 from fastgrpo.generation import Embeddings
+from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model
 from fastgrpo.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
 from fastgrpo.rewards import load_reward

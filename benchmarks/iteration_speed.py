@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, ROOT, finish, pyplot, synchronize
+from common import ROOT, finish, pyplot
 from models import add_stock_lora
 from released import Released
 from tqdm import tqdm
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from fastgrpo.config import load_config
 from fastgrpo.engine import finish as leave
 from fastgrpo.engine import start
+from fastgrpo.measure import DEVICE, synchronize
 from fastgrpo.models import load_model
 from fastgrpo.prompts import load_prompts
 from fastgrpo.trainer import Trainer

@@ -17,11 +17,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from common import DEVICE, Trace, finish, peak_bandwidth, pyplot, seconds
+from common import Trace, finish, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo import sde
+from fastgrpo.measure import DEVICE, peak_bandwidth, seconds
 from fastgrpo.trajectory import noise_address
 from fastgrpo_kernels import sde_step as public_sde_step
 from fastgrpo_kernels import transition as public_transition

@@ -6,9 +6,10 @@ Speed does not depend on what the weights say, so no checkpoint is needed.
 from typing import Any
 
 import torch
-from common import DEVICE, ROOT
+from common import ROOT
 from peft import LoraConfig
 
+from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model, model_class
 
 

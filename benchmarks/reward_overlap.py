@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, ROOT, finish, pyplot
+from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
 from fastgrpo.config import load_config
 from fastgrpo.engine import finish as leave
 from fastgrpo.engine import start
+from fastgrpo.measure import DEVICE
 from fastgrpo.trainer import Trainer
 
 FORMS = ("no reward time", "overlapped", "one after the other")

@@ -22,13 +22,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from common import DEVICE, finish, peak_flops, pyplot, seconds, synchronize
+from common import finish, pyplot
 from models import add_stock_lora, conditioning, load
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fastgrpo import sde
 from fastgrpo.graph import CapturedRollout, CudaCapture
+from fastgrpo.measure import DEVICE, peak_flops, seconds, synchronize
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.rollout import Policy, rollout, with_unconditional
 from fastgrpo.trajectory import TRAIN, Steps, noise_address

@@ -28,8 +28,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import DEVICE, ROOT, finish, pyplot
+from common import ROOT, finish, pyplot
 from tqdm import tqdm
+
+from fastgrpo.measure import DEVICE
 
 SETTINGS = ["iterations=5", "rollout.groups=8", "rollout.group_size=8", "rollout.batch_size=8", "evaluation.images=10",
             "evaluation.batch_size=10", "evaluation.samples=1", "evaluation.num_steps=2", "evaluation.every=0"]  # fmt: skip

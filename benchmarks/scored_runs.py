@@ -16,11 +16,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from common import DEVICE, ROOT, synchronize
+from common import ROOT
 from torch import Tensor, nn
 
 from fastgrpo.config import Config, check, dump_config, load_config
 from fastgrpo.engine import start
+from fastgrpo.measure import DEVICE, synchronize
 from fastgrpo.runlog import read_lines, write_atomically
 from fastgrpo.schema import apply_override, build, plain
 from fastgrpo.trainer import Trainer

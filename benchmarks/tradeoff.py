@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, finish, pyplot, synchronize
+from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
 from fastgrpo import sde
 from fastgrpo.config import load_config
 from fastgrpo.engine import finish as leave
 from fastgrpo.engine import start
+from fastgrpo.measure import synchronize
 from fastgrpo.trainer import Trainer
 
 STEPS = (4, 5, 6, 8, 10, 15, 20, 40)

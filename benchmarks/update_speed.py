@@ -12,12 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, finish, pyplot, synchronize
+from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
 from fastgrpo.config import load_config
 from fastgrpo.engine import finish as leave
 from fastgrpo.engine import start
+from fastgrpo.measure import synchronize
 from fastgrpo.trainer import Trainer
 
 

@@ -1,6 +1,7 @@
-"""The console script: `fastgrpo train`, `plan`, `eval`, `sample`, `report` and `serve-reward`.
+"""The console script: `fastgrpo train`, `plan`, `bench`, `eval`, `sample`, `report` and `serve-reward`.
 
 fastgrpo plan --config configs/sd3_compressibility.yaml              what a run will need, before a machine is rented
+fastgrpo bench --config configs/sd3_compressibility.yaml --random-weights     what this machine does with it
 fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
 fastgrpo eval runs/tiny_shapes --base                                the model it started from
 fastgrpo eval runs/tiny_shapes --prompts a.txt --reward tiny_shapes --reward jpeg_compressibility --table
@@ -131,11 +132,31 @@ def plan(arguments: argparse.Namespace) -> int:
     return run_plan(arguments, load_config(arguments.config, arguments.set))
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """What this machine does with a configuration."""
+    from fastgrpo.bench import run  # the trainer and all that it needs
+
+    return run(arguments)
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--base", action="store_true", help="without the trained LoRA")
     parser.add_argument("--steps", type=int, help="ODE steps; else the run's own")
     parser.add_argument("--guidance", type=float, help="guidance scale; else the run's own")
+
+
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML configuration, see configs/")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    command.add_argument("--random-weights", action="store_true", help="no checkpoint: the architecture with random weights")
+    command.add_argument("--iterations", type=int, default=3, help="whole iterations, the first warms up; 0: none")
+    command.add_argument(
+        "--forms", nargs="*", metavar="FORM", help="of rollouts alone: eager, captured, compiled, 'captured, compiled'"
+    )
+    command.add_argument("--batches", type=int, nargs="+", help="images of such a rollout; else the configuration's, and 1")
+    command.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form")
+    command.add_argument("--json", type=Path, metavar="FILE", help="else bench_CONFIGURATION_DEVICE.json, here")
 
 
 def _serve_arguments(command: argparse.ArgumentParser) -> None:
@@ -153,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{train,plan,eval,sample,report,serve-reward}")
+    commands = parser.add_subparsers(required=True, metavar="{train,plan,bench,eval,sample,report,serve-reward}")
     command = commands.add_parser("train", help="train a model")
     add_arguments(command)
     command.set_defaults(function=train)
@@ -161,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("plan", help="parameters, memory, FLOPs and expected speed of a run")
     add_plan_arguments(command)
     command.set_defaults(function=plan)
+
+    command = commands.add_parser("bench", help="images a second, MFU and memory on this machine, measured")
+    _bench_arguments(command)
+    command.set_defaults(function=bench)
 
     command = commands.add_parser("eval", help="accuracy of a run on its held-out prompts")
     _run_arguments(command)

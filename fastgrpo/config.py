@@ -230,7 +230,7 @@ def _check_division(config: Config, world_size: int) -> None:
 
 def _check_fp8(config: Config) -> None:
     if not recomputes_old(config):
-        way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute, or leave it out"
+        way_out = "v_old of an 8-bit network is not the trained policy's: take update.old_velocity=recompute"
         schema.refuse("rollout.precision", "fp8", way_out)
     if config.model.train != "lora":
         schema.refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")

@@ -196,6 +196,16 @@ class Engine:
         self._engine.step()
         return norm
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What DeepSpeed multiplies float16 losses with; None at any other dtype."""
+        return float(self._engine.optimizer.loss_scale) if self.dtype == torch.float16 else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were left out because a gradient was not finite."""
+        return self._engine.skipped_steps
+
     @torch.no_grad()
     def trained_state(self, device: torch.device | str | None = None) -> State:
         """Copies of the trained weights by name, whole and float32, from the masters if any. Collective.

@@ -166,9 +166,9 @@ class UpdateConfig:
     """Transitions a forward pass: the rollout's batch_size, for which the ratio of the first update is exactly 1; a
     number; or the most that GPU memory holds, found by a trial at the start."""
     old_velocity: Literal["rollout", "recompute"] | None = None
-    """v_old as the rollout left it, or from another forward pass as the update makes it. Left out: rollout, but recompute where
-    the update's passes would round in another way, and the first ratio would not be exactly 1: with rollout.precision fp8,
-    with another micro_batch_size than the rollout's, and with model.compile below float32."""
+    """v_old as the rollout left it, or from another forward pass, as the update makes it. Left out: rollout, but recompute
+    where the update's passes round in another way, so that the first ratio would not be exactly 1: with rollout.precision
+    fp8, with another micro_batch_size than the rollout's, and with model.compile below float32."""
     skip_dead: bool = True
     """Leave out of an optimiser step the batches that would hold only samples of weight 0, whose gradient is 0: groups of
     equal rewards, and what `advantage.keep` leaves out. It saves where a step has several batches."""

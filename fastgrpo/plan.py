@@ -40,6 +40,7 @@ class Counts:
 
     parameters: int
     trained: int
+    buffer_bytes: int  # what the transformer holds besides, in its own dtype: positions, mostly
     vae_parameters: int
     latent_elements: int
     forward_flops: int
@@ -53,11 +54,21 @@ def count(config: Config) -> Counts:
     if config.model.architecture is None:
         raise ConfigError("model.architecture: name the published architecture to plan for, for example sd3.5-medium")
     settings = {key: getattr(config.model, key) for key in SETTINGS}
-    model = model_class(config.model.name).random(
+    return count_model(config, model_class(config.model.name).random(
         config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META, **settings
-    )
+    ))  # fmt: skip
+
+
+def count_model(config: Config, model: Any) -> Counts:
+    """Counts of an adapter with nothing to train yet, of which only the shapes are left afterwards."""
+    # Of as many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
+    conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
+    conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
+    for part in (model.transformer, model.pipeline.vae):
+        part.to(META)
+    model.device = META
     x = torch.empty(1, *model.latent_shape, dtype=model.dtype, device=META)
-    sigma, conditioning = torch.ones(1, device=META), model.placeholder(1)
+    sigma = torch.ones(1, device=META)
 
     def forward() -> torch.Tensor:
         return model.velocity(x, sigma, conditioning)
@@ -76,6 +87,7 @@ def count(config: Config) -> Counts:
     return Counts(
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
+        buffer_bytes=sum(b.nbytes for b in model.transformer.buffers()),
         vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
         latent_elements=x.numel(),
         forward_flops=forward_flops,
@@ -165,7 +177,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, f
     trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus
     return {
-        "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1),
+        "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1) + counts.buffer_bytes,
         "reference copy": counts.parameters * width * (full and config.objective.beta > 0),
         "8-bit copy": counts.parameters * (rollout.precision == "fp8"),
         "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1),

@@ -35,7 +35,3 @@ def progress(metrics: dict) -> str:
 def accuracy_line(accuracy: dict[str, float]) -> str:
     shares = are_shares(accuracy.values())
     return "  ".join(f"{tag} {score_text(value, shares)}" for tag, value in accuracy.items())
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -25,10 +25,11 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.generation import Embeddings, without_text
 from fastgrpo.graph import captured_or_eager
 from fastgrpo.learning import Learning
+from fastgrpo.measure import device_name
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.offline import DATA, given, image_records, pictures
 from fastgrpo.pairs import Pairs, pairs_of_groups
-from fastgrpo.progress import Stopwatch, accuracy_line, device_name, progress
+from fastgrpo.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.prompts import INPUT, ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
 from fastgrpo.report import write_report
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
@@ -332,7 +333,7 @@ class Trainer:
             "seed": self.config.seed,
             "status": "finished",
             "world_size": self.engine.world_size,
-            "device": device_name(self.model.device),
+            "device": device_name(),
             "rollout": self.rollout_kind,
         }
         self.log.summary(summary)

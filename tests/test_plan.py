@@ -36,8 +36,8 @@ TINY = {
     },
 }  # fmt: skip
 COUNTS = Counts(
-    parameters=1000, trained=100, vae_parameters=50, latent_elements=64, forward_flops=10, train_flops=21, decode_flops=3,
-    activation_bytes=7000,
+    parameters=1000, trained=100, buffer_bytes=40, vae_parameters=50, latent_elements=64, forward_flops=10, train_flops=21,
+    decode_flops=3, activation_bytes=7000,
 )  # fmt: skip
 
 

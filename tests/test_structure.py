@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["fastgrpo_kernels"],
     [],  # everything that is named nowhere else
-    ["fastgrpo.trainer", "fastgrpo.train", "fastgrpo.cli"],
+    ["fastgrpo.trainer", "fastgrpo.train", "fastgrpo.bench", "fastgrpo.cli"],
 ]
 # Libraries that one place alone may know, so that the rest does not depend on them.
 HOMES = {
