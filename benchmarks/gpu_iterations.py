@@ -138,10 +138,11 @@ class Prepared:
 
     def _say(self, phase: Phase, name: str, **values: Any) -> None:
         """In the phase's results, beside what others have published."""
+        beside: dict[str, float] = {}
         for key, published in self.run.published.items():
             if key in values:
-                values |= {f"{key}_published": published, f"{key}_of_published": round(values[key] / published, 3)}
-        phase.record(f"{self.run.name}: {name}", **values)
+                beside |= {f"published_{key}": published, f"share_of_published_{key}": round(values[key] / published, 3)}
+        phase.record(f"{self.run.name}: {name}", **beside, **values)
 
 
 def configuration(run: Run, folder: Path) -> Config:

@@ -45,7 +45,7 @@ class Phase:
     limit: int  # seconds after which it is ended
 
 
-SETUP = 30  # seconds until the phases are ready
+SETUP_SECONDS = 30  # until the phases are ready, with the wheels' installation
 TOGETHER = (
     Phase("tests", HERE / "gpu_commands.py", 70, 120),
     Phase("tiny", HERE / "gpu_commands.py", 60, 130),
@@ -55,8 +55,8 @@ TOGETHER = (
 ALONE = (
     Phase("rollouts", HERE / "gpu_rollouts.py", 95, 130),
     Phase("update", HERE / "gpu_iterations.py", 60, 90),
-    Phase("qwen", HERE / "gpu_iterations.py", 85, 100),
-    Phase("flux", HERE / "gpu_iterations.py", 30, 70),
+    Phase("qwen", HERE / "gpu_iterations.py", 75, 105),
+    Phase("flux", HERE / "gpu_iterations.py", 35, 70),
     Phase("profile", HERE / "gpu_rollouts.py", 25, 40),
     Phase("bandwidth", HERE / "gpu_kernels.py", 25, 45),
     Phase("ncu", HERE / "gpu_commands.py", 30, 45),
@@ -217,7 +217,10 @@ def cut(lines: list[str], characters: int) -> list[str]:
 
 
 def _values(row: dict) -> str:
-    return " ".join(f"{key}={_value(row[key])}" for key in row if key not in ("phase", "name", "at", *LONG))
+    """What is one number first, as the end of a line may be cut off."""
+    keys = [key for key in row if key not in ("phase", "name", "at", *LONG)]
+    keys.sort(key=lambda key: isinstance(row[key], dict | list))
+    return " ".join(f"{key}={_value(row[key])}" for key in keys)
 
 
 def _value(value: object) -> str:

@@ -1,18 +1,30 @@
 """The GPU suite: a phase that fails, hangs or comes too late leaves the others; and a rehearsal of what it measures."""
 
 import json
+import os
+import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu_suite import ALONE, READY_SECONDS, SETUP, SUMMARY_CHARACTERS, SUMMARY_SECONDS, TOGETHER  # noqa: E402
-from gpu_suite import Phase as Planned  # noqa: E402
-from gpu_suite import Suite, summary  # noqa: E402
+from gpu_iterations import RUNS, VERL_OMNI, configuration  # noqa: E402
+from gpu_suite import (  # noqa: E402
+    ALONE,
+    SETUP_SECONDS,
+    SUMMARY_CHARACTERS,
+    SUMMARY_SECONDS,
+    TOGETHER,
+    Phase,
+    Suite,
+    summary,
+)
 
 SCRIPT = """
 import os, subprocess, sys, time
@@ -76,9 +88,9 @@ def runs(pid: int) -> bool:
 
 def test_what_goes_wrong_in_a_phase_stays_there(script: Path, tmp_path: Path) -> None:
     names = ("wrong", "hangs", "dies", "lost", "right")
-    wrong, hangs, dies, lost, right = (Planned(name, script, expected=1, limit=2) for name in names)
-    missing = Planned("right", tmp_path / "missing.py", 1, 2)
-    late = Planned("late", script, expected=10_000, limit=10_000)
+    wrong, hangs, dies, lost, right = (Phase(name, script, expected=1, limit=2) for name in names)
+    missing = Phase("right", tmp_path / "missing.py", 1, 2)
+    late = Phase("late", script, expected=10_000, limit=10_000)
     suite = Suite(200, tmp_path / "out")
     suite.run([hangs, wrong], [dies, lost, late, right])
     assert suite.statuses == {
@@ -125,3 +137,84 @@ def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit, match="earlier run"):
         Suite(100, tmp_path)
+
+
+def test_what_is_worth_most_fits_into_500_seconds() -> None:
+    """Everything before the phase called models, at the seconds that are expected."""
+    first = list(takewhile(lambda phase: phase.name != "models", ALONE))
+    expected = max(phase.expected for phase in TOGETHER) + sum(phase.expected for phase in first)
+    assert {"rollouts", "update", "qwen", "flux"} <= {phase.name for phase in first}
+    assert SETUP_SECONDS + expected + SUMMARY_SECONDS <= 500
+    assert all(phase.expected < phase.limit and phase.script.exists() for phase in (*TOGETHER, *ALONE))
+
+
+def test_every_run_is_of_whole_groups_and_few_images(tmp_path: Path) -> None:
+    for phase, runs in RUNS.items():
+        for run in runs:
+            config = configuration(run, tmp_path)
+            assert config.model.random_weights and config.prompts.cache is None and not config.update.skip_dead
+            images = config.rollout.groups * config.rollout.group_size
+            assert images % (config.rollout.batch_size * config.update.steps_per_rollout) == 0
+            assert images <= (4 if phase == "models" else 48), run
+    (run,) = RUNS["qwen"]
+    rollout = configuration(run, tmp_path).rollout
+    assert (rollout.num_steps, rollout.guidance_scale, rollout.window.size, rollout.window.range) == (10, 4, 2, (0, 5))
+
+
+REHEARSED = {  # phase -> rows that must be there
+    "tests": {"pytest"},
+    "tiny": {"deepspeed", "last iteration", "iteration 1 against a CPU", "iteration 2 against a CPU"},
+    "kernels": {"largest errors"},
+    "capture": {
+        "graph of a rollout", "after the LoRA moved", "a second shape in the pool", "first ratio, attention as chosen",
+        "engine: replay after updates", "engine: updates show in a replay", "engine: a rollout waits for nothing",
+        "engine: a new shape after updates", "first ratio, compiled", "first ratio, compiled, precision casts emulated",
+    },
+    "rollouts": {
+        *(f"batch {batch}, {form}" for batch in (2, 1, 3) for form in ("diffusers", "eager", "captured")),
+        "batch 2, compiled", "batch 2, captured, compiled", "batch 2, captured, fp8", "batch 2, captured, fp8, compiled",
+    },
+    "update": {"SD3.5-M: iteration 3", "gradient at scale 2^0", "SD3.5-M, checkpointed: iteration 1"},
+    "qwen": {"Qwen-Image: model", "Qwen-Image: iteration 1", "Qwen-Image: iteration 2"},
+    "profile": {"rollout of 3 steps", "forward and backward", "decoder"},
+    "bandwidth": {"sde_step (2, 4, 8, 8)", "transition (2, 4, 8, 8)"},
+    "ncu": {"ncu"},
+    "models": {f"{name}: iteration 2" for name in ("FLUX.1-dev", "Z-Image", "Wan2.1-1.3B", "BAGEL")},
+}  # fmt: skip
+
+
+def test_a_rehearsal_of_what_a_gpu_will_run(tmp_path: Path) -> None:
+    """The same lines, with tiny models on the CPU. Left out are phases that differ from one of these in a name alone."""
+    settings = {"REHEARSE": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where the command `deepspeed` is
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu_suite.sh", "1500", *REHEARSED], cwd=ROOT, env=os.environ | settings | {"PATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.stdout.endswith("every phase ended ok\n") and "======== summary" in done.stdout
+    for phase, names in REHEARSED.items():
+        found = rows(tmp_path, phase)
+        assert names <= found.keys(), f"{phase}: {names - found.keys()}"
+        assert found["END"]["status"] == "ok" and not [name for name in found if name.startswith("FAILED")]
+    for speed in (row for phase in ("rollouts", "update", "qwen", "models") for row in rows(tmp_path, phase).values()):
+        assert speed.get("images_per_second", 1) > 0 and speed.get("first_ratio_deviation", 0) == 0
+    qwen = rows(tmp_path, "qwen")["Qwen-Image: iteration 2"]
+    for key, published in VERL_OMNI.items():
+        assert qwen[f"published_{key}"] == published
+        assert qwen[f"share_of_published_{key}"] == pytest.approx(qwen[key] / published, abs=1e-3)
+    assert rows(tmp_path, "tiny")["iteration 1 against a CPU"]["reward_equal"]
+    assert {"trace.json.gz", "tests.log", "tiny.log", "suite.log"} <= {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) < 8, "eight files come back, and one is the console's"
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
+    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"} | settings
+        command = ["bash", "benchmarks/gpu_suite.sh", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    unknown = run("100", "rolouts", REHEARSE="1")
+    assert unknown.returncode == 2 and "'rolouts' is unknown; there are tests, tiny" in unknown.stderr
+    late = run("9", "models", REHEARSE="1")
+    assert late.returncode == 1 and "not begun" in late.stdout and "not ok: models" in late.stdout
