@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from fastgrpo import plan, schema
-from fastgrpo.config import Config, ConfigError, load_config
+from fastgrpo.config import Config, ConfigError, load_config, read_config
 from fastgrpo.engine import finish, start
 from fastgrpo.graph import CapturedRollout, CudaCapture
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
@@ -55,11 +55,11 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
     if random_weights:
         fixed += ["model.random_weights=true", "prompts.cache=null"]  # placeholders are not for the disk
     fixed += overrides
-    config = load_config(path, fixed)
-    if any(override.startswith("rollout.groups=") for override in overrides):
-        return config
-    images = math.lcm(config.rollout.batch_size * config.update.steps_per_rollout, config.rollout.group_size)
-    return load_config(path, [*fixed, f"rollout.groups={images // config.rollout.group_size}"])
+    if not any(override.startswith("rollout.groups=") for override in overrides):
+        config = read_config(path, fixed)
+        images = math.lcm(config.rollout.batch_size * config.update.steps_per_rollout, config.rollout.group_size)
+        fixed.append(f"rollout.groups={images // config.rollout.group_size}")
+    return load_config(path, fixed)
 
 
 class Bench:

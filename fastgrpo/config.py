@@ -40,6 +40,13 @@ from fastgrpo.windows import window_size
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides of the form `a.b=value`, and check the whole."""
+    config = read_config(path, overrides)
+    check(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The same, each key checked by itself and not the whole: to choose some keys by others before that."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
@@ -48,9 +55,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
     data = schema.relative_paths(data, Path.cwd())
-    config = schema.build(Config, data)
-    check(config)
-    return config
+    return schema.build(Config, data)
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:

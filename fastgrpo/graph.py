@@ -37,7 +37,8 @@ class CudaCapture:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only what this thread does can spoil the capture: not the allocation of a reward model in a thread of its own.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return result, graph.replay
 
