@@ -14,6 +14,7 @@ from gpu_model import (
     HALF,
     capture,
     differences,
+    gradients,
     rollout_arguments,
     sd3,
     trained,
@@ -37,8 +38,7 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 def captured(phase: Phase) -> None:
     model = sd3(phase, HALF)
     policy = Policy(model)
-    if CUDA:
-        pieces(phase, model, policy)
+    pieces(phase, model, policy)
     with phase.step("rollout"):
         whole(phase, model, policy)
     for name, backend in {"as chosen": None, **(BACKENDS if CUDA else {})}.items():
@@ -72,19 +72,25 @@ def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
     }
     for name, part in parts.items():
         with phase.step(f"graph of {name}"), torch.no_grad():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    part()
-            torch.cuda.current_stream().wait_stream(side)
-            wanted, graph = part().clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                found = part()
-            graph.replay()
-            torch.cuda.synchronize()
+            wanted = part().clone()
+            found = replayed(part) if CUDA else part()
             finite = bool(found.float().isfinite().all())
             phase.check(f"graph of {name}", finite and torch.equal(found, wanted), finite=finite)
+
+
+def replayed(part: Callable[[], Tensor]) -> Tensor:
+    """Its result from a graph, after it has warmed up on another stream, as a capture asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            part()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = part()
+    graph.replay()
+    return found.clone()  # after the replay, and beyond the graph's life
 
 
 def whole(phase: Phase, model: Adapter, policy: Policy) -> None:
@@ -117,12 +123,12 @@ def first_ratio(phase: Phase, name: str, model: Adapter, policy: Policy, must_ho
     with torch.no_grad():
         of_rollout, again = policy(x, sigma, rows), policy(x, sigma, rows)
     of_update = policy(x, sigma, rows)
-    gradients = [torch.autograd.grad(policy(x, sigma, rows).float().square().mean(), trained(policy)) for _ in range(2)]
+    first, second = (gradients(policy, x, sigma, rows) for _ in range(2))
     off = of_rollout.float() - of_update.detach().float()
     exact = torch.equal(of_rollout, of_update)
     phase.check(
         f"first ratio, {name}", exact or not must_hold, exact=exact, repeats=torch.equal(of_rollout, again),
-        gradients_repeat=all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)),
+        gradients_repeat=all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
         differ=f"{(off != 0).float().mean().item():.1%}", root_mean_square=off.square().mean().sqrt().item(),
         of=of_rollout.float().square().mean().sqrt().item(), finite=bool(of_update.isfinite().all()),
     )  # fmt: skip
@@ -139,7 +145,8 @@ def under_deepspeed(phase: Phase, model: Adapter) -> None:
     x, sigma, rows = transition_inputs(model, BATCH)
     for n in range(1, 4):
         engine.backward(engine(x, sigma, rows).float().square().mean(), last=True)
-        phase.record(f"engine: update {n}", grad_norm=engine.step().item())
+        norm = engine.step().item()
+        phase.record(f"engine: update {n}", grad_norm=norm, loss_scale=engine.loss_scale, skipped=engine.skipped_steps)
     with engine.rollout_policy() as policy:
         after = same_bits(phase, "engine: replay after updates", form, policy, arguments)
         phase.check("engine: updates show in a replay", not torch.equal(before.final, after.final))

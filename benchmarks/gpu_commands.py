@@ -32,7 +32,7 @@ def run(phase: Phase, command: list[str], output: Path) -> int:
     """The exit status of a command whose output goes to a file; 124 if it had to be ended, as of `timeout`."""
     with output.open("w") as log:
         try:
-            left = phase.left() - 3
+            left = max(1, phase.left() - 3)
             return subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=left).returncode
         except subprocess.TimeoutExpired:
             return 124

@@ -82,9 +82,8 @@ def gradient(
     """Of all trained weights in one row (P,) float64, scaled on its way and back."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     v = policy(x.to(dtype), sigma, type(rows)(*(tensor.to(dtype) for tensor in rows)))
-    found = torch.autograd.grad(v, trained, (upstream * scale).to(v.dtype), allow_unused=True)
-    parts = (torch.zeros_like(p) if g is None else g for g, p in zip(found, trained, strict=True))
-    return torch.cat([part.double().flatten() for part in parts]) / scale
+    found = torch.autograd.grad(v, trained, (upstream * scale).to(v.dtype), materialize_grads=True)
+    return torch.cat([part.double().flatten() for part in found]) / scale
 
 
 RUNS = {

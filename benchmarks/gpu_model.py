@@ -29,23 +29,27 @@ def sd3(phase: Phase, dtype: str) -> Adapter:
     """SD3.5 Medium at 512 px with random weights and a LoRA that has an effect."""
     torch.manual_seed(1)
     size = {"height": 512, "width": 512, "max_text_tokens": 128}
-    with phase.step("model"):
-        if REHEARSE:
-            model = load("tiny", 0)
-        else:
-            model = model_class("sd3").random("sd3.5-medium", dtype=getattr(torch, dtype), device=DEVICE, **size)
-        model.add_lora(rank=32, alpha=64)
-        with torch.no_grad():
-            for name, parameter in model.transformer.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.01)
-        synchronize()
-        phase.record("model made", dtype=str(model.dtype), **memory())
+    if REHEARSE:
+        model = load("tiny", 0)
+    else:
+        model = model_class("sd3").random("sd3.5-medium", dtype=getattr(torch, dtype), device=DEVICE, **size)
+    model.add_lora(rank=32, alpha=64)
+    with torch.no_grad():
+        for name, parameter in model.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    synchronize()
+    phase.record("model made", dtype=str(model.dtype), **memory())
     return model
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def gradients(policy: nn.Module, x: Tensor, sigma: Tensor, rows: tuple) -> tuple[Tensor, ...]:
+    """Of a loss that every output enters; zeros where a weight has no part in them."""
+    return torch.autograd.grad(policy(x, sigma, rows).float().square().mean(), trained(policy), materialize_grads=True)
 
 
 def transition_inputs(model: Adapter, batch: int) -> tuple[Tensor, Tensor, tuple]:

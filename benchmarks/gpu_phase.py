@@ -59,8 +59,8 @@ class Phase:
 
     def record(self, name: str, /, **values: Any) -> None:
         append(self.out, {"phase": self.name, "name": name, "at": round(self.limit - self.left(), 1), **values})
-        short = {key: value for key, value in values.items() if key not in LONG}
-        print(name, json.dumps(short, default=str)[:360], flush=True)
+        shown = {key: value for key, value in values.items() if key not in LONG}
+        print(name, json.dumps(shown, default=str)[:360], flush=True)
 
     def check(self, name: str, right: bool, /, **values: Any) -> None:
         """Record it, as a failure where it is not right."""

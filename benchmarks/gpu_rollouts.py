@@ -17,9 +17,9 @@ from gpu_model import (
     CUDA,
     HALF,
     capture,
+    gradients,
     rollout_arguments,
     sd3,
-    trained,
     transition_inputs,
 )
 from gpu_phase import REHEARSE, Phase, main
@@ -133,7 +133,7 @@ def profile(phase: Phase) -> None:
     x, sigma, rows = transition_inputs(model, batch)
     jobs = {
         "rollout of 3 steps": lambda: rollout(policy, *inputs, **options),
-        "forward and backward": lambda: torch.autograd.grad(policy(x, sigma, rows).float().mean(), trained(policy)),
+        "forward and backward": lambda: gradients(policy, x, sigma, rows),
         "decoder": lambda: model.decode(x.float()),
     }
     for name, job in jobs.items():

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,15 +96,11 @@ class Process:
         limit = max(1, self._suite.left() if REHEARSE else min(self.phase.limit, self._suite.left()))
         self._suite.say(f"-- {self.phase.name}, {limit:.0f} s at most")
         began = time.monotonic()
-        try:
+        with suppress(OSError):  # it is dead, and its exit status will tell
             self._process.stdin.write(f"{limit}\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it is dead, and its exit status will tell
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=limit + GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         seconds, code = time.monotonic() - began, self._process.poll()
         self.end()
         self._reader.join(timeout=5)  # what it printed last
@@ -123,7 +120,8 @@ class Process:
             except ProcessLookupError:
                 break
             time.sleep(0.3)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be ended
+            self._process.wait(timeout=5)
 
 
 class Suite:
