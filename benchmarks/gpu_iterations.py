@@ -11,6 +11,7 @@ the tiny ones of `fastgrpo.testing`.
 """
 
 import gc
+import importlib
 import math
 import sys
 import tempfile
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  here, as it takes seconds
 import torch
 from gpu_phase import REHEARSE, ROOT, Phase, main
 from torch import Tensor, nn
@@ -161,6 +161,7 @@ def tiny_settings(recipe: Path, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    importlib.import_module("deepspeed")  # now, as it takes seconds
     with ThreadPoolExecutor(1) as pool:  # what goes wrong here is raised in the step that it is for
         prepared = {run.name: pool.submit(Prepared.of, run) for run in RUNS[sys.argv[1]]}
 

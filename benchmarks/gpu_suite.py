@@ -15,6 +15,7 @@ The exit status is 0 if every phase ended "ok".
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -175,8 +176,8 @@ class Suite:
             "network": "ls /sys/class/net | tr '\\n' ' '",
         }
         for name, command in commands.items():
-            done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30)
-            self._describe(name, (done.stdout + done.stderr).strip())
+            command = f"timeout 20 sh -c {shlex.quote(command)} 2>&1"
+            self._describe(name, subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True).stdout.strip())
         names = "torch triton numpy transformers diffusers deepspeed peft accelerate pydantic pytest".split()
         self._describe("packages", ", ".join(["python " + sys.version.split()[0], *(f"{n} {version(n)}" for n in names)]))
 
