@@ -1,0 +1,180 @@
+"""Phases of the GPU suite about the kernels alone.
+
+    kernels      each against its definition in float64 on the CPU, at the sizes of real models: the errors as numbers
+    bandwidth    microseconds of a call and its share of the memory's bandwidth
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import DEVICE
+from gpu_phase import REHEARSE, Phase, main
+from kernel_speed import Inputs, table_step
+from torch import Tensor
+
+from fastgrpo.measure import timed
+from fastgrpo_kernels import NoiseAddress, sde_step, transition
+from fastgrpo_kernels.philox import normal_ref, normal_triton
+from fastgrpo_kernels.sde_step import sde_step_ref, sde_step_triton
+from fastgrpo_kernels.transition import transition_ref, transition_triton
+
+CUDA = DEVICE.type == "cuda"
+# The published batch at 512 px, an odd one, one image at 1024 px.
+SHAPES = [(2, 4, 8, 8), (3, 5, 7, 11)] if REHEARSE else [(9, 16, 64, 64), (3, 5, 7, 11), (1, 16, 128, 128)]
+SPEED_SHAPES = [(2, 4, 8, 8)] if REHEARSE else [(9, 16, 64, 64), (64, 16, 64, 64), (64, 16, 128, 128), (1, 16, 64, 64)]
+# Largest errors that rounding explains, those of the tests: of x' and log_prob absolute, of moments by the batch's largest.
+BOUNDS = {"noise": 2e-6, "x": 5e-5, "log_prob": 1e-5, "moments": 1e-3}
+TABLE = torch.tensor([[0.75, -0.04, 0.70, 1.02], [1.0, -0.2, 0.0, 0.0], [0.90, -0.10, 0.39, 3.29]])
+STEP = torch.tensor([2])
+GUIDANCE = 4.5
+
+
+def kernels(phase: Phase) -> None:
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    for shape in SHAPES:
+        with phase.step(f"noise {shape}"):
+            worst["noise"] = max(worst["noise"], noise_error(shape))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for guided in (False, True):
+                name = f"{tuple(shape)} {str(dtype)[6:]}{', guided' if guided else ''}"
+                with phase.step(name):
+                    errors, exact = Case(shape, dtype, guided).errors()
+                    shown = {key: float(f"{error:.2e}") for key, error in errors.items()}
+                    phase.check(name, exact, on_policy_is_0_and_gradient_finite=exact, detail=exact, **shown)
+                    worst |= {key: max(worst[key], error) for key, error in errors.items()}
+    right = all(worst[key] <= bound for key, bound in BOUNDS.items())
+    phase.check("largest errors", right, **{key: float(f"{error:.2e}") for key, error in worst.items()}, bounds=BOUNDS)
+
+
+def address_of(batch: int, device: torch.device) -> NoiseAddress:
+    """A seed past 32 bits, which is two words of a key."""
+    seed, iteration = torch.tensor([2**40 + 5], device=device), torch.tensor([7], device=device)
+    return NoiseAddress(seed, iteration, torch.arange(100, 100 + batch, device=device))
+
+
+def noise_error(shape: tuple[int, ...]) -> float:
+    size = math.prod(shape[1:])
+    noise = normal_triton(address_of(shape[0], DEVICE), STEP.to(DEVICE), size).cpu()
+    return largest(noise - normal_ref(address_of(shape[0], STEP.device), STEP, size))
+
+
+def largest(difference: Tensor) -> float:
+    """Of the absolute values; infinite where one is not finite, as no comparison finds that out."""
+    return difference.abs().max().item() if difference.isfinite().all() else math.inf
+
+
+class Case:
+    """One transition: the kernels on the device, their definitions on the CPU."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, guided: bool) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(shape, generator=generator)
+        self.v, v_uncond = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        self.guidance = {"v_uncond": v_uncond, "guidance_scale": GUIDANCE} if guided else {}
+        self.rows = TABLE[STEP].expand(shape[0], 4).contiguous()
+
+    def errors(self) -> tuple[dict[str, float], bool]:
+        """By quantity, and whether what has to be exact is: moments 0 on-policy, a gradient that is finite."""
+        batch, dtype = len(self.x), self.v.dtype
+        guidance, (x, v, table, rows) = on_device(self.guidance), (t.to(DEVICE) for t in (self.x, self.v, TABLE, self.rows))
+        here = address_of(batch, DEVICE)
+        taken = sde_step_triton(x, v, table, STEP.to(DEVICE), here, model_dtype=dtype, **guidance)
+        there = address_of(batch, STEP.device)
+        wanted = sde_step_ref(self.x, self.v, TABLE, STEP, there, model_dtype=dtype, **self.guidance)
+        on_policy = transition_triton(taken.x_next, x, v, taken.v, rows, v_ref=taken.v, **guidance)
+        moved = (self.v.float() * 1.01).to(dtype).to(DEVICE).requires_grad_()
+        moments = transition_triton(taken.x_next, x, moved, taken.v, rows, **guidance)
+        moments.m1.sum().backward()
+        exact = all(bool((m == 0).all()) for m in on_policy) and bool(moved.grad.isfinite().all())
+        errors = {
+            "x": largest(taken.x_next.cpu() - wanted.x_next), "log_prob": largest(taken.log_prob.cpu() - wanted.log_prob),
+            "moments": self._moments_error(moments[:2], taken.x_next, moved.detach(), taken.v),
+        }  # fmt: skip
+        return errors, exact
+
+    def _moments_error(self, found: tuple, x_next: Tensor, v: Tensor, v_old: Tensor) -> float:
+        """Against float64, from the very numbers that the kernel read."""
+        guidance = {k: t.double() if isinstance(t, Tensor) else t for k, t in self.guidance.items()}
+        x_next, v, v_old = (t.cpu().double() for t in (x_next, v, v_old))
+        wanted = transition_ref(x_next, self.x.double(), v, v_old, self.rows.double(), **guidance)[:2]
+        return max(largest((a.detach().cpu() - b) / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def on_device(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def bandwidth(phase: Phase) -> None:
+    """Many calls in one graph, each on inputs and outputs of its own, in all three times the L2, so that no cache helps."""
+    copied = copy_speed(phase) if CUDA else None
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if CUDA else 1
+    compiled = torch.compile(table_step, dynamic=False)
+    for shape in SPEED_SHAPES:
+        elements = math.prod(shape)
+        sets = [Inputs(shape) for _ in range(max(2, math.ceil(3 * cache / (12 * elements))))]
+        for name, (call, width) in forms(compiled).items():
+            with phase.step(f"{name} {shape}"):
+                eager = timed(lambda call=call, first=sets[0]: call(first), rounds=20)
+                row = {"eager_us": round(1e3 * eager["ms"], 2), "launch_us": round(1e3 * eager["launch_ms"], 2)}
+                if CUDA:
+                    us = graphed_us(call, sets, calls=max(len(sets), 32 if elements < 1 << 24 else 2 * len(sets)))
+                    speed = width * elements / us * 1e6
+                    row |= {"us": round(us, 3), "terabytes_per_second": round(speed / 1e12, 3)}
+                    row |= {"of_a_copy": round(speed / copied, 3), "bytes_per_element": width, "sets": len(sets)}
+                phase.record(f"{name} {shape}", **row)
+
+
+def copy_speed(phase: Phase) -> float:
+    """Bytes a second of a plain copy of a GiB: what the memory can do."""
+    source = torch.randn(1 << 28, device=DEVICE)
+    target = torch.empty_like(source)
+    speed = 2 * source.nbytes / (timed(lambda: target.copy_(source))["ms"] / 1e3)
+    phase.record("copy of 1 GiB", terabytes_per_second=round(speed / 1e12, 3))
+    return speed
+
+
+def forms(compiled: Callable[..., Any]) -> dict[str, tuple[Callable[[Inputs], Any], int]]:
+    """Name -> the call, and the bytes an element that it has to move: each tensor read or written once."""
+    half = torch.bfloat16
+
+    def guided(i: Inputs) -> Any:
+        guidance = {"v_uncond": i.v_old, "guidance_scale": GUIDANCE}
+        return sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=half, **guidance)
+
+    return {
+        "sde_step": (lambda i: sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=half), 4 + 2 + 4 + 2),
+        "sde_step, guided": (guided, 4 + 2 + 2 + 4 + 2 + 4),
+        "transition": (lambda i: transition(i.x_next, i.x, i.v, i.v_old, i.rows), 4 + 4 + 2 + 2),
+        "torch.compile, noise of torch": (lambda i: compiled(i.x, i.v, i.rows), 4 + 2 + 4 + 2),
+    }  # fmt: skip
+
+
+def graphed_us(call: Callable[[Inputs], Any], sets: list[Inputs], calls: int) -> float:
+    """Microseconds of a call inside a graph of many."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for inputs in sets:
+            call(inputs)
+    torch.cuda.synchronize()
+    graph, held = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for n in range(calls):
+            held.append(call(sets[n % len(sets)]))  # held, so that no call writes where another did
+    return 1e3 * timed(graph.replay, rounds=10)["ms"] / calls
+
+
+def launch_for_counters() -> None:
+    """What `ncu` looks at: each kernel at three sizes."""
+    for shape in [(9, 16, 64, 64), (64, 16, 128, 128), (256, 16, 128, 128)]:
+        inputs = Inputs(shape)
+        sde_step(inputs.x, inputs.v, inputs.table, inputs.step, inputs.address, model_dtype=torch.bfloat16)
+        v = inputs.v.requires_grad_()
+        transition(inputs.x_next, inputs.x, v, inputs.v_old, inputs.rows).m1.sum().backward()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main({"kernels": kernels, "bandwidth": bandwidth})
