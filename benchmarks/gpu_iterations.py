@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ from gpu_phase import REHEARSE, ROOT, Phase, main
 from torch import Tensor, nn
 
 from fastgrpo import plan
-from fastgrpo.bench import Bench, bench_config
+from fastgrpo.bench import Bench, bench_config, counted
 from fastgrpo.config import Config, load_config
 from fastgrpo.engine import start
 from fastgrpo.testing import load_family
 
 # verl-omni's Qwen-Image LoRA recipe, images a second and GPU (H800), with the reward on the same GPUs and without it.
 VERL_OMNI = {"images_per_second": 0.305, "images_per_second_without_reward": 0.355}
-UNCOUNTED = plan.Counts(**{each.name: 1 for each in fields(plan.Counts)})  # of a rehearsal, where no share of a peak matters
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,6 @@ RUNS = {
 }  # fmt: skip
 
 
-class Planned(Bench):
-    """With counts that were made before the phase's turn, as they take a CPU seconds and a GPU nothing."""
-
-    def __init__(self, config: Config, counts: plan.Counts, say: Callable[..., None]) -> None:
-        self._counts = counts
-        super().__init__(config, start(), say)
-
-    def _count(self) -> plan.Counts:
-        return self._counts
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A run with all that can be made without the GPU."""
@@ -124,10 +112,10 @@ class Prepared:
     @classmethod
     def of(cls, run: Run) -> "Prepared":
         config = configuration(run, Path(tempfile.mkdtemp()))
-        return cls(run, config, UNCOUNTED if REHEARSE else plan.count(config))
+        return cls(run, config, counted(config))  # takes a CPU seconds
 
     def measure(self, phase: Phase) -> None:
-        bench = Planned(self.config, self.counts, partial(self._say, phase))
+        bench = Bench(self.config, start(), partial(self._say, phase), self.counts)
         try:
             bench.iterations(self.run.iterations)
             if self.run.then is not None:

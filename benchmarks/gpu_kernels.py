@@ -1,20 +1,18 @@
 """Phases of the GPU suite about the kernels alone.
 
     kernels      each against its definition in float64 on the CPU, at the sizes of real models: the errors as numbers
-    bandwidth    microseconds of a call and its share of the memory's bandwidth
+    bandwidth    microseconds of a call, and the share of what a copy does
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DEVICE
 from gpu_phase import REHEARSE, Phase, main
-from kernel_speed import Inputs, table_step
+from kernel_speed import WAITS, Inputs, calls_of, measured
 from torch import Tensor
 
-from fastgrpo.measure import timed
+from fastgrpo.measure import DEVICE, seconds
 from fastgrpo_kernels import NoiseAddress, sde_step, transition
 from fastgrpo_kernels.philox import normal_ref, normal_triton
 from fastgrpo_kernels.sde_step import sde_step_ref, sde_step_triton
@@ -107,63 +105,22 @@ def on_device(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def bandwidth(phase: Phase) -> None:
-    """Many calls in one graph, each on inputs and outputs of its own, in all three times the L2, so that no cache helps."""
-    copied = copy_speed(phase) if CUDA else None
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if CUDA else 1
-    compiled = torch.compile(table_step, dynamic=False)
+    """Each form of a transition, as `kernel_speed.py` times it, beside what a plain copy does on this very card."""
+    copied = copy_speed(phase) if CUDA else 1.0
     for shape in SPEED_SHAPES:
-        elements = math.prod(shape)
-        sets = [Inputs(shape) for _ in range(max(2, math.ceil(3 * cache / (12 * elements))))]
-        for name, (call, width) in forms(compiled).items():
-            with phase.step(f"{name} {shape}"):
-                eager = timed(lambda call=call, first=sets[0]: call(first), rounds=20)
-                row = {"eager_us": round(1e3 * eager["ms"], 2), "launch_us": round(1e3 * eager["launch_ms"], 2)}
-                if CUDA:
-                    us = graphed_us(call, sets, calls=max(len(sets), 32 if elements < 1 << 24 else 2 * len(sets)))
-                    speed = width * elements / us * 1e6
-                    row |= {"us": round(us, 3), "terabytes_per_second": round(speed / 1e12, 3)}
-                    row |= {"of_a_copy": round(speed / copied, 3), "bytes_per_element": width, "sets": len(sets)}
-                phase.record(f"{name} {shape}", **row)
+        with phase.step(f"{shape}"):
+            for name, calls in calls_of(shape).items():
+                with phase.step(f"{name} {shape}"):
+                    phase.record(f"{name} {shape}", **measured(calls, math.prod(shape), copied, captured=name != WAITS))
 
 
 def copy_speed(phase: Phase) -> float:
     """Bytes a second of a plain copy of a GiB: what the memory can do."""
     source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
-    speed = 2 * source.nbytes / (timed(lambda: target.copy_(source))["ms"] / 1e3)
+    speed = 2 * source.nbytes / seconds(lambda: target.copy_(source), repeats=5)
     phase.record("copy of 1 GiB", terabytes_per_second=round(speed / 1e12, 3))
     return speed
-
-
-def forms(compiled: Callable[..., Any]) -> dict[str, tuple[Callable[[Inputs], Any], int]]:
-    """Name -> the call, and the bytes an element that it has to move: each tensor read or written once."""
-    half = torch.bfloat16
-
-    def guided(i: Inputs) -> Any:
-        guidance = {"v_uncond": i.v_old, "guidance_scale": GUIDANCE}
-        return sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=half, **guidance)
-
-    return {
-        "sde_step": (lambda i: sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=half), 4 + 2 + 4 + 2),
-        "sde_step, guided": (guided, 4 + 2 + 2 + 4 + 2 + 4),
-        "transition": (lambda i: transition(i.x_next, i.x, i.v, i.v_old, i.rows), 4 + 4 + 2 + 2),
-        "torch.compile, noise of torch": (lambda i: compiled(i.x, i.v, i.rows), 4 + 2 + 4 + 2),
-    }  # fmt: skip
-
-
-def graphed_us(call: Callable[[Inputs], Any], sets: list[Inputs], calls: int) -> float:
-    """Microseconds of a call inside a graph of many."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for inputs in sets:
-            call(inputs)
-    torch.cuda.synchronize()
-    graph, held = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for n in range(calls):
-            held.append(call(sets[n % len(sets)]))  # held, so that no call writes where another did
-    return 1e3 * timed(graph.replay, rounds=10)["ms"] / calls
 
 
 def launch_for_counters() -> None:

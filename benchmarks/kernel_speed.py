@@ -171,43 +171,53 @@ FUSED = {  # on a GPU the kernels; by name, of one set of inputs
     ),
     "fused transition": lambda i: public_transition(i.x_next, i.x, i.v, i.v_old, i.rows),
 }
+WAITS = "usual"  # for the host, which a graph cannot hold
+GPU = DEVICE.type == "cuda"
 
 
 def times() -> list[dict[str, Any]]:
     """On a GPU: microseconds of each form by size, and the fused ones' share of the memory bandwidth."""
     bandwidth, source = peak_bandwidth()
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    compiled = torch.compile(table_step, dynamic=False)  # for each size by itself, which is its best
-    forms = {
-        "usual": lambda i: usual_step(i.x, i.v, i.t, i.timesteps, i.sigmas),
-        "compiled": lambda i: compiled(i.x, i.v, i.rows),
-        **FUSED,
-    }
     rows = []
     for shape in tqdm(SIZES, desc="sizes"):
-        elements, inputs = math.prod(shape), [Inputs(shape)]
-        with Launches(elements) as seen:
-            FUSED["fused"](inputs[0])
-        inputs += [Inputs(shape) for _ in range(buffer_sets(seen.bytes, cache) - 1)]
-        row = {"shape": list(shape), "megabytes": round(seen.bytes / 2**20, 1), "sets": len(inputs), "bandwidth": source}
-        for name, form in forms.items():
-            row |= measured(name, [partial(form, each) for each in inputs], elements, bandwidth)
+        row: dict[str, Any] = {"shape": list(shape), "bandwidth": source}
+        for name, calls in calls_of(shape).items():
+            found = measured(calls, math.prod(shape), bandwidth, captured=name != WAITS)
+            row |= {f"{name} {key}": value for key, value in found.items()}
         rows.append(row)
     return rows
 
 
-def measured(name: str, calls: Sequence[Callable[[], Any]], elements: int, bandwidth: float) -> dict[str, float]:
-    """One form's columns of a row; the share of the bandwidth where its kernels are known to the trace."""
+def calls_of(shape: tuple[int, ...]) -> dict[str, list[Callable[[], Any]]]:
+    """Of each form as many calls as there are sets of inputs, in all more than the cache holds."""
+    inputs = [Inputs(shape)]
+    with Launches(math.prod(shape)) as seen:
+        FUSED["fused"](inputs[0])
+    if GPU:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        inputs += [Inputs(shape) for _ in range(buffer_sets(seen.bytes, cache) - 1)]
+    compiled = torch.compile(table_step, dynamic=False)  # for each size by itself, which is its best
+    forms = {
+        WAITS: lambda i: usual_step(i.x, i.v, i.t, i.timesteps, i.sigmas),
+        "compiled": lambda i: compiled(i.x, i.v, i.rows),
+        **FUSED,
+    }
+    return {name: [partial(form, each) for each in inputs] for name, form in forms.items()}
+
+
+def measured(calls: Sequence[Callable[[], Any]], elements: int, bandwidth: float, captured: bool) -> dict[str, float]:
+    """Microseconds of a call; on a GPU in a graph too, and its share of the bandwidth if the trace knows its kernels."""
     turn = itertools.cycle(calls)
-    row = {f"{name} us": round(seconds(lambda: next(turn)(), repeats=30) * 1e6, 2)}
-    if name == "usual":  # it waits for the host, which a graph cannot hold
+    row = {"us": round(seconds(lambda: next(turn)(), repeats=30) * 1e6, 2)}
+    if not (GPU and captured):
         return row
     spent = graphed(calls)
-    row[f"{name} in a graph us"] = round(spent * 1e6, 2)
+    row["in a graph us"] = round(spent * 1e6, 2)
     with Launches(elements) as seen:
         calls[0]()
     if seen.launches:
-        row[f"{name} share of bandwidth"] = round(seen.bytes / spent / bandwidth, 3)
+        row |= {"bytes per element": round(seen.bytes / elements, 2), "sets": len(calls)}
+        row["share of bandwidth"] = round(seen.bytes / spent / bandwidth, 3)
     return row
 
 
@@ -261,7 +271,7 @@ def draw(traced: dict[str, dict[str, float]]) -> Any:
 
 def main() -> None:
     traced = trace()
-    rows = times() if DEVICE.type == "cuda" else []
+    rows = times() if GPU else []
     finish("kernel_speed", {"trace": traced, "times": rows}, draw(traced))
 
 

@@ -62,12 +62,19 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
     return load_config(path, fixed)
 
 
+def counted(config: Config) -> plan.Counts:
+    """Of the architecture that is named, else of the model in the folder, which is loaded for that."""
+    if config.model.architecture is not None:
+        return plan.count(config)
+    return plan.count_model(config, configured_model(config.model, torch.device("cpu")))
+
+
 class Bench:
     """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
 
-    def __init__(self, config: Config, device: torch.device, say: Say) -> None:
-        self.config, self.say = config, say
-        self.counts = self._count()
+    def __init__(self, config: Config, device: torch.device, say: Say, counts: plan.Counts | None = None) -> None:
+        """counts: of `counted`, where they were made before."""
+        self.config, self.say, self.counts = config, say, counts or counted(config)
         stage = config.engine.zero_stage
         self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
         self.flops = sum(plan.flops_per_image(config, self.counts).values())
@@ -84,12 +91,6 @@ class Bench:
     def model(self) -> Any:
         """The trainer's adapter."""
         return self.trainer.model
-
-    def _count(self) -> plan.Counts:
-        if self.config.model.architecture is not None:
-            return plan.count(self.config)
-        # Small enough to be in a folder of the project: counted on the model itself.
-        return plan.count_model(self.config, configured_model(self.config.model, torch.device("cpu")))
 
     def iterations(self, count: int = 2) -> None:
         """Whole iterations, of which the first warms up."""

@@ -64,9 +64,7 @@ def count_model(config: Config, model: Any) -> Counts:
     # Of as many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
     conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
     conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
-    for part in (model.transformer, model.pipeline.vae):
-        part.to(META)
-    model.device = META
+    model = type(model)(model.pipeline, dtype=model.dtype, device=META, **vars(model.settings))
     x = torch.empty(1, *model.latent_shape, dtype=model.dtype, device=META)
     sigma = torch.ones(1, device=META)
 

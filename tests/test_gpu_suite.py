@@ -181,7 +181,7 @@ REHEARSED = {  # phase -> rows that must be there
     "update": {"SD3.5-M: iteration 3", "gradient at scale 2^0", "SD3.5-M, checkpointed: iteration 1"},
     "qwen": {"Qwen-Image: model", "Qwen-Image: iteration 1", "Qwen-Image: iteration 2"},
     "profile": {"rollout of 3 steps", "forward and backward", "decoder"},
-    "bandwidth": {"sde_step (2, 4, 8, 8)", "transition (2, 4, 8, 8)"},
+    "bandwidth": {f"{form} (2, 4, 8, 8)" for form in ("usual", "fused", "fused, guided", "fused transition")},
     "ncu": {"ncu"},
     "models": {f"{name}: iteration 2" for name in ("FLUX.1-dev", "Z-Image", "Wan2.1-1.3B", "BAGEL")},
 }  # fmt: skip
