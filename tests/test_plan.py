@@ -1,6 +1,7 @@
 """`fastgrpo plan`: its counts against formulas and figures from elsewhere; and random weights, of the same architectures."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from torch import nn
 from fastgrpo import plan as planning
 from fastgrpo.cli import main
 from fastgrpo.config import ConfigError, load_config
-from fastgrpo.models import adapter, model_class
+from fastgrpo.models import adapter, load_model, model_class
 from fastgrpo.models.adapter import read_architecture
-from fastgrpo.plan import Counts, activation_bytes, count, flops_per_image, memory, plan
+from fastgrpo.plan import Counts, activation_bytes, count, count_model, flops_per_image, memory, plan
+from fastgrpo.testing import FAMILIES, load_family
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sd3_compressibility.yaml"
 TINY = {
@@ -164,6 +166,17 @@ def test_every_family_can_be_planned(name: str) -> None:
     # Twice, with checkpointing three times, a forward pass, and flash attention's backward is 2.5 of its forwards.
     assert 2 < counts.train_flops / counts.forward_flops < 3.6
     assert 0.1 < counts.forward_flops / (2 * counts.parameters * 1024) < 10
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path) -> None:
+    """By its shapes alone: on the meta device, where not one number of it is left."""
+    family = load_family(name)
+    family.save(tmp_path)
+    model = load_model(name, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    parameters = sum(p.numel() for p in model.transformer.parameters())
+    counts = count_model(load_config(CONFIG), model)
+    assert (counts.parameters, counts.latent_elements) == (parameters, math.prod(model.latent_shape))
+    assert counts.trained > 0 and counts.train_flops > counts.forward_flops > 0 and counts.activation_bytes > 0
 
 
 @pytest.mark.parametrize(
