@@ -387,6 +387,9 @@ def _config(
         "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # By itself DeepSpeed times every forward from the third update on, and waits for the device before each: in rollouts
+        # too, which then run as fast as the host can launch, and whose capture as a graph it would end.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": zero_stage,
             # DeepSpeed allocates a whole bucket, of 5e8 elements by itself.
