@@ -8,18 +8,18 @@ say nothing about the kernels, and are left out; the kernels' launches and bytes
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
 from common import DEVICE, Trace, finish, peak_bandwidth, pyplot, seconds
 from torch import Tensor
 from tqdm import tqdm
+
+from fastgrpo.interpreter import use_interpreter
+
+if not torch.cuda.is_available():
+    use_interpreter()
 
 from fastgrpo import sde
 from fastgrpo.trajectory import noise_address

@@ -1,15 +1,15 @@
 """Set-up shared by all tests. Without a GPU the Triton kernels run in the interpreter, on CPU tensors."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-# Triton reads it once, when it is imported.
+from fastgrpo.interpreter import use_interpreter
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    use_interpreter()
 
 
 @pytest.fixture
