@@ -41,7 +41,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", OCR, *SERVE],
+        "test": ["pytest", "pytest-xdist", "ruff", OCR, *SERVE],
         "ocr": [OCR],
         "judge": [HTTP],
         "serve": SERVE,
