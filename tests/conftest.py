@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
     use_interpreter()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only files that have the mark are read: others may import what a GPU machine does not have."""
+    unmarked = collection_path.suffix == ".py" and "pytest.mark.gpu" not in collection_path.read_text()
+    return True if config.option.markexpr == "gpu" and unmarked else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Only tests with the mark `gpu` see one: the others are on the CPU wherever they run, with their fixtures."""

@@ -1,6 +1,6 @@
-"""A child of test_device: the tiny network under the engine, in a group of one process; prints a line of JSON a dtype.
+"""A child of test_device: the tiny network under the engine, in a group of one process; what it saw as a line of JSON.
 
-python tests/device_worker.py DTYPE...
+python tests/device_worker.py DTYPE
 """
 
 import json
@@ -86,8 +86,7 @@ def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     device = start()
-    for name in sys.argv[1:]:
-        print(json.dumps({"dtype": name, **under_engine(getattr(torch, name), device)}), flush=True)
+    print(json.dumps(under_engine(getattr(torch, sys.argv[1]), device)), flush=True)
     finish()
 
 

@@ -119,52 +119,39 @@ def test_a_gpu_samples_what_a_cpu_does() -> None:
     torch.testing.assert_close(here.final.cpu(), there.final, rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def engines() -> dict[str, dict]:
-    """What `device_worker.py` saw, by dtype: an engine patches the process that it is in."""
-    names = CPU_DTYPES if DEVICE == "cpu" else [*CPU_DTYPES, "float16"]
-    worker = [sys.executable, str(ROOT / "tests" / "device_worker.py"), *names]
-    env = environment(ROOT / "tests", device=DEVICE)
-    done = subprocess.run(worker, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["dtype"]: row for row in found}
+def child(command: list[str]) -> str:
+    """What a process of its own printed: an engine patches the one that it is in."""
+    env = environment(device=DEVICE)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_engines_policy_is_captured_before_and_after_updates(engines: dict[str, dict], dtype: str) -> None:
-    """A replay follows the updates; what is new in shape is captured after them; all bit for bit the eager rollout."""
-    checks = engines[dtype]["checks"]
-    assert len(checks) == 5 and not [name for name, passed in checks.items() if not passed]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_engine_starts_on_policy_and_skips_no_step(engines: dict[str, dict], dtype: str) -> None:
-    seen = engines[dtype]
+def test_the_engine(dtype: str) -> None:
+    """On-policy at first, and no step skipped. Captured before and after updates, bit for bit the eager rollout; a replay
+    follows the updates. In float32 the same steps as plain AdamW's.
+    """
+    printed = child([sys.executable, str(ROOT / "tests" / "device_worker.py"), dtype])
+    seen = json.loads(printed.splitlines()[-1])
+    assert len(seen["checks"]) == 5 and not [name for name, passed in seen["checks"].items() if not passed]
     first, *others = seen["metrics"]
     assert first["ratio_min"] == first["ratio_max"] == 1.0 and first["drift"] == 0.0
-    assert len(others) == 2 and all(step["drift"] > 0 for step in others)  # the updates moved it
+    assert len(others) == 2 and all(step["drift"] > 0 for step in others)
     assert all(math.isfinite(step["grad_norm"]) and step["grad_norm"] > 0 for step in seen["metrics"])
-    assert seen["skipped"] == 0
     scale = math.log2(seen["loss_scale"])
-    assert scale >= 10 and scale.is_integer() if dtype == "float16" else scale == 0
-
-
-def test_an_engine_equals_plain_adamw(engines: dict[str, dict]) -> None:
-    seen = engines["float32"]
-    for step, plain in zip(seen["metrics"], seen["plain_metrics"], strict=True):
-        assert step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
-        assert step["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-7)
-    assert seen["distance"] < 1e-5 * seen["went"]
+    assert seen["skipped"] == 0 and (scale.is_integer() and scale >= 10 if dtype == "float16" else scale == 0)
+    if dtype == "float32":
+        for step, plain in zip(seen["metrics"], seen["plain_metrics"], strict=True):
+            assert step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+            assert step["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert seen["distance"] < 1e-5 * seen["went"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_iterations_of_a_whole_run(dtype: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    train = command(output, "iterations=2", "evaluation.every=0", f"model.dtype={dtype}")
-    env = environment(device=DEVICE)
-    done = subprocess.run(train, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    child(command(output, "iterations=2", "evaluation.every=0", f"model.dtype={dtype}"))
     found = rows(output)
     assert [row["first_ratio_deviation"] for row in found] == [0.0, 0.0]
     numbers = [(key, value) for row in found for key, value in row.items() if isinstance(value, float)]
