@@ -16,8 +16,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 train: .venv/installed
 	$(BIN)/deepspeed fastgrpo/train.py --config $(CONFIG)
 
+# Two processes, a file's tests in one of them, as they share what is slow to make; one thread each.
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11",
+        # On a GPU with any numpy; the interpreter of 3.6, for tests without one, needs numpy<2.4 (fastgrpo/interpreter.py).
         "triton>=3.6; platform_system == 'Linux'",
         "diffusers>=0.42",
         "transformers>=5.23",
@@ -40,7 +41,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", OCR, *SERVE],
+        "test": ["pytest", "pytest-xdist", "ruff", OCR, *SERVE],
         "ocr": [OCR],
         "judge": [HTTP],
         "serve": SERVE,

@@ -10,19 +10,19 @@ and are left out; the kernels' launches and bytes are counted from their argumen
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
 from common import Trace, finish, pyplot
 from torch import Tensor
 from tqdm import tqdm
+
+from fastgrpo.interpreter import use_interpreter
+
+if not torch.cuda.is_available():
+    use_interpreter()
 
 from fastgrpo import sde
 from fastgrpo.measure import DEVICE, peak_bandwidth, seconds

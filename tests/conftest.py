@@ -1,15 +1,32 @@
 """Set-up shared by all tests. Without a GPU the Triton kernels run in the interpreter, on CPU tensors."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from helpers import DEVICE
 
-# Triton reads it once, when it is imported.
+from fastgrpo.interpreter import use_interpreter
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    use_interpreter()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only files that have the mark are read: others may import what a GPU machine does not have."""
+    unmarked = collection_path.suffix == ".py" and "pytest.mark.gpu" not in collection_path.read_text()
+    return True if config.option.markexpr == "gpu" and unmarked else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Only tests with the mark `gpu` see one: the others are on the CPU wherever they run, with their fixtures."""
+    marked = item.get_closest_marker("gpu") is not None
+    with nullcontext() if marked else mock.patch("torch.cuda.is_available", return_value=False):
+        return (yield)
 
 
 @pytest.fixture
@@ -31,11 +48,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 TINY_WEIGHTS = Path(__file__).resolve().parent.parent / "fastgrpo" / "tiny" / "weights"
 
 
-def load_tiny_model(dtype: torch.dtype = torch.float32):  # noqa: ANN201 (an adapter of fastgrpo.models)
+def load_tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32):  # noqa: ANN201 (an adapter of fastgrpo.models)
     """The embedded pipeline, through the adapter that loads SD3.5."""
     from fastgrpo.models import load_model
 
-    return load_model("sd3", path=TINY_WEIGHTS, dtype=dtype, device=torch.device("cpu"), max_text_tokens=1)
+    return load_model("sd3", path=TINY_WEIGHTS, dtype=dtype, device=torch.device(device), max_text_tokens=1)
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +61,17 @@ def tiny_model():  # noqa: ANN201
     return load_tiny_model()
 
 
-def load_tuned_model(targets: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32):  # noqa: ANN201
+@pytest.fixture(scope="session")
+def device_model():  # noqa: ANN201
+    """The same on the GPU, where there is one."""
+    return load_tiny_model(DEVICE)
+
+
+def load_tuned_model(
+    targets: tuple[str, ...] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+):  # noqa: ANN201
     """The embedded pipeline with a LoRA that has an effect."""
-    model = load_tiny_model(dtype)
+    model = load_tiny_model(device, dtype)
     torch.manual_seed(1)
     model.add_lora(rank=4, alpha=8, targets=targets)
     with torch.no_grad():

@@ -1,12 +1,34 @@
 """Helpers shared by the tests."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A batch as published at 512 px, (B, *D): too much for an interpreter of kernels.
+REAL_SHAPES = ((9, 16, 64, 64),) if DEVICE == "cuda" else ()
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU can do it")
+# Triton as a compiler, and a group of processes of the child's own.
+NOT_INHERITED = ("TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(*paths: Path, device: str = "cpu", **settings: str) -> dict[str, str]:
+    """What a child process is given: this one's environment, with `settings`, and one thread.
+
+    It imports this project, then from `paths`, then what the caller's PYTHONPATH carries. It sees a GPU only for
+    device="cuda", so that a test is the same on every machine.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    places = [str(path) for path in (ROOT, ROOT / "kernels", *paths)] + [inherited.get("PYTHONPATH", "")]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return inherited | own | hidden | settings
 
 
 class NoSync(TorchDispatchMode):

@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: the model of noise by sampling, the rival by its mathematics."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tuned_model
+from helpers import ROOT, environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -27,7 +27,7 @@ from kl_hacking import (  # noqa: E402
     true_images,
 )
 from released import Released, Sample  # noqa: E402
-from scaling import communication  # noqa: E402
+from scaling import communication, launch  # noqa: E402
 from scored_runs import BASELINE, DEFAULT, GRPO, RUNGS, Run, configuration, due, finished, reached  # noqa: E402
 from time_to_score import Spent, mean, speed_up, until  # noqa: E402
 from tradeoff import excess_noise, window  # noqa: E402
@@ -215,10 +215,8 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
         "--every", "0.8", "--rounds", "1", "--workers", "1", "--work", str(tmp_path / "work"),
     ]  # fmt: skip
     settings = [part for setting in small for part in ("--set", setting)]
-    root = CONFIG.parent.parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     command = [sys.executable, "-c", WHOLE, str(tmp_path), *options, *settings]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     before, after = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert after == json.loads((tmp_path / "time_to_score_cpu.json").read_text())
@@ -234,6 +232,16 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
         assert long["curves"]["7"][: len(short["curves"]["7"])] == short["curves"]["7"], "evaluated anew"
         assert len(long["curves"]["7"]) > len(short["curves"]["7"]) > 2
     assert after["results"][0]["scores"]["0"]["speed_up"]["seconds"]["text"] == "1.00x"
+
+
+def test_ranks_see_the_packages_of_the_callers_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "packages"  # not beside the script, where a rank looks anyway
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    (folder / "carried.py").write_text("")
+    (tmp_path / "rank.py").write_text("import carried, fastgrpo; print(carried.__file__, fastgrpo.__file__)")
+    carried, own = launch(1, [str(tmp_path / "rank.py")]).split()
+    assert Path(carried).parent == folder and Path(own).is_relative_to(ROOT)
 
 
 def own_update(model, prompts: list[str], guidance_scale: float, config):  # noqa: ANN001, ANN201

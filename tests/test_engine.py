@@ -1,6 +1,5 @@
 """The engine against plain torch, in one and in two processes: one launch of `engine_worker.py` runs all."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import engine_worker
 import pytest
 import torch
 from engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, UPDATES
+from helpers import environment
 from torch import Tensor, nn
 
 from fastgrpo import engine as engine_module
@@ -27,12 +27,9 @@ RUNS = [(world_size, *case) for world_size in (1, 2) for case in CASES]
 
 def launch(world_size: int, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """One process is started plainly, without a launcher."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(WORKER.parents[1])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command = [sys.executable, *(torchrun if world_size > 1 else []), str(WORKER), *args]
-    environment = inherited | settings | env
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +151,6 @@ def test_policies_are_refused() -> None:
         Engine(nn.Linear(2, 2).bfloat16(), **SETTINGS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has float16")
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="float16 needs CUDA; on a CPU use float32 or bfloat16"):
         Engine(nn.Linear(2, 2), **SETTINGS | {"dtype": torch.float16})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, needs_gpu
 from test_rollout import NUM_STEPS, SHAPE, SIZE, Toy, ToyPolicy
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from fastgrpo.graph import CapturedRollout, CudaCapture, captured_or_eager
 from fastgrpo.rollout import rollout, with_unconditional
 from fastgrpo.trajectory import TRAIN, Rollout, Steps, noise_address
 
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+pytestmark = pytest.mark.gpu
 
 
 class Rerun:

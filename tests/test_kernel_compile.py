@@ -1,17 +1,14 @@
 """What the compilers make of the kernels, on a machine without a GPU: no spills, no atomics, and full-width accesses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import fastgrpo_kernels
+from helpers import environment
 
 TESTS = Path(__file__).parent
-PACKAGES = Path(fastgrpo_kernels.__file__).parents[1]
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
@@ -43,10 +40,8 @@ MAX_REGISTERS = 32
 @pytest.fixture(scope="module")
 def report() -> dict:
     """Of a process in which triton is a compiler and not an interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(PACKAGES), environment.get("PYTHONPATH", "")))
     command = (sys.executable, str(TESTS / "compile_kernels.py"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

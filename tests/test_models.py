@@ -1,14 +1,13 @@
 """Every model family on its tiny pipeline, against the stock diffusers pipeline and through whole runs under DeepSpeed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import PROCESS_SETTINGS, ROOT
+from helpers import ROOT, environment
 
 from fastgrpo.generation import Embeddings, generate, without_text
 from fastgrpo.models import MODELS, load_model, model_class
@@ -168,11 +167,10 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:  # noqa: ANN001
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
     worker = Path(__file__).parent / "model_worker.py"
     done = subprocess.run(
         [sys.executable, str(worker), name, str(folders[name]), str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

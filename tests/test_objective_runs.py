@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, environment
 from objective_worker import ITERATIONS, RUNS
-from test_training import PROCESS_SETTINGS, ROOT
 
 from fastgrpo.config import load_config
 from fastgrpo.learning import learning_rate
@@ -24,10 +23,9 @@ ODE = ["rollout.sampler=ode"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("objectives")
     load_family("sd3").save(folder / "sd3")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
-    environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
     command = [sys.executable, str(ROOT / "tests" / "objective_worker.py"), str(folder / "sd3"), str(folder / "out"), *RUNS]
-    child = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=500)
+    env = environment(ROOT / "tests")
+    child = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=500)
     assert child.returncode == 0, child.stderr[-3000:]
     found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     return {row["name"]: row for row in found}

@@ -1,19 +1,21 @@
 """Addressed noise: published integers, the distribution of the normals, and independence from everything but
 the address."""
 
+import math
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import DEVICE, NoSync
+from helpers import DEVICE, REAL_SHAPES, NoSync, needs_gpu
 from scipy import stats
 
 from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, normal_ref, normal_triton
 from fastgrpo_kernels.philox import BLOCK, _box_muller_ref, box_muller, philox_ref
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
-SIZES = (1, 3, 257, BLOCK + 1)
+SIZES = (1, 3, 257, BLOCK + 1, *(math.prod(shape[1:]) for shape in REAL_SHAPES))
 # fp32 log, cos and sin against float64: angles up to 2 pi are rounded to 2.4e-7, at a radius of at most 6.8.
 NORMAL_TOLERANCE = 2e-6
 
@@ -88,6 +90,21 @@ def test_triton_equals_reference(size, step):
     torch.testing.assert_close(
         normal_triton(where, int64(step), size), expected, rtol=0, atol=NORMAL_TOLERANCE
     )
+
+
+@needs_gpu
+def test_a_gpu_has_the_noise_of_a_cpu():
+    """The same integers, and the same normals up to the last bits of log, cos and sin."""
+    where, step, size = address(seed=0xFEDCBA9876543210, sample_id=tuple(range(9))), int64(5), 65536
+    there = NoiseAddress(*(tensor.cpu() for tensor in where))
+    counter = torch.randint(0, 2**32, (4, 64), generator=torch.Generator().manual_seed(0))
+    out = torch.empty_like(counter, device=DEVICE)
+    philox_kernel[(1,)](where.seed, counter.to(DEVICE), out, 64, BLOCK=64)
+    assert torch.equal(out.cpu(), torch.stack(philox_ref(tuple(counter), there.seed)))
+    assert torch.equal(out, torch.stack(philox_ref(tuple(counter.to(DEVICE)), where.seed)))
+    expected = normal_ref(there, step.cpu(), size)
+    for run in (normal_triton, normal_ref):
+        torch.testing.assert_close(run(where, step, size).cpu(), expected, rtol=0, atol=NORMAL_TOLERANCE)
 
 
 def test_extreme_words():

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import PROCESS_SETTINGS, ROOT
+from helpers import ROOT, environment
 from torch import nn
 
 from fastgrpo import plan as planning
@@ -220,8 +219,7 @@ def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path
         "import sys; from pathlib import Path; from fastgrpo.models import adapter; from fastgrpo.train import main; "
         f"adapter.ARCHITECTURES = Path({str(adapter.ARCHITECTURES)!r}); sys.exit(main({options!r}))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "run" / "report.html").is_file()
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import environment
 from PIL import Image
 
 from fastgrpo.charts import ticks
@@ -325,11 +326,11 @@ def test_folder_without_a_run_is_refused_by_name(tmp_path: Path, make: bool) -> 
 def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     """As a command; it loads no torch, and a wrong folder is one line, not a traceback."""
     code = "import sys, fastgrpo.report as r; r.main(); assert 'torch' not in sys.modules"
-    good = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    good = subprocess.run([sys.executable, "-c", code, str(run)], env=environment(), capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert good.stdout.strip() == str(run / "report.html")
     command = [sys.executable, "-m", "fastgrpo.report", str(tmp_path / "none")]
-    bad = subprocess.run(command, capture_output=True, text=True)
+    bad = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert bad.returncode == 1 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
 
 

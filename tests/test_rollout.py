@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import NoSync
+from helpers import DEVICE, NoSync
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +15,7 @@ from fastgrpo.rollout import rollout, velocities, with_unconditional
 from fastgrpo.trajectory import EVALUATION, TRAIN, Rollout, Steps, noise_address
 from fastgrpo_kernels import INITIAL_STEP, normal
 
+pytestmark = pytest.mark.gpu
 SHAPE = (2, 3, 5)  # an odd number of elements
 NUM_STEPS, SIZE = 6, 2
 
@@ -33,7 +34,11 @@ class ToyPolicy(nn.Module):
 def steps_of(start: Tensor, sampler: str = "flow_sde", size: int = SIZE) -> Steps:
     sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
     table = sde.window_tables(sampler, sigmas, 0.7, start, size)
-    return Steps(sigmas, table, start, size, torch.zeros(NUM_STEPS))
+    return Steps(sigmas, table, start, size, torch.zeros(NUM_STEPS)).to(DEVICE)
+
+
+def toy(*offsets: float) -> Toy:
+    return Toy(torch.tensor(offsets, device=DEVICE).view(-1, 1, 1, 1))
 
 
 def run(
@@ -41,7 +46,7 @@ def run(
     policy: nn.Module | None = None, steps: Steps | None = None,
 ) -> Rollout:  # fmt: skip
     return rollout(
-        policy or ToyPolicy(), steps or steps_of(start), noise_address(stream, 5, 3, sample_id), conditioning,
+        policy or ToyPolicy(), steps or steps_of(start), noise_address(stream, 5, 3, sample_id.to(DEVICE)), conditioning,
         guidance_scale=guidance_scale, latent_shape=SHAPE, model_dtype=torch.float32,
     )  # fmt: skip
 
@@ -49,23 +54,22 @@ def run(
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_equals_a_plain_loop(guidance_scale: float) -> None:
     sample_id, start = torch.tensor([4, 9, 11]), torch.tensor([0, 3, 1])
-    offset = torch.tensor([0.1, -0.3, 0.6]).view(-1, 1, 1, 1)
-    unconditional = Toy(torch.full((1, 1, 1, 1), 0.05))
+    offset, unconditional = toy(0.1, -0.3, 0.6).offset, toy(0.05)
     conditioning = with_unconditional(Toy(offset), unconditional if guidance_scale != 1 else None)
     result = run(sample_id, start, conditioning, guidance_scale)
 
-    policy, sigmas = ToyPolicy(), torch.linspace(1, 0, NUM_STEPS + 1)
+    policy, sigmas = ToyPolicy(), steps_of(start).sigmas.double()
     for b in range(3):
-        address = noise_address(TRAIN, 5, 3, sample_id[b : b + 1])
-        table = sde.window_tables("flow_sde", sigmas, 0.7, start[b : b + 1], SIZE)[0].double()
+        address = noise_address(TRAIN, 5, 3, sample_id[b : b + 1].to(DEVICE))
+        table = steps_of(start[b : b + 1]).table[0].double()
         x = normal(address, INITIAL_STEP, 30).view(1, *SHAPE).double()
         for i in range(NUM_STEPS):
             j = i - int(start[b])
             if 0 <= j <= SIZE:
                 torch.testing.assert_close(result.latents[j, b], x[0].float(), rtol=1e-5, atol=1e-6)
-            v = policy(x, sigmas[i : i + 1].double(), Toy(offset[b : b + 1].double()))
+            v = policy(x, sigmas[i : i + 1], Toy(offset[b : b + 1].double()))
             if guidance_scale != 1:
-                v_uncond = policy(x, sigmas[i : i + 1].double(), Toy(unconditional.offset.double()))
+                v_uncond = policy(x, sigmas[i : i + 1], Toy(unconditional.offset.double()))
                 v = v_uncond + guidance_scale * (v - v_uncond)
             eps = normal(address, i, 30).view(1, *SHAPE).double()
             c_x, c_v, s, _ = table[i]
@@ -80,7 +84,7 @@ def test_equals_a_plain_loop(guidance_scale: float) -> None:
 
 def test_same_bits_however_samples_are_batched() -> None:
     sample_id, start = torch.arange(6), torch.tensor([0, 0, 2, 2, 3, 3])
-    conditioning = Toy(torch.linspace(-1, 1, 6).view(-1, 1, 1, 1))
+    conditioning = Toy(torch.linspace(-1, 1, 6, device=DEVICE).view(-1, 1, 1, 1))
     whole = run(sample_id, start, conditioning)
     halves = [run(sample_id[h], start[h], Toy(conditioning.offset[h])) for h in (slice(0, 2), slice(2, 6))]
     assert torch.equal(whole.latents, torch.cat([half.latents for half in halves], dim=1))
@@ -88,7 +92,7 @@ def test_same_bits_however_samples_are_batched() -> None:
 
 
 def test_streams_of_noise_do_not_meet() -> None:
-    sample_id, start, conditioning = torch.arange(2), torch.zeros(2, dtype=torch.int64), Toy(torch.zeros(2, 1, 1, 1))
+    sample_id, start, conditioning = torch.arange(2), torch.zeros(2, dtype=torch.int64), toy(0.0, 0.0)
     train = run(sample_id, start, conditioning).latents[0]
     evaluation = run(sample_id, start, conditioning, stream=EVALUATION).latents[0]
     assert (train - evaluation).abs().min() > 0
@@ -98,16 +102,16 @@ def test_no_window_is_an_ode() -> None:
     """With nothing to train the records are empty, and only the starting noise is drawn."""
     start = torch.zeros(2, dtype=torch.int64)
     sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
-    table = sde.coefficient_table("ode", sigmas, 0.0).float()
-    steps = Steps(sigmas, table.expand(2, -1, -1), start, 0, torch.zeros(NUM_STEPS))
-    address = noise_address(EVALUATION, 0, 0, torch.arange(2))
-    conditioning = Toy(torch.ones(2, 1, 1, 1))
+    table = sde.coefficient_table("ode", sigmas, 0.0).float().to(DEVICE)
+    steps = Steps(sigmas, table.expand(2, -1, -1), start, 0, torch.zeros(NUM_STEPS)).to(DEVICE)
+    address = noise_address(EVALUATION, 0, 0, torch.arange(2, device=DEVICE))
+    conditioning = toy(1.0, 1.0)
     result = rollout(
         ToyPolicy(), steps, address, conditioning, guidance_scale=1.0, latent_shape=SHAPE, model_dtype=torch.float32
     )
     x = normal(address, INITIAL_STEP, 30).view(2, *SHAPE)
     for i in range(NUM_STEPS):
-        x = x + (sigmas[i + 1] - sigmas[i]) * ToyPolicy()(x, sigmas[i].expand(2), conditioning)
+        x = x + (sigmas[i + 1] - sigmas[i]) * ToyPolicy()(x, steps.sigmas[i].expand(2), conditioning)
     torch.testing.assert_close(result.final, x)
     assert result.v_old.shape == (0, 2, *SHAPE) and result.latents.shape == (1, 2, *SHAPE)
 
@@ -120,26 +124,26 @@ def test_guided_and_plain_velocities_share_one_forward() -> None:
             calls.append(len(x))
             return super().forward(x, sigma, conditioning)
 
-    x, sigma, conditioning = torch.randn(3, *SHAPE), torch.full((3,), 0.5), Toy(torch.randn(3, 1, 1, 1))
+    x, sigma, conditioning = torch.randn(3, *SHAPE, device=DEVICE), torch.full((3,), 0.5, device=DEVICE), toy(0.2, -0.7, 1.1)
     v, nothing = velocities(Counting(), x, sigma, conditioning)
-    guided, v_uncond = velocities(Counting(), x, sigma, with_unconditional(conditioning, Toy(torch.zeros(1, 1, 1, 1))))
+    guided, v_uncond = velocities(Counting(), x, sigma, with_unconditional(conditioning, toy(0.0)))
     assert calls == [3, 6] and nothing is None
-    assert torch.equal(v, guided) and torch.equal(v_uncond, ToyPolicy()(x, sigma, Toy(torch.zeros(3, 1, 1, 1))))
+    assert torch.equal(v, guided) and torch.equal(v_uncond, ToyPolicy()(x, sigma, toy(0.0, 0.0, 0.0)))
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_loop_has_no_host(tiny_model, guided: bool) -> None:  # noqa: ANN001
+def test_the_loop_has_no_host(device_model, guided: bool) -> None:  # noqa: ANN001
     """Nothing between the first step and the last waits for the device or copies to it, the real network included."""
     from fastgrpo.generation import Embeddings
     from fastgrpo.rollout import Policy
 
-    conditioning = Embeddings(tiny_model)(["a red circle", "two blue squares"], guidance_scale=2.0 if guided else 1.0)
+    conditioning = Embeddings(device_model)(["a red circle", "two blue squares"], guidance_scale=2.0 if guided else 1.0)
     steps = steps_of(torch.tensor([0, 2]))
-    address = noise_address(TRAIN, 0, 0, torch.arange(2))
+    address = noise_address(TRAIN, 0, 0, torch.arange(2, device=DEVICE))
     with NoSync():
         rollout(
-            Policy(tiny_model), steps, address, conditioning, guidance_scale=2.0 if guided else 1.0,
-            latent_shape=tiny_model.latent_shape, model_dtype=torch.float32,
+            Policy(device_model), steps, address, conditioning, guidance_scale=2.0 if guided else 1.0,
+            latent_shape=device_model.latent_shape, model_dtype=torch.float32,
         )  # fmt: skip
 
 
@@ -154,9 +158,9 @@ def operations(start: Tensor, seed: int, change: Callable[[Steps], Steps] = lamb
             steps[-1].append((function.name(), *(tuple(t.shape) for t in made if isinstance(t, Tensor))))
             return result
 
-    policy, conditioning = ToyPolicy(), Toy(torch.randn(len(start), 1, 1, 1))
+    policy, conditioning = ToyPolicy(), Toy(torch.randn(len(start), 1, 1, 1, device=DEVICE))
     policy.register_forward_pre_hook(lambda *_: steps.append([]))
-    address, coefficients = noise_address(TRAIN, seed, 3, torch.arange(len(start))), change(steps_of(start))
+    address, coefficients = noise_address(TRAIN, seed, 3, torch.arange(len(start), device=DEVICE)), change(steps_of(start))
     with Record():
         rollout(
             policy, coefficients, address, conditioning,
@@ -180,8 +184,8 @@ def test_a_memory_is_the_same_operations_at_every_step_too() -> None:
 
 def second_order(steps: Steps) -> Steps:
     """The steps with DPM-Solver++(2M) after each row's window."""
-    c_x, c_v, c_p = dpmpp_2m(steps.sigmas).float().unbind(-1)
-    after = torch.arange(NUM_STEPS) >= steps.start[:, None] + steps.size
+    c_x, c_v, c_p = dpmpp_2m(steps.sigmas).float().to(DEVICE).unbind(-1)
+    after = torch.arange(NUM_STEPS, device=DEVICE) >= steps.start[:, None] + steps.size
     rows = torch.stack([c_x, c_v, torch.zeros_like(c_x), torch.zeros_like(c_x)], dim=-1)
     return steps._replace(table=torch.where(after[..., None], rows, steps.table), history=torch.where(after, c_p / c_x, 0.0))
 
@@ -197,7 +201,7 @@ def test_second_order_steps_are_the_published_ones(guidance_scale: float) -> Non
         assert torch.equal(getattr(result, name), getattr(plain, name)), name
     assert not torch.equal(result.final, plain.final)
 
-    sigmas = torch.linspace(1, 0, NUM_STEPS + 1).double()
+    sigmas = steps.sigmas.double()
     for b in range(3):
         rows = conditioning.offset.double()[b :: len(sample_id)]  # one, or first the empty prompt's
 
@@ -235,8 +239,8 @@ class Counting(ToyPolicy):
 
 
 def guided_conditioning(batch: int, guidance_scale: float, siblings: int = 1) -> Toy:
-    offset = torch.linspace(-0.4, 0.6, batch // siblings).repeat_interleave(siblings).view(-1, 1, 1, 1)
-    return with_unconditional(Toy(offset), Toy(torch.full((1, 1, 1, 1), 0.05)) if guidance_scale != 1 else None)
+    offset = torch.linspace(-0.4, 0.6, batch // siblings, device=DEVICE).repeat_interleave(siblings).view(-1, 1, 1, 1)
+    return with_unconditional(Toy(offset), toy(0.05) if guidance_scale != 1 else None)
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -265,27 +269,27 @@ def test_a_shared_prefix_is_computed_once(start: int, guidance_scale: float, mem
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_shared_prefix_and_a_memory_have_no_host_either(tiny_model, guided: bool) -> None:  # noqa: ANN001
+def test_a_shared_prefix_and_a_memory_have_no_host_either(device_model, guided: bool) -> None:  # noqa: ANN001
     from fastgrpo.generation import Embeddings
     from fastgrpo.rollout import Policy
 
     prompts, scale = ["a red circle"] * 2 + ["two blue squares"] * 2, 2.0 if guided else 1.0
-    conditioning = Embeddings(tiny_model)(prompts, guidance_scale=scale)
-    address = noise_address(TRAIN, 0, 0, torch.arange(4))
+    conditioning = Embeddings(device_model)(prompts, guidance_scale=scale)
+    address = noise_address(TRAIN, 0, 0, torch.arange(4, device=DEVICE))
     steps = second_order(steps_of(torch.full((4,), 2)))._replace(siblings=2, prefix=2)
     with NoSync():
         rollout(
-            Policy(tiny_model), steps, address, conditioning, guidance_scale=scale,
-            latent_shape=tiny_model.latent_shape, model_dtype=torch.float32,
+            Policy(device_model), steps, address, conditioning, guidance_scale=scale,
+            latent_shape=device_model.latent_shape, model_dtype=torch.float32,
         )  # fmt: skip
 
 
 def test_a_batch_of_broken_groups_is_refused() -> None:
     starts = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match="a batch of 4 does not hold whole groups of 3 siblings"):
-        run(torch.arange(4), starts, Toy(torch.zeros(4, 1, 1, 1)), steps=steps_of(starts)._replace(siblings=3))
+        run(torch.arange(4), starts, toy(0.0, 0.0, 0.0, 0.0), steps=steps_of(starts)._replace(siblings=3))
 
 
 def test_the_sync_detector_detects() -> None:
     with pytest.raises(AssertionError, match="host sync"), NoSync():
-        torch.ones(3).sum().item()
+        torch.ones(3, device=DEVICE).sum().item()

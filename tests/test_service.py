@@ -19,7 +19,8 @@ import httpx2
 import pytest
 import torch
 import uvicorn
-from test_training import PROCESS_SETTINGS, ROOT, command, rows, rows_so_far, run, start
+from helpers import ROOT, environment
+from test_training import command, rows, rows_so_far, run, start
 
 from fastgrpo.rewards import RewardUnavailable
 from fastgrpo.rewards.remote import Remote
@@ -212,7 +213,7 @@ def free_port() -> int:
 
 def serve(port: int, wait: bool = True) -> subprocess.Popen:
     arguments = ["-m", "fastgrpo.cli", "serve-reward", "--reward", "tiny_shapes_graded", "--port", str(port)]
-    server = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | PROCESS_SETTINGS)
+    server = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment())
     while wait:
         assert server.poll() is None
         try:

@@ -1,7 +1,6 @@
 """Whole runs on the embedded model, as a user starts them: one process and two, killed and resumed, and what they leave."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, environment
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 SMALL = [
     "iterations=4", "rollout.groups=4", "rollout.group_size=4", "rollout.batch_size=4", "rollout.num_steps=4",
@@ -21,7 +20,6 @@ SMALL = [
     "evaluation.every=2", "checkpoint.every=2", "reward.train=tiny_shapes_graded", "rollout.guidance_scale=1.0",
     "evaluation.guidance_scale=1.0", "update.steps_per_rollout=2", "objective.beta=0.1",
 ]  # fmt: skip
-PROCESS_SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
 
 def command(output: Path, *settings: str, ranks: int = 0) -> list[str]:
@@ -34,9 +32,8 @@ def command(output: Path, *settings: str, ranks: int = 0) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PROCESS_SETTINGS
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -177,7 +174,7 @@ def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path,
         "iterations=2",
     ]  # fmt: skip
     printed = run(command(tmp_path / "folded", *settings))
-    kind = "captured" if torch.cuda.is_available() else "eager (CUDA graphs need a GPU, this is a cpu)"
+    kind = "eager (CUDA graphs need a GPU, this is a cpu)"
     assert f"rollout: {kind}" in printed
     assert "update: 8 transitions a forward pass" in printed
     assert len(list((tmp_path / "embeddings").rglob("*.safetensors"))) == 464  # every prompt and the empty one

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, NoSync
+from helpers import DEVICE, REAL_SHAPES, NoSync
 
 from fastgrpo_kernels import (
     Moments,
@@ -18,9 +18,9 @@ from fastgrpo_kernels import (
 )
 from fastgrpo_kernels.philox import BLOCK
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
-SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8))
+SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8), *REAL_SHAPES)
 # Of the gradients, relative to the largest of them; the moments are fp32 whatever the dtype of v.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 MOMENT_TOLERANCE = 1e-5

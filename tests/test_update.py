@@ -58,17 +58,28 @@ class PlainEngine:
 def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:  # noqa: ANN001
     sigmas = model.sigmas(10)
     table = sde.window_tables(sampler, sigmas, 0.7, start, size)
-    return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float())
+    return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float()).to(model.device)
+
+
+def rollout_arguments(
+    model, guidance_scale: float, sampler: str = "flow_sde", size: int = 3, seed: int = 0
+) -> tuple[tuple, dict]:  # noqa: ANN001
+    """What `rollout` is given after the policy, on the model's device."""
+    steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
+    address = noise_address(TRAIN, seed, 1, torch.arange(4, device=model.device))
+    options = dict(guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype)
+    return (steps, address, Embeddings(model)(PROMPTS, guidance_scale=guidance_scale)), options
+
+
+def experience_from(result: Rollout, arguments: tuple) -> Experience:
+    steps, _, conditioning = arguments
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], device=result.final.device)
+    return experience_of(result, steps, conditioning, advantages, torch.ones_like(advantages))
 
 
 def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int = 0) -> Experience:  # noqa: ANN001
-    steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
-    conditioning = Embeddings(model)(PROMPTS, guidance_scale=guidance_scale)
-    result = rollout(
-        Policy(model), steps, noise_address(TRAIN, seed, 1, torch.arange(4)), conditioning,
-        guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
-    )  # fmt: skip
-    return experience_of(result, steps, conditioning, torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4))
+    arguments, options = rollout_arguments(model, guidance_scale, sampler, size, seed)
+    return experience_from(rollout(Policy(model), *arguments, **options), arguments)
 
 
 def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
