@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A batch as published at 512 px, (B, *D): too much for an interpreter of kernels.
 REAL_SHAPES = ((9, 16, 64, 64),) if DEVICE == "cuda" else ()
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU can do it")
-# Triton as a compiler, and a group of processes of the child's own.
+# By its own choice: how a child has Triton, and which group of processes it is in.
 NOT_INHERITED = ("TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
