@@ -32,7 +32,7 @@ from fastgrpo.rollout import Policy, rollout
 from fastgrpo_kernels import INITIAL_STEP, normal, sde_step
 
 BATCH, NUM_STEPS = 2, 4
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}  # beside the one that torch chooses
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}  # beside the one that a run has
 
 
 def captured(phase: Phase) -> None:

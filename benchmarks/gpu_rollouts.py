@@ -24,7 +24,7 @@ from gpu_model import (
 )
 from gpu_phase import REHEARSE, Phase, main
 from models import add_stock_lora, load
-from rollout_speed import drawing, flops_of
+from rollout_speed import cudnn_allowed, drawing, flops_of
 from torch.profiler import ProfilerActivity
 
 from fastgrpo.graph import CapturedRollout
@@ -62,6 +62,8 @@ def rollouts(phase: Phase) -> None:
             speed.measure(batch, name, speed.drawn(batch, form, model), seconds)
 
     batch_of(FIRST_BATCH)
+    with cudnn_allowed():  # what an exact first ratio costs, if anything
+        speed.measure(FIRST_BATCH, "eager, attention as torch chooses", speed.drawn(FIRST_BATCH, rollout, eager))
     batch_of(SECOND_BATCH)
     for suffix, drafts in (("", False), ("fp8, ", True)):
         with phase.step(f"{suffix or 'exact, '}compiled"):
@@ -118,10 +120,11 @@ def stock(rival: Adapter, model: Adapter, batch: int) -> Callable[[], Any]:
     height, width = rival.size
 
     def draw() -> None:
-        rival.pipeline(
-            prompt_embeds=rows.embeds, pooled_prompt_embeds=rows.pooled, height=height, width=width,
-            num_inference_steps=NUM_STEPS, guidance_scale=1.0, output_type="latent",
-        )  # fmt: skip
+        with cudnn_allowed():
+            rival.pipeline(
+                prompt_embeds=rows.embeds, pooled_prompt_embeds=rows.pooled, height=height, width=width,
+                num_inference_steps=NUM_STEPS, guidance_scale=1.0, output_type="latent",
+            )  # fmt: skip
 
     return draw
 

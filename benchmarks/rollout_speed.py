@@ -21,7 +21,8 @@ import json
 import math
 import statistics
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -82,6 +83,16 @@ def steps_of(model: Adapter, num_steps: int, batch: int) -> Steps:
     return Steps(sigmas.to(DEVICE), table, start.to(DEVICE), size, torch.zeros(num_steps, device=DEVICE))
 
 
+@contextmanager
+def cudnn_allowed() -> Iterator[None]:
+    """Attention as torch chooses it for who does not ask, cuDNN's too; a model of fastgrpo goes without."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def forms(
     rival: Adapter, models: dict[str, Any], batch: int, num_steps: int, guidance: float
 ) -> dict[str, Callable[[], Any] | str]:
@@ -95,16 +106,13 @@ def forms(
 
     def stock() -> None:
         height, width = rival.size
-        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it for who does not ask; ours goes without
-        try:
+        with cudnn_allowed():
             rival.pipeline(
                 prompt_embeds=plain.embeds, pooled_prompt_embeds=plain.pooled,
                 negative_prompt_embeds=empty.embeds.expand_as(plain.embeds),
                 negative_pooled_prompt_embeds=empty.pooled.expand_as(plain.pooled), height=height, width=width,
                 num_inference_steps=num_steps, guidance_scale=guidance, output_type="latent",
             )  # fmt: skip
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(False)
 
     found: dict[str, Any] = {"diffusers": stock}
     for name, model in models.items():

@@ -39,11 +39,15 @@ def test_joint_attention_is_diffusers(tiny_model) -> None:  # noqa: ANN001
     torch.testing.assert_close(own_grad, grad, rtol=1e-4, atol=1e-4)
 
 
-def test_native_leaves_the_network_alone_and_cudnn_out(tiny_model) -> None:  # noqa: ANN001
+def test_native_leaves_the_network_alone(tiny_model) -> None:  # noqa: ANN001
     before = dict(tiny_model.transformer.attn_processors)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
     tiny_model.use_attention("native")
     assert tiny_model.transformer.attn_processors == before
+
+
+def test_a_model_that_is_loaded_leaves_cudnn_out() -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    load_tiny_model()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

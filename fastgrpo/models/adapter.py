@@ -64,6 +64,21 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def take_no_shortcuts(dtype: torch.dtype) -> None:
+    """Switch off what torch does by itself on a GPU for speed, and what exactness does not survive.
+
+    In the whole process: torch has no switch that is narrower and holds outside a `with`, which all who call attention, the
+    encoders and the processors of diffusers, would have to enter.
+    """
+    # On Hopper torch 2.11 and later prefer cuDNN's attention, whose plans for training and for inference are two: the first
+    # ratio need not be exactly 1. model.attention "cudnn" asks for it at each call.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype == torch.float32:
+        # cuDNN convolves float32 with TF32's 10 bits, the transformer's patches too, and nothing else in torch does: a GPU's
+        # numbers would lie a thousand times further from a CPU's than rounding.
+        torch.backends.cudnn.allow_tf32 = False
+
+
 class Adapter:
     """A model family: its network, schedule, encoders and decoder, and the way its trained weights go in and out."""
 
@@ -81,10 +96,7 @@ class Adapter:
         self.pipeline = pipeline.to(device)
         self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
         self._check_settings()
-        if dtype == torch.float32:
-            # By itself cuDNN convolves float32 with TF32's 10 bits, the transformer's patches too, and nothing else in torch
-            # does: a GPU's numbers would lie a thousand times further from a CPU's than rounding. For the whole process.
-            torch.backends.cudnn.allow_tf32 = False
+        take_no_shortcuts(dtype)
         self.tiny_decoder: AutoencoderTiny | None = None
         self._frozen: torch.nn.Module | None = None  # of full fine-tuning: the transformer before it
         self._in_reference = False

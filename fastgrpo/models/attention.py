@@ -17,14 +17,7 @@ BACKENDS = {  # name -> diffusers' name, the module that must be importable, how
 
 
 def use_attention(transformer: torch.nn.Module, name: str) -> None:
-    """Route the attention of every block to the kernels called `name`; ValueError if they cannot run here.
-
-    What is left to torch runs without cuDNN from here on, in the whole process.
-    """
-    # On Hopper torch 2.11 and later prefer cuDNN, whose plans for training and for inference are two: the first ratio need
-    # not be exactly 1. The switch is of the process because torch has no other that holds outside a `with`, and all who
-    # call attention, encoders and processors of diffusers, would have to enter one. "cudnn" asks for it at each call.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """Route the attention of every block to the kernels called `name`; ValueError if they cannot run here."""
     if name == "native":
         return
     backend, module, install = BACKENDS[name]
