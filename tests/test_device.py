@@ -112,10 +112,10 @@ def test_gradients_are_finite_and_repeat(dtype: str, guidance_scale: float) -> N
 
 @needs_gpu
 def test_a_gpu_samples_what_a_cpu_does() -> None:
-    """The noise is the same, so the latents are, but for the ten bits that a convolution of float32 has on a GPU."""
+    """The noise is the same, so the latents are, but for rounding, which ten guided steps enlarge; TF32 would be far off."""
     here, there = (sampled(load_tiny_model(device), 4.5)[0] for device in (DEVICE, "cpu"))
-    torch.testing.assert_close(here.latents.cpu(), there.latents, rtol=0, atol=0.05)
-    torch.testing.assert_close(here.final.cpu(), there.final, rtol=0, atol=0.05)
+    torch.testing.assert_close(here.latents.cpu(), there.latents, rtol=0, atol=5e-3)
+    torch.testing.assert_close(here.final.cpu(), there.final, rtol=0, atol=5e-3)
 
 
 def child(command: list[str]) -> str:
