@@ -33,7 +33,7 @@ def command(output: Path, *settings: str, ranks: int = 0) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments, cwd=ROOT, env=environment(ROOT / "tests"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -227,7 +227,7 @@ def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int) -> No
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     settings = [
         "iterations=16", "rollout.groups=4", "rollout.group_size=16", "rollout.batch_size=16", "objective.beta=0",
-        "reward.train=tests.test_training:redness", "update.learning_rate=3e-3", f"engine.zero_stage={zero_stage}",
+        "reward.train=test_training:redness", "update.learning_rate=3e-3", f"engine.zero_stage={zero_stage}",
         "evaluation.every=0", "checkpoint.every=100", "rollout.window={kind: fixed, start: 0, size: 2}",
         f"prompts.train={tmp_path / 'prompts.txt'}", "prompts.weights={}",
     ]  # fmt: skip
