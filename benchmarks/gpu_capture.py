@@ -15,17 +15,17 @@ from gpu_model import (
     capture,
     differences,
     gradients,
-    rollout_arguments,
     sd3,
     trained,
     transition_inputs,
 )
 from gpu_phase import Phase, main
+from rollout_speed import rollout_arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrpo.engine import Engine, finish, start
-from fastgrpo.graph import CapturedRollout
+from fastgrpo.graph import CapturedRollout, CudaCapture
 from fastgrpo.measure import memory
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.rollout import Policy, rollout
@@ -79,18 +79,10 @@ def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
 
 
 def replayed(part: Callable[[], Tensor]) -> Tensor:
-    """Its result from a graph, after it has warmed up on another stream, as a capture asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            part()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = part()
-    graph.replay()
-    return found.clone()  # after the replay, and beyond the graph's life
+    """Its result from a graph, which is captured as a rollout is."""
+    found, replay = CudaCapture()(part)
+    replay()
+    return found.clone()  # beyond the graph's life
 
 
 def whole(phase: Phase, model: Adapter, policy: Policy) -> None:

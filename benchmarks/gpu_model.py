@@ -1,24 +1,20 @@
-"""What the phases that run a network share: SD3.5 Medium, a rollout's arguments, graphs, whether rollouts are equal.
+"""What the phases that run a network share: SD3.5 Medium, its gradients, graphs, whether rollouts are equal.
 
 In a rehearsal the network is the embedded tiny one, and in place of a graph the rollout runs again.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from common import DEVICE
 from gpu_phase import REHEARSE, Phase
 from models import conditioning, load
-from rollout_speed import steps_of
 from torch import Tensor, nn
 
 from fastgrpo.graph import CudaCapture
 from fastgrpo.measure import memory, synchronize
-from fastgrpo.models import model_class
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.rollout import with_unconditional
-from fastgrpo.trajectory import TRAIN, Rollout, noise_address
+from fastgrpo.trajectory import Rollout
 
 CUDA = DEVICE.type == "cuda"
 HALF = "float32" if REHEARSE else "float16"  # what the recipes of SD3.5 run in
@@ -28,11 +24,7 @@ PARTS = ("latents", "v_old", "log_prob", "final")  # of a rollout
 def sd3(phase: Phase, dtype: str) -> Adapter:
     """SD3.5 Medium at 512 px with random weights and a LoRA that has an effect."""
     torch.manual_seed(1)
-    size = {"height": 512, "width": 512, "max_text_tokens": 128}
-    if REHEARSE:
-        model = load("tiny", 0)
-    else:
-        model = model_class("sd3").random("sd3.5-medium", dtype=getattr(torch, dtype), device=DEVICE, **size)
+    model = load("tiny" if REHEARSE else "sd3.5-medium", 512, getattr(torch, dtype), max_text_tokens=128)
     model.add_lora(rank=32, alpha=64)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():
@@ -56,15 +48,6 @@ def transition_inputs(model: Adapter, batch: int) -> tuple[Tensor, Tensor, tuple
     """x (B, *D), sigma (B,) and the conditioning of one forward pass."""
     x = torch.randn(batch, *model.latent_shape, device=DEVICE).to(model.dtype)
     return x, torch.full((batch,), 0.7, device=DEVICE), conditioning(model, batch)
-
-
-def rollout_arguments(model: Adapter, batch: int, num_steps: int, guidance: float = 1.0) -> tuple[tuple, dict[str, Any]]:
-    """`fastgrpo.rollout.rollout`'s, after the policy."""
-    rows = conditioning(model, batch)
-    empty = type(rows)(*(torch.zeros_like(tensor[:1]) for tensor in rows))
-    address = noise_address(TRAIN, 0, 1, torch.arange(batch, device=DEVICE))
-    inputs = steps_of(model, num_steps, batch), address, with_unconditional(rows, empty if guidance != 1 else None)
-    return inputs, dict(guidance_scale=guidance, latent_shape=model.latent_shape, model_dtype=model.dtype)
 
 
 class Rerun:

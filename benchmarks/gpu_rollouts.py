@@ -6,7 +6,6 @@
 
 import copy
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +17,15 @@ from gpu_model import (
     HALF,
     capture,
     gradients,
-    rollout_arguments,
     sd3,
     transition_inputs,
 )
 from gpu_phase import REHEARSE, Phase, main
 from models import add_stock_lora, load
-from rollout_speed import cudnn_allowed, drawing, flops_of
+from rollout_speed import cudnn_allowed, drawing, flops_of, rollout_arguments, stock
 from torch.profiler import ProfilerActivity
 
+from fastgrpo.bench import rollout_row
 from fastgrpo.graph import CapturedRollout
 from fastgrpo.measure import memory, peak_flops, synchronize, timed
 from fastgrpo.models.adapter import Adapter
@@ -57,7 +56,7 @@ def rollouts(phase: Phase) -> None:
 
     def batch_of(batch: int) -> None:
         seconds = PLAIN_SECONDS.get(batch, 0)
-        speed.measure(batch, "diffusers", stock(rival, eager, batch), seconds)
+        speed.measure(batch, "diffusers", stock(rival, eager, batch, NUM_STEPS), seconds)
         for name, (form, model) in (plain | {"captured": (graph, eager)}).items():
             speed.measure(batch, name, speed.drawn(batch, form, model), seconds)
 
@@ -100,19 +99,8 @@ class Speed:
             return
         with self.phase.step(name):
             memory(reset=True)
-            began = time.perf_counter()
-            draw()
-            synchronize()
-            first = time.perf_counter() - began
-            found = timed(draw, rounds=3, warm_ups=1)
-            work = self.flops * NUM_STEPS * batch
-            self.phase.record(
-                name, ms_per_step=round(found["ms"] / NUM_STEPS, 3),
-                launch_ms_per_step=round(found["launch_ms"] / NUM_STEPS, 3),
-                images_per_second=round(1e3 * batch / found["ms"], 2),
-                mfu=round(work / (found["ms"] / 1e3) / self.peak, 3), first_call_seconds=round(first, 1),
-                slowest_over_fastest=round(found["max"] / found["min"], 3), **memory(),
-            )  # fmt: skip
+            work = self.flops * NUM_STEPS * batch / self.peak
+            self.phase.record(name, **rollout_row(draw, batch, NUM_STEPS, work, rounds=3))
 
 
 def multiplies_8_bits(phase: Phase, model: Adapter) -> bool:
@@ -125,21 +113,6 @@ def multiplies_8_bits(phase: Phase, model: Adapter) -> bool:
         phase.record("fp8", not_here=str(error))
         return False
     return True
-
-
-def stock(rival: Adapter, model: Adapter, batch: int) -> Callable[[], Any]:
-    """The stock pipeline's loop on the same prompts, without guidance."""
-    _, _, rows = rollout_arguments(model, batch, NUM_STEPS)[0]
-    height, width = rival.size
-
-    def draw() -> None:
-        with cudnn_allowed():
-            rival.pipeline(
-                prompt_embeds=rows.embeds, pooled_prompt_embeds=rows.pooled, height=height, width=width,
-                num_inference_steps=NUM_STEPS, guidance_scale=1.0, output_type="latent",
-            )  # fmt: skip
-
-    return draw
 
 
 def profile(phase: Phase) -> None:

@@ -13,16 +13,13 @@ from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model, model_class
 
 
-def load(name: str, resolution: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The adapter, on this machine's device, with the attention that a run has by default."""
+def load(name: str, resolution: int, dtype: torch.dtype = torch.bfloat16, max_text_tokens: int = 256) -> Any:
+    """The adapter, on this machine's device. Of the tiny one all but the name is its own."""
     if name == "tiny":
         weights = ROOT / "fastgrpo" / "tiny" / "weights"
-        model = load_model("sd3", path=weights, dtype=torch.float32, device=DEVICE, max_text_tokens=1)
-    else:
-        size = {"height": resolution, "width": resolution}
-        model = model_class("sd3").random(name, dtype=dtype, device=DEVICE, max_text_tokens=256, **size)
-    model.use_attention("native")
-    return model
+        return load_model("sd3", path=weights, dtype=torch.float32, device=DEVICE, max_text_tokens=1)
+    size = {"height": resolution, "width": resolution}
+    return model_class("sd3").random(name, dtype=dtype, device=DEVICE, max_text_tokens=max_text_tokens, **size)
 
 
 def add_stock_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:

@@ -93,19 +93,25 @@ def cudnn_allowed() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def forms(
-    rival: Adapter, models: dict[str, Any], batch: int, num_steps: int, guidance: float
-) -> dict[str, Callable[[], Any] | str]:
-    """What is timed, by name: each a function that draws `batch` images' latents, or the error of making its model."""
-    eager = models["eager"]
-    plain, steps = conditioning(eager, batch), steps_of(eager, num_steps, batch)
-    empty = type(plain)(*(torch.zeros_like(tensor[:1]) for tensor in plain))
-    rows = with_unconditional(plain, empty if guidance != 1 else None)
+def rollout_arguments(model: Adapter, batch: int, num_steps: int, guidance: float = 1.0) -> tuple[tuple, dict[str, Any]]:
+    """`fastgrpo.rollout.rollout`'s, after the policy."""
+    plain = conditioning(model, batch)
+    rows = with_unconditional(plain, empty_prompt(plain) if guidance != 1 else None)
     address = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE))
-    options = dict(guidance_scale=guidance, latent_shape=eager.latent_shape, model_dtype=eager.dtype)
+    options = dict(guidance_scale=guidance, latent_shape=model.latent_shape, model_dtype=model.dtype)
+    return (steps_of(model, num_steps, batch), address, rows), options
 
-    def stock() -> None:
-        height, width = rival.size
+
+def empty_prompt(plain: tuple) -> tuple:
+    return type(plain)(*(torch.zeros_like(tensor[:1]) for tensor in plain))
+
+
+def stock(rival: Adapter, model: Adapter, batch: int, num_steps: int, guidance: float = 1.0) -> Callable[[], None]:
+    """The stock pipeline's loop on the prompts that `model` is given."""
+    plain, (height, width) = conditioning(model, batch), rival.size
+    empty = empty_prompt(plain)
+
+    def draw() -> None:
         with cudnn_allowed():
             rival.pipeline(
                 prompt_embeds=plain.embeds, pooled_prompt_embeds=plain.pooled,
@@ -114,15 +120,24 @@ def forms(
                 num_inference_steps=num_steps, guidance_scale=guidance, output_type="latent",
             )  # fmt: skip
 
-    found: dict[str, Any] = {"diffusers": stock}
+    return draw
+
+
+def forms(
+    rival: Adapter, models: dict[str, Any], batch: int, num_steps: int, guidance: float
+) -> dict[str, Callable[[], Any] | str]:
+    """What is timed, by name: each a function that draws `batch` images' latents, or the error of making its model."""
+    eager = models["eager"]
+    inputs, options = rollout_arguments(eager, batch, num_steps, guidance)
+    found: dict[str, Any] = {"diffusers": stock(rival, eager, batch, num_steps, guidance)}
     for name, model in models.items():
         if isinstance(model, str):  # an error instead
             found[name] = model
             continue
-        found[name] = drawing(rollout, model, steps, address, rows, options)
+        found[name] = drawing(rollout, model, *inputs, options)
         if DEVICE.type == "cuda":
             label = "captured" if name == "eager" else f"captured, {name}"
-            found[label] = drawing(CapturedRollout(CudaCapture()), model, steps, address, rows, options)
+            found[label] = drawing(CapturedRollout(CudaCapture()), model, *inputs, options)
     return found
 
 

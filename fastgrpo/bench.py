@@ -69,6 +69,21 @@ def counted(config: Config) -> plan.Counts:
     return plan.count_model(config, configured_model(config.model, torch.device("cpu")))
 
 
+def rollout_row(draw: Callable[[], Any], batch: int, num_steps: int, work: float, rounds: int) -> dict[str, Any]:
+    """How fast `batch` images are drawn. work: the seconds that the device's peak would take for all their FLOPs."""
+    first = timed(draw, rounds=1, warm_ups=0)["ms"] / 1e3  # compiles, captures
+    found = timed(draw, rounds=rounds, warm_ups=1)
+    return {
+        "ms_per_step": round(found["ms"] / num_steps, 3),
+        "launch_ms_per_step": round(found["launch_ms"] / num_steps, 3),
+        "spread_ms_per_step": [round(found[end] / num_steps, 3) for end in ("min", "max")],
+        "images_per_second": round(1e3 * batch / found["ms"], 3),
+        "mfu": round(1e3 * work / found["ms"], 4),
+        "first_call_seconds": round(first, 2),
+        **memory(),
+    }
+
+
 class Bench:
     """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
 
@@ -140,20 +155,9 @@ class Bench:
                 run(policy, steps, address, conditioning, guidance_scale=guidance, latent_shape=model.latent_shape,
                     model_dtype=model.dtype, guidance_rule=model.guide)  # fmt: skip
 
+        work = steps.forwards(len(conditioning[0])) * self.counts.forward_flops / self.peak
         with self._blocks("compiled" in form):
-            first = timed(draw, rounds=1, warm_ups=0)["ms"] / 1e3  # compiles, captures
-            found = timed(draw, rounds=rounds, warm_ups=1)
-        num_steps = self.config.rollout.num_steps
-        rows = steps.forwards(len(conditioning[0]))
-        return {
-            "ms_per_step": round(found["ms"] / num_steps, 3),
-            "launch_ms_per_step": round(found["launch_ms"] / num_steps, 3),
-            "spread_ms_per_step": [round(found[end] / num_steps, 3) for end in ("min", "max")],
-            "images_per_second": round(1e3 * batch / found["ms"], 3),
-            "mfu": round(rows * self.counts.forward_flops / (found["ms"] / 1e3) / self.peak, 4),
-            "first_call_seconds": round(first, 2),
-            **memory(),
-        }
+            return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 
     def _arguments(self, batch: int) -> tuple[Steps, NoiseAddress, tuple]:
         """As the trainer would hand them to a rollout of `batch` images of one group."""

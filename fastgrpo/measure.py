@@ -28,7 +28,7 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a number was measured on: the device, its memory and driver, the releases of what computes."""
+    """What a number was measured on: the device and its memory, the processor's cores, the releases of what computes."""
     found: dict[str, Any] = {"device": device_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgrpo.config import Config, ConfigError, recomputes_old, trained_steps
+from fastgrpo.measure import GIB
 from fastgrpo.models import SETTINGS, model_class
 from fastgrpo.objectives import OBJECTIVES
 from fastgrpo.schedule import group_steps
 
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import load_tuned_model
+from helpers import distance
 from test_graph import capture, equal
 from test_update import PlainEngine, experience_from, learner_of, rollout_arguments
 from torch import Tensor, nn
@@ -44,11 +45,6 @@ def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, fl
     return [{name: value.item() for name, value in metrics.items()} for metrics in steps]
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return sum((a[name].double() - b[name].double()).square().sum().item() for name in a) ** 0.5
-
-
 def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     model = load_tuned_model(device=str(device), dtype=dtype)
     engine = Engine(
@@ -72,7 +68,7 @@ def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         checks["a new shape captured after updates"] = equal(other, rollout(policy, *guided, **guided_options))
         checks["two graphs"] = len(captured._graphs) == 2
     optimizer = engine._engine.optimizer
-    seen = {"checks": checks, "metrics": metrics, "skipped": engine._engine.skipped_steps}
+    seen = {"checks": checks, "metrics": metrics, "skipped": engine.skipped_steps}
     seen["loss_scale"] = getattr(optimizer, "loss_scale", 1.0)
     if dtype == torch.float32:
         plain_model = load_tuned_model(device=str(device))

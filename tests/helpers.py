@@ -31,6 +31,12 @@ def environment(*paths: Path, device: str = "cpu", **settings: str) -> dict[str,
     return inherited | own | hidden | settings
 
 
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Between two sets of weights, by name."""
+    assert a.keys() == b.keys()
+    return sum((a[name].double() - b[name].double()).square().sum().item() for name in a) ** 0.5
+
+
 class NoSync(TorchDispatchMode):
     """Fails on every operation for which the host would wait for the device, or copy data to it.
 

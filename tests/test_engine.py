@@ -10,8 +10,8 @@ import engine_worker
 import pytest
 import torch
 from engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, UPDATES
-from helpers import environment
-from torch import Tensor, nn
+from helpers import distance, environment
+from torch import nn
 
 from fastgrpo import engine as engine_module
 from fastgrpo.checkpoint import check_files, latest_checkpoint
@@ -74,11 +74,6 @@ def references() -> dict[str, dict[str, Any]]:
 def relative(ours: list[float], theirs: list[float]) -> float:
     assert len(ours) == len(theirs)
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return sum((a[name].double() - b[name].double()).square().sum().item() for name in a) ** 0.5
 
 
 @pytest.mark.parametrize("world_size, stage, dtype", RUNS)
