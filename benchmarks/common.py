@@ -29,7 +29,7 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.launches = self.syncs = self.bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.name().split(".")[0]
         if name in self.SYNCS:

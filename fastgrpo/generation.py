@@ -34,7 +34,7 @@ class Embeddings:
     resume.
     """
 
-    def __init__(self, model, folder: Path | None = None) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
+    def __init__(self, model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
         self._known: OrderedDict[str, tuple] = OrderedDict()
 
@@ -106,7 +106,7 @@ def _content(image: Path) -> str:
     return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
-def ode_steps(model, num_steps: int, batch: int) -> Steps:  # noqa: ANN001
+def ode_steps(model, num_steps: int, batch: int) -> Steps:
     """The deterministic sampler, with nothing to train."""
     sigmas = model.sigmas(num_steps)
     table = sde.coefficient_table("ode", sigmas, 0.0).float().to(model.device)
@@ -120,7 +120,7 @@ def ode_steps(model, num_steps: int, batch: int) -> Steps:  # noqa: ANN001
 
 
 def generate(
-    model,  # noqa: ANN001 (any adapter of fastgrpo.models)
+    model,
     policy: nn.Module,
     embeddings: Embeddings,
     prompts: Sequence[str | ImagePrompt],  # B

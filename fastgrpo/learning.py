@@ -25,7 +25,7 @@ from fastgrpo.update import Learner, largest_micro_batch, live_batches, live_cou
 class Learning:
     """The update of a run; `old` is the policy that lags behind, where the objective has one."""
 
-    def __init__(self, config: Config, model, engine: Engine) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
+    def __init__(self, config: Config, model, engine: Engine) -> None:
         self.config, self.model, self.engine = config, model, engine
         self.objective = OBJECTIVES[config.objective.name]
         schedule = config.forward.old_policy

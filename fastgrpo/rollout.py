@@ -25,7 +25,7 @@ GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 class Policy(nn.Module):
     """A model adapter's network as a module from (x, sigma, conditioning) to velocity: what an engine wraps."""
 
-    def __init__(self, model) -> None:  # noqa: ANN001 (any adapter of fastgrpo.models)
+    def __init__(self, model) -> None:
         super().__init__()
         self.transformer = model.transformer
         self.velocity = model.velocity
@@ -120,7 +120,7 @@ def _column(rows: Tensor, i: int, x: Tensor) -> Tensor:
     return rows[:, i].view(-1, *[1] * (x.dim() - 1))
 
 
-def _shared_start(policy: nn.Module, steps: Steps, address: NoiseAddress, conditioning: tuple, **options) -> Tensor:  # noqa: ANN003
+def _shared_start(policy: nn.Module, steps: Steps, address: NoiseAddress, conditioning: tuple, **options) -> Tensor:
     """Where the window begins, (B, *D), from the first sample of every `siblings` alone: an ODE rollout of its own."""
     if address.sample_id.numel() % steps.siblings:
         raise ValueError(f"a batch of {address.sample_id.numel()} does not hold whole groups of {steps.siblings} siblings")

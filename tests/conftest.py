@@ -48,7 +48,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 TINY_WEIGHTS = Path(__file__).resolve().parent.parent / "fastgrpo" / "tiny" / "weights"
 
 
-def load_tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32):  # noqa: ANN201 (an adapter of fastgrpo.models)
+def load_tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The embedded pipeline, through the adapter that loads SD3.5."""
     from fastgrpo.models import load_model
 
@@ -56,20 +56,20 @@ def load_tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32):  #
 
 
 @pytest.fixture(scope="session")
-def tiny_model():  # noqa: ANN201
+def tiny_model():
     """For tests that only look at it."""
     return load_tiny_model()
 
 
 @pytest.fixture(scope="session")
-def device_model():  # noqa: ANN201
+def device_model():
     """The same on the GPU, where there is one."""
     return load_tiny_model(DEVICE)
 
 
 def load_tuned_model(
     targets: tuple[str, ...] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-):  # noqa: ANN201
+):
     """The embedded pipeline with a LoRA that has an effect."""
     model = load_tiny_model(device, dtype)
     torch.manual_seed(1)
@@ -82,6 +82,6 @@ def load_tuned_model(
 
 
 @pytest.fixture
-def tuned_model():  # noqa: ANN201
+def tuned_model():
     """One of a test's own."""
     return load_tuned_model()

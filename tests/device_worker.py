@@ -39,7 +39,7 @@ class AdamW(PlainEngine):
         return norm
 
 
-def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, float]]:  # noqa: ANN001
+def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, float]]:
     learner = learner_of(model, 1.0)._replace(engine=engine)
     steps = [update(learner, [experience]) for _ in range(UPDATES)]
     return [{name: value.item() for name, value in metrics.items()} for metrics in steps]

@@ -13,7 +13,7 @@ from fastgrpo.models.attention import BACKENDS, JointAttention, use_attention
 
 
 @pytest.fixture(autouse=True)
-def switches(monkeypatch):  # noqa: ANN001, ANN201
+def switches(monkeypatch):
     """What a choice changes in the process is put back: torch's switch, and the backend that diffusers takes by itself."""
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -22,7 +22,7 @@ def switches(monkeypatch):  # noqa: ANN001, ANN201
     torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_joint_attention_is_diffusers(tiny_model) -> None:  # noqa: ANN001
+def test_joint_attention_is_diffusers(tiny_model) -> None:
     """The whole network, forward and gradient, with the kernels of both being torch's."""
     model = load_tiny_model()
     conditioning = model.encode(["a red circle", "two blue squares"])
@@ -39,7 +39,7 @@ def test_joint_attention_is_diffusers(tiny_model) -> None:  # noqa: ANN001
     torch.testing.assert_close(own_grad, grad, rtol=1e-4, atol=1e-4)
 
 
-def test_native_leaves_the_network_alone(tiny_model) -> None:  # noqa: ANN001
+def test_native_leaves_the_network_alone(tiny_model) -> None:
     before = dict(tiny_model.transformer.attn_processors)
     tiny_model.use_attention("native")
     assert tiny_model.transformer.attn_processors == before
@@ -51,7 +51,7 @@ def test_a_model_that_is_loaded_leaves_cudnn_out() -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_cudnn_is_asked_for_at_each_call(monkeypatch) -> None:  # noqa: ANN001
+def test_cudnn_is_asked_for_at_each_call(monkeypatch) -> None:
     """Of a GPU only the look is needed: SD3's blocks go through our processor, FLUX's through diffusers' own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = load_tiny_model()
@@ -68,7 +68,7 @@ def test_cudnn_is_asked_for_at_each_call(monkeypatch) -> None:  # noqa: ANN001
     assert not torch.backends.cuda.cudnn_sdp_enabled(), "everything else goes without"
 
 
-def test_cudnn_where_it_cannot_run_is_refused(tiny_model, monkeypatch) -> None:  # noqa: ANN001
+def test_cudnn_where_it_cannot_run_is_refused(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"model\.attention = 'cudnn': there is no GPU here .*take native"):
         tiny_model.use_attention("cudnn")
@@ -91,7 +91,7 @@ def test_which_families_mask() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("native", "cudnn")])
-def test_what_is_not_installed_is_told(tiny_model, name: str) -> None:  # noqa: ANN001
+def test_what_is_not_installed_is_told(tiny_model, name: str) -> None:
     if importlib.util.find_spec(BACKENDS[name][1]):
         pytest.skip(f"{name} is installed here")
     with pytest.raises(ValueError, match=rf"model\.attention = '{name}': .* is not installed .*take native"):

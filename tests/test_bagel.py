@@ -292,7 +292,7 @@ def test_a_missing_or_empty_file_is_named(broken: Path, file: str) -> None:
     ],
     ids=["missing", "unknown", "shape"],
 )
-def test_weights_that_do_not_fit_are_named(broken: Path, change, message: str) -> None:  # noqa: ANN001
+def test_weights_that_do_not_fit_are_named(broken: Path, change, message: str) -> None:
     weights, key = load_file(broken / "ema.safetensors"), published_name("layers.1.self_attn.q_proj_moe_gen.weight")
     assert key == "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
     change(weights, key)

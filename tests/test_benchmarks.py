@@ -15,8 +15,8 @@ from helpers import ROOT, environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from kernel_speed import SIGMAS, usual_step  # noqa: E402
-from kl_hacking import (  # noqa: E402
+from kernel_speed import SIGMAS, usual_step
+from kl_hacking import (
     Evaluation,
     at_reward,
     by_category,
@@ -26,19 +26,19 @@ from kl_hacking import (  # noqa: E402
     prompts_of_each_tag,
     true_images,
 )
-from released import Released, Sample  # noqa: E402
-from scaling import communication, launch  # noqa: E402
-from scored_runs import BASELINE, DEFAULT, GRPO, RUNGS, Run, configuration, due, finished, reached  # noqa: E402
-from time_to_score import Spent, mean, speed_up, until  # noqa: E402
-from tradeoff import excess_noise, window  # noqa: E402
+from released import Released, Sample
+from scaling import communication, launch
+from scored_runs import BASELINE, DEFAULT, GRPO, RUNGS, Run, configuration, due, finished, reached
+from time_to_score import Spent, mean, speed_up, until
+from tradeoff import excess_noise, window
 
-from fastgrpo import sde  # noqa: E402
-from fastgrpo.config import differences, load_config  # noqa: E402
-from fastgrpo.prompts import load_prompts  # noqa: E402
-from fastgrpo.rewards import tiny  # noqa: E402
-from fastgrpo.tiny.render import BACKGROUND, render  # noqa: E402
-from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts  # noqa: E402
-from fastgrpo.update import Learner, update  # noqa: E402
+from fastgrpo import sde
+from fastgrpo.config import differences, load_config
+from fastgrpo.prompts import load_prompts
+from fastgrpo.rewards import tiny
+from fastgrpo.tiny.render import BACKGROUND, render
+from fastgrpo.tiny.world import COLORS, SHAPES, Shape, sample_scene, split_prompts
+from fastgrpo.update import Learner, update
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny_shapes.yaml"
 
@@ -102,7 +102,7 @@ def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("drop_dead", [False, True])
-def test_the_straightforward_loop_updates_on_the_models_device(monkeypatch, drop_dead: bool, guidance_scale: float) -> None:  # noqa: ANN001
+def test_the_straightforward_loop_updates_on_the_models_device(monkeypatch, drop_dead: bool, guidance_scale: float) -> None:
     """With rewards on the host, as the tiny worlds' are. The meta device stands for a GPU: it holds shapes only."""
     settings = [
         f"rollout.guidance_scale={guidance_scale}", "rollout.groups=2", "rollout.group_size=4", "rollout.batch_size=4",
@@ -244,7 +244,7 @@ def test_ranks_see_the_packages_of_the_callers_path(tmp_path: Path, monkeypatch:
     assert Path(carried).parent == folder and Path(own).is_relative_to(ROOT)
 
 
-def own_update(model, prompts: list[str], guidance_scale: float, config):  # noqa: ANN001, ANN201
+def own_update(model, prompts: list[str], guidance_scale: float, config):
     from test_update import PlainEngine
 
     from fastgrpo.generation import Embeddings

@@ -30,11 +30,11 @@ DTYPES = ["float32", "bfloat16", pytest.param("float16", marks=needs_gpu)]  # in
 GUIDANCE = [1.0, 4.5]
 
 
-def tuned(dtype: str):  # noqa: ANN201
+def tuned(dtype: str):
     return load_tuned_model(device=DEVICE, dtype=getattr(torch, dtype))
 
 
-def move(model) -> None:  # noqa: ANN001
+def move(model) -> None:
     """The trained weights, in place, as an optimiser does."""
     with torch.no_grad():
         for parameter in model.transformer.parameters():
@@ -42,7 +42,7 @@ def move(model) -> None:  # noqa: ANN001
                 parameter.mul_(1.5)
 
 
-def sampled(model, guidance_scale: float, run=rollout) -> tuple[Rollout, tuple]:  # noqa: ANN001
+def sampled(model, guidance_scale: float, run=rollout) -> tuple[Rollout, tuple]:
     """A rollout, and the arguments that it was of."""
     arguments, options = rollout_arguments(model, guidance_scale)
     return run(Policy(model), *arguments, **options), arguments

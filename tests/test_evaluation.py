@@ -23,7 +23,7 @@ def mean_pixel(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
     return images.float().mean((1, 2, 3))
 
 
-def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
+def evaluator(model, **options) -> Evaluator:
     records = [{"prompt": prompt, "tag": tag} for prompt, tag in zip(PROMPTS, TAGS, strict=True)]
     settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0) | options
     return Evaluator(
@@ -32,12 +32,12 @@ def evaluator(model, **options) -> Evaluator:  # noqa: ANN001, ANN003
     )  # fmt: skip
 
 
-def test_categories_get_the_same_number_of_images(tiny_model) -> None:  # noqa: ANN001
+def test_categories_get_the_same_number_of_images(tiny_model) -> None:
     order = evaluator(tiny_model)._order(9)
     assert np.array_equal(order, [0, 1, 2, 0, 3, 2, 0, 1, 2])
 
 
-def test_few_images_are_spread_over_a_categorys_prompts(tiny_model) -> None:  # noqa: ANN001
+def test_few_images_are_spread_over_a_categorys_prompts(tiny_model) -> None:
     """And with images enough every prompt has its turn, as often as any other."""
     prompts = [f"prompt {i}" for i in range(30)]
     records = [{"prompt": prompt, "tag": "ab"[i % 3 > 0]} for i, prompt in enumerate(prompts)]
@@ -49,14 +49,14 @@ def test_few_images_are_spread_over_a_categorys_prompts(tiny_model) -> None:  # 
     assert sorted(many[1::2].tolist()) == sorted([i for i in range(30) if i % 3] * 2)
 
 
-def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:  # noqa: ANN001
+def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:
     row = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)
     accuracy = row["accuracy"]
     assert list(accuracy) == ["overall", "single_object", "counting", "two_object"] and row["images"] == 7
     assert accuracy["overall"] == pytest.approx(np.mean([accuracy[tag] for tag in list(accuracy)[1:]]))
 
 
-def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:  # noqa: ANN001
+def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:
     alone = evaluator(tiny_model)
     rewards = {"mean": mean_pixel, "prompt": lambda images, prompts, metadata: torch.tensor([len(p) for p in prompts])}
     both = replace(alone, reward=RewardSum(rewards=rewards, weights={"mean": 0.5, "prompt": 2.0}))
@@ -68,7 +68,7 @@ def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:  
     assert accuracy["overall"] == pytest.approx(0.5 * accuracy["mean"] + 2 * accuracy["prompt"])
 
 
-def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
+def test_same_result_on_any_number_of_ranks(tiny_model) -> None:
     """Seven images in batches of three: two ranks draw some twice, and count none twice."""
     alone = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)["accuracy"]
     shares: list[Tensor] = []
@@ -82,7 +82,7 @@ def test_same_result_on_any_number_of_ranks(tiny_model) -> None:  # noqa: ANN001
     assert together["accuracy"] == alone
 
 
-def test_samples_are_always_the_same(tiny_model) -> None:  # noqa: ANN001
+def test_samples_are_always_the_same(tiny_model) -> None:
     first, records = evaluator(tiny_model).samples(Policy(tiny_model), 4)
     again, _ = evaluator(tiny_model).samples(Policy(tiny_model), 4)
     assert torch.equal(first, again) and first.dtype == torch.uint8 and first.shape == (4, 3, 32, 32)

@@ -16,7 +16,7 @@ NAMES = ["flux2", "flux2_klein"]
 PROMPTS = ["", "a red circle", "two blue squares left of a cat", "z" * 90]
 
 
-def adapter(name: str, pipeline=None, **settings):  # noqa: ANN001, ANN003, ANN201
+def adapter(name: str, pipeline=None, **settings):
     family = load_family(name)
     return model_class(name)(
         pipeline or family.make(), dtype=torch.float32, device=torch.device("cpu"), **family.settings | settings
@@ -28,11 +28,11 @@ def models() -> dict:
     return {name: adapter(name) for name in NAMES}
 
 
-def recorded(pipeline, prompt: str, **options) -> tuple[list[tuple], torch.Tensor]:  # noqa: ANN001, ANN003
+def recorded(pipeline, prompt: str, **options) -> tuple[list[tuple], torch.Tensor]:
     """(latents, velocity) of each step of a stock run, and its images."""
     fed, step = [], pipeline.scheduler.step
 
-    def record(velocity, timestep, sample, **options):  # noqa: ANN001, ANN202
+    def record(velocity, timestep, sample, **options):
         fed.append((sample.clone(), velocity.clone()))
         return step(velocity, timestep, sample, **options)
 
@@ -44,7 +44,7 @@ def recorded(pipeline, prompt: str, **options) -> tuple[list[tuple], torch.Tenso
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_of_any_lengths_share_a_batch(name: str, models) -> None:  # noqa: ANN001
+def test_prompts_of_any_lengths_share_a_batch(name: str, models) -> None:
     model = models[name]
     torch.manual_seed(1)
     x, sigma = torch.randn(4, *model.latent_shape), torch.linspace(0.95, 0.05, 4)
@@ -79,7 +79,7 @@ def test_images_need_not_be_square(name: str, height: int, width: int) -> None:
     assert (decoded.float() - images.float() * 255).abs().max() <= 1
 
 
-def test_the_decoder_reads_what_the_pipeline_gives_it(models) -> None:  # noqa: ANN001
+def test_the_decoder_reads_what_the_pipeline_gives_it(models) -> None:
     model = models["flux2_klein"]
     options = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
     (((x, velocity),), expected) = recorded(model.pipeline, PROMPTS[1], **options)
@@ -99,7 +99,7 @@ def test_the_schedule_is_the_pipelines(name: str, height: int, width: int, num_s
 
 
 @pytest.mark.parametrize(("name", "guidance_scale"), [("flux2", 1.0), ("flux2_klein", 1.0), ("flux2_klein", 3.0)])
-def test_the_loop_has_no_host(name: str, guidance_scale: float, models) -> None:  # noqa: ANN001
+def test_the_loop_has_no_host(name: str, guidance_scale: float, models) -> None:
     model = models[name]
     conditioning = Embeddings(model)(PROMPTS[1:3], guidance_scale=guidance_scale)
     steps, address = ode_steps(model, 2, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
@@ -110,7 +110,7 @@ def test_the_loop_has_no_host(name: str, guidance_scale: float, models) -> None:
         )  # fmt: skip
 
 
-def test_positions_are_made_once(models, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_positions_are_made_once(models, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["flux2_klein"]
     text, image = model.positions
     assert torch.equal(text, model.pipeline._prepare_text_ids(torch.empty(1, TEXT_TOKENS, 1))[0])
@@ -120,7 +120,7 @@ def test_positions_are_made_once(models, monkeypatch: pytest.MonkeyPatch) -> Non
         model.velocity(torch.randn(1, *model.latent_shape), torch.ones(1), model.placeholder(1))
 
 
-def test_distilled_guidance_reaches_the_network(models) -> None:  # noqa: ANN001
+def test_distilled_guidance_reaches_the_network(models) -> None:
     model = models["flux2"]
     other = adapter("flux2", model.pipeline, distilled_guidance=2.5)
     inputs = torch.randn(1, *model.latent_shape), torch.ones(1), model.encode(PROMPTS[:1])
@@ -151,7 +151,7 @@ def test_lora_lies_beside_every_projection_of_the_blocks(name: str) -> None:
     assert adapted == {n.removesuffix(".base_layer") for n in linear if "transformer_blocks." in n}
 
 
-def test_a_tiny_decoder_reads_latents_on_the_networks_own_scale(models, tmp_path) -> None:  # noqa: ANN001
+def test_a_tiny_decoder_reads_latents_on_the_networks_own_scale(models, tmp_path) -> None:
     """As the one called taef2 does: unpacked, with no normalisation to undo."""
     torch.manual_seed(0)
     tiny = AutoencoderTiny(

@@ -50,7 +50,7 @@ def test_shards_are_looked_for(folder: Path) -> None:
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b""), r"vae/ holds no weights .*cut"),
     ],
 )
-def test_what_is_missing_is_named(folder: Path, spoil, message: str) -> None:  # noqa: ANN001
+def test_what_is_missing_is_named(folder: Path, spoil, message: str) -> None:
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         check_folder(folder, KIND)

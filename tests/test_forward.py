@@ -22,7 +22,7 @@ class Number(NamedTuple):
     sample: Tensor  # (B,)
 
 
-def batch_of(samples: int = 5, levels: int = 2, seed: int = 3, noise_id: Tensor | None = None):  # noqa: ANN201
+def batch_of(samples: int = 5, levels: int = 2, seed: int = 3, noise_id: Tensor | None = None):
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(samples, *SHAPE, generator=generator)
     sigma = torch.rand(samples, levels, generator=generator)

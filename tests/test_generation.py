@@ -16,13 +16,13 @@ PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 class Counting:
     """The model, counting what it is asked to encode."""
 
-    def __init__(self, model) -> None:  # noqa: ANN001
+    def __init__(self, model) -> None:
         self.model, self.asked = model, []
 
-    def __getattr__(self, name: str):  # noqa: ANN204
+    def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    def encode(self, prompts: list[str]):  # noqa: ANN201
+    def encode(self, prompts: list[str]):
         self.asked += prompts
         return self.model.encode(prompts)
 
@@ -32,7 +32,7 @@ def equal(a: tuple, b: tuple) -> bool:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_from_disk_they_are_the_same_bits(tiny_model, tmp_path: Path, guidance_scale: float) -> None:  # noqa: ANN001
+def test_from_disk_they_are_the_same_bits(tiny_model, tmp_path: Path, guidance_scale: float) -> None:
     model = Counting(tiny_model)
     expected = Embeddings(tiny_model)(PROMPTS, guidance_scale=guidance_scale)
     Embeddings(model, tmp_path).prepare(["", *PROMPTS], show=False)
@@ -42,7 +42,7 @@ def test_from_disk_they_are_the_same_bits(tiny_model, tmp_path: Path, guidance_s
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_prompt_that_was_not_prepared_is_encoded_and_kept(tiny_model, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_prompt_that_was_not_prepared_is_encoded_and_kept(tiny_model, tmp_path: Path) -> None:
     model = Counting(tiny_model)
     for _ in range(2):
         Embeddings(model, tmp_path)(["one green square"], guidance_scale=1.0)
@@ -63,7 +63,7 @@ def test_other_encoders_or_settings_have_other_files(tmp_path: Path) -> None:
     assert counting.asked == ["a red circle"] * 2
 
 
-def test_memory_is_bounded_where_the_disk_has_them(tiny_model, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+def test_memory_is_bounded_where_the_disk_has_them(tiny_model, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(generation, "IN_MEMORY", 2)
     embeddings, model = Embeddings(tiny_model, tmp_path), Counting(tiny_model)
     for prompt in ("a red circle", "two blue squares", "one green square"):

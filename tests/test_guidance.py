@@ -28,7 +28,7 @@ def velocities(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor
     return v, v_uncond
 
 
-def rolled(run, v: torch.Tensor, v_uncond: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+def rolled(run, v: torch.Tensor, v_uncond: torch.Tensor) -> torch.Tensor:
     """What a step of a rollout stores as its velocity."""
     one = torch.ones(1, dtype=torch.int64, device=DEVICE)
     address = NoiseAddress(one, one, torch.arange(len(v), device=DEVICE))

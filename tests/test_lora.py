@@ -112,7 +112,7 @@ def operations(net: nn.Module, x: Tensor) -> int:
     count = 0
 
     class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal count
             result = function(*args, **(kwargs or {}))
             count += not function.is_view and not function.name().startswith("aten::_unsafe_view")
@@ -196,7 +196,7 @@ def test_every_dtype_may_ask_for_fp8() -> None:
         assert load_config(config, settings).model.dtype == dtype
 
 
-def test_each_kind_of_layer_multiplies_once_at_the_start(monkeypatch) -> None:  # noqa: ANN001
+def test_each_kind_of_layer_multiplies_once_at_the_start(monkeypatch) -> None:
     seen = []
 
     def product(x: Tensor, w: Tensor, *, bias: Tensor | None, out_dtype: torch.dtype, **_: object) -> Tensor:
@@ -219,7 +219,7 @@ REFUSALS = (
 
 
 @pytest.mark.parametrize("kind, message, dtype", REFUSALS)
-def test_a_product_that_the_device_refuses_is_told_at_the_start(monkeypatch, kind, message, dtype) -> None:  # noqa: ANN001
+def test_a_product_that_the_device_refuses_is_told_at_the_start(monkeypatch, kind, message, dtype) -> None:
     def product(*_: Tensor, bias: Tensor | None, **__: object) -> Tensor:
         if bias is not None:
             raise kind(message + "\nException raised from somewhere in C++")

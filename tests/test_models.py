@@ -31,17 +31,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: base / name for name in FAMILIES}
 
 
-def load(name: str, folders: dict[str, Path]):  # noqa: ANN201
+def load(name: str, folders: dict[str, Path]):
     return load_model(name, path=folders[name], dtype=torch.float32, device=CPU, **load_family(name).settings)
 
 
-def noise(model, count: int) -> torch.Tensor:  # noqa: ANN001
+def noise(model, count: int) -> torch.Tensor:
     shape = model.latent_shape
     address = noise_address(SAMPLE, 0, 0, torch.arange(count))
     return normal(address, INITIAL_STEP, torch.Size(shape).numel()).view(count, *shape)
 
 
-def own_images(name: str, model, scale: float) -> torch.Tensor:  # noqa: ANN001
+def own_images(name: str, model, scale: float) -> torch.Tensor:
     prompts = load_family(name).prompts
     return generate(
         model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
@@ -54,7 +54,7 @@ def test_every_model_has_a_tiny_family() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan"])
-def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) -> None:  # noqa: ANN001
+def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) -> None:
     """The way from the autoencoder's latents to the network's is the inverse of the way back, in every packing."""
     model = load(name, folders)
     latents = noise(model, 2)
@@ -67,14 +67,14 @@ def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) ->
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
-def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:  # noqa: ANN001
+def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:
     """Step by step, to the last bit unless the family says otherwise, one prompt at a time as the embeddings are made."""
     model, family = load(name, folders), load_family(name)
     prompt, latents = family.prompts[0], noise(load(name, folders), 1)
     scheduler = model.pipeline.scheduler
     fed, step = [], scheduler.step
 
-    def record(velocity: torch.Tensor, timestep, sample, **options):  # noqa: ANN001, ANN202
+    def record(velocity: torch.Tensor, timestep, sample, **options):
         fed.append((sample.clone(), velocity.clone()))
         return step(velocity, timestep, sample, **options)
 
@@ -91,7 +91,7 @@ def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, s
             assert found.shape == expected.shape and (found - expected).abs().max() <= family.tolerance
 
 
-def guided(model, x, sigma, conditioning, without, scale, together):  # noqa: ANN001, ANN201
+def guided(model, x, sigma, conditioning, without, scale, together):
     """With and without the prompt in one forward pass or in two, as the stock pipeline of the family does it."""
     if without is None:
         return model.velocity(x, sigma, conditioning)
@@ -104,7 +104,7 @@ def guided(model, x, sigma, conditioning, without, scale, together):  # noqa: AN
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
-def test_images_are_the_stock_pipelines(name: str, scale: float, folders) -> None:  # noqa: ANN001
+def test_images_are_the_stock_pipelines(name: str, scale: float, folders) -> None:
     model = load(name, folders)
     found = own_images(name, model, scale)
     for i in range(len(found)):
@@ -118,7 +118,7 @@ def test_images_are_the_stock_pipelines(name: str, scale: float, folders) -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, folders, tmp_path: Path) -> None:  # noqa: ANN001
+def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, folders, tmp_path: Path) -> None:
     model = load(name, folders)
     torch.manual_seed(1)
     before = own_images(name, model, 1.0)
@@ -141,7 +141,7 @@ def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, f
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path: Path) -> None:
     model = load(name, folders)
     before = own_images(name, model, 1.0)
     model.train_all(keep_reference=True)
@@ -165,7 +165,7 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
     worker = Path(__file__).parent / "model_worker.py"
     done = subprocess.run(

@@ -219,7 +219,7 @@ def rollouts_of(trainer: Trainer) -> list[tuple]:
     """Of each rollout to come the steps, the noise's address and the result."""
     found, run = [], trainer.rollout
 
-    def record(policy, steps, address, conditioning, **options):  # noqa: ANN001, ANN003, ANN202
+    def record(policy, steps, address, conditioning, **options):
         result = run(policy, steps, address, conditioning, **options)
         found.append((steps, address, result))
         return result
@@ -232,7 +232,7 @@ def losses_of(trainer: Trainer) -> list[tuple]:
     """Of each micro-batch to come the rows of its steps and its advantages."""
     found, learner = [], trainer.learning.learner
 
-    def record(moments, step, advantages, weight):  # noqa: ANN001, ANN202
+    def record(moments, step, advantages, weight):
         found.append((step, advantages))
         return learner.objective(moments, step, advantages, weight)
 
@@ -439,7 +439,7 @@ def test_ids_packed_into_float32() -> None:
     assert (starts[::2] != starts[1::2]).sum() > 20
 
 
-def test_lora_that_binds_nothing(tiny_model) -> None:  # noqa: ANN001
+def test_lora_that_binds_nothing(tiny_model) -> None:
     """verl-omni issue 552: no module's name fitted, nothing was trained, and nothing said so."""
     before = sum(parameter.numel() for parameter in tiny_model.transformer.parameters())
     with pytest.raises(ValueError, match=r"model\.lora\.targets: SD3Transformer2DModel has no layer 'attn\.to_quay'"):
@@ -476,7 +476,7 @@ def test_pixels_cut_off() -> None:
     assert to_pixels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_images_decoded_in_tiles(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_images_decoded_in_tiles(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     """DanceGRPO issue 117: with tiling on, the seams are what a vision-language reward comes to judge."""
     latents = torch.randn(1, *tiny_model.latent_shape)
     whole, vae = tiny_model.decode(latents), tiny_model.pipeline.vae

@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def load(folders):  # noqa: ANN001, ANN201
+def load(folders):
     def load(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
         settings = load_family(name).settings | settings
         model = load_model(name, path=folders[name], dtype=dtype, device=torch.device("cpu"), **settings)
@@ -107,7 +107,7 @@ def test_guidance_keeps_the_norm_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_a_padded_prompt_has_the_velocity_of_the_stock_pipelines_unpadded_one(load, scale: float) -> None:  # noqa: ANN001
+def test_a_padded_prompt_has_the_velocity_of_the_stock_pipelines_unpadded_one(load, scale: float) -> None:
     model = load("qwen_image")
     assert model.encode([PROMPTS[0]]).mask.sum() < TEXT_TOKENS - 20
     fed, _ = fed_by(model, lambda: stock(model, PROMPTS[0], scale))
@@ -117,7 +117,7 @@ def test_a_padded_prompt_has_the_velocity_of_the_stock_pipelines_unpadded_one(lo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_lies_in_the_padding_is_never_read(load, name: str) -> None:  # noqa: ANN001
+def test_what_lies_in_the_padding_is_never_read(load, name: str) -> None:
     model = load(name)
     conditioning = model.encode(list(load_family(name).prompts))
     poisoned = conditioning._replace(embeds=conditioning.embeds.masked_fill(~conditioning.mask[..., None], 1e3))
@@ -129,7 +129,7 @@ def test_what_lies_in_the_padding_is_never_read(load, name: str) -> None:  # noq
         assert not torch.equal(model.velocity(x, sigma, seen), expected)
 
 
-def test_a_row_does_not_depend_on_the_other_prompts(load) -> None:  # noqa: ANN001
+def test_a_row_does_not_depend_on_the_other_prompts(load) -> None:
     model = load("qwen_image")
     together = model.encode([*PROMPTS, ""])
     for i, prompt in enumerate([*PROMPTS, " "]):  # no prompt is a space
@@ -138,7 +138,7 @@ def test_a_row_does_not_depend_on_the_other_prompts(load) -> None:  # noqa: ANN0
     assert together.mask.sum(1).unique().numel() == 3
 
 
-def test_a_long_prompt_is_cut_as_the_stock_pipeline_cuts_it(load) -> None:  # noqa: ANN001
+def test_a_long_prompt_is_cut_as_the_stock_pipeline_cuts_it(load) -> None:
     model = load("qwen_image")
     with torch.no_grad():
         expected, _ = model.pipeline.encode_prompt(LONG, max_sequence_length=TEXT_TOKENS)
@@ -147,7 +147,7 @@ def test_a_long_prompt_is_cut_as_the_stock_pipeline_cuts_it(load) -> None:  # no
     assert torch.equal(found.embeds, expected) and found.mask.all()
 
 
-def test_settings_that_cannot_be_are_refused(load, tmp_path: Path) -> None:  # noqa: ANN001
+def test_settings_that_cannot_be_are_refused(load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.max_text_tokens = 1025: QwenImage reads at most 1024"):
         load("qwen_image", max_text_tokens=1025)
     model = load("qwen_image")
@@ -163,7 +163,7 @@ def test_settings_that_cannot_be_are_refused(load, tmp_path: Path) -> None:  # n
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 32)])
-def test_the_schedule_is_the_pipelines_at_every_size(load, size: tuple[int, int]) -> None:  # noqa: ANN001
+def test_the_schedule_is_the_pipelines_at_every_size(load, size: tuple[int, int]) -> None:
     model = load("qwen_image", height=size[0], width=size[1])
     stock(model, PROMPTS[0], 1.0)
     sigmas = model.sigmas(4)
@@ -171,12 +171,12 @@ def test_the_schedule_is_the_pipelines_at_every_size(load, size: tuple[int, int]
     assert sigmas[0] == 1 and sigmas[-2] == pytest.approx(0.02) and sigmas[-1] == 0
 
 
-def test_the_schedule_depends_on_the_size(load) -> None:  # noqa: ANN001
+def test_the_schedule_depends_on_the_size(load) -> None:
     small, large = (load("qwen_image", height=side, width=side).sigmas(4) for side in (16, 256))
     assert (large[1:3] > small[1:3] + 0.01).all()
 
 
-def test_an_image_that_is_no_square(load) -> None:  # noqa: ANN001
+def test_an_image_that_is_no_square(load) -> None:
     model = load("qwen_image", height=24, width=16)
     assert model.latent_shape == (24, 16) and model.grid == (1, 6, 4)
     found = generate(
@@ -188,7 +188,7 @@ def test_an_image_that_is_no_square(load) -> None:  # noqa: ANN001
     assert (found.float() - (image * 255).round()).abs().max() <= 1
 
 
-def test_times_are_rounded_as_the_pipeline_rounds_them(load) -> None:  # noqa: ANN001
+def test_times_are_rounded_as_the_pipeline_rounds_them(load) -> None:
     """In bfloat16, to the last bit."""
     model, call = load("qwen_image", torch.bfloat16), load_family("qwen_image").call
     fed, _ = fed_by(model, lambda: call(model.pipeline, PROMPTS[:1], noise(model, 1), 4, 4.0))
@@ -199,7 +199,7 @@ def test_times_are_rounded_as_the_pipeline_rounds_them(load) -> None:  # noqa: A
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_the_loop_has_no_host(load, name: str, scale: float) -> None:  # noqa: ANN001
+def test_the_loop_has_no_host(load, name: str, scale: float) -> None:
     model = load(name)
     conditioning = Embeddings(model)(load_family(name).prompts, guidance_scale=scale)
     mask = torch.arange(4) < 2
@@ -217,7 +217,7 @@ def test_the_loop_has_no_host(load, name: str, scale: float) -> None:  # noqa: A
 # Editing
 
 
-def test_the_image_is_read_by_the_encoder_and_by_the_transformer(load) -> None:  # noqa: ANN001
+def test_the_image_is_read_by_the_encoder_and_by_the_transformer(load) -> None:
     model = load("qwen_image_edit")
     one, other = (model.encode([EDITS[0]._replace(image=prompt.image)]) for prompt in EDITS)
     assert not torch.equal(one.embeds, other.embeds) and not torch.equal(one.image, other.image)
@@ -229,7 +229,7 @@ def test_the_image_is_read_by_the_encoder_and_by_the_transformer(load) -> None: 
             assert (model.velocity(x, sigma, swapped) - v).abs().max() > 1e-3
 
 
-def test_no_text_keeps_the_image(load) -> None:  # noqa: ANN001
+def test_no_text_keeps_the_image(load) -> None:
     model, prompt = load("qwen_image_edit"), EDITS[0]
     nothing, space, full = (model.encode([prompt._replace(text=text)]) for text in ("", " ", prompt.text))
     assert all(torch.equal(a, b) for a, b in zip(nothing, space, strict=True))
@@ -238,19 +238,19 @@ def test_no_text_keeps_the_image(load) -> None:  # noqa: ANN001
     assert torch.equal(rows.image[:2], rows.image[2:]) and not torch.equal(rows.image[0], rows.image[1])
 
 
-def test_an_edit_that_does_not_fit_is_refused(load) -> None:  # noqa: ANN001
+def test_an_edit_that_does_not_fit_is_refused(load) -> None:
     model = load("qwen_image_edit", max_text_tokens=100)
     with pytest.raises(ValueError, match=r"model\.max_text_tokens = 100: .*is \d+ tokens; raise it"):
         model.encode([EDITS[0]])
 
 
-def test_embeddings_of_another_size_are_others(load) -> None:  # noqa: ANN001
+def test_embeddings_of_another_size_are_others(load) -> None:
     small, large = load("qwen_image_edit"), load("qwen_image_edit", height=32)
     assert small.encoder_settings != large.encoder_settings
     assert small.encoder_settings == load("qwen_image_edit").encoder_settings
 
 
-def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:  # noqa: ANN001
+def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:
     """Also from an image of another size and mode."""
     Image.new("L", (50, 31), 200).save(tmp_path / "grey.png")
     model = load("qwen_image_edit", height=24, width=16)
@@ -261,7 +261,7 @@ def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:  # noqa: ANN00
     assert images.shape == (1, 3, 24, 16)
 
 
-def test_at_a_megapixel_a_square_image_is_prepared_as_in_the_stock_pipeline(load, tmp_path: Path) -> None:  # noqa: ANN001
+def test_at_a_megapixel_a_square_image_is_prepared_as_in_the_stock_pipeline(load, tmp_path: Path) -> None:
     """What the text encoder and the VAE are shown, to the last bit."""
     file = tmp_path / "noise.png"
     Image.effect_noise((300, 300), 80).convert("RGB").save(file)

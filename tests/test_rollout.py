@@ -132,7 +132,7 @@ def test_guided_and_plain_velocities_share_one_forward() -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_loop_has_no_host(device_model, guided: bool) -> None:  # noqa: ANN001
+def test_the_loop_has_no_host(device_model, guided: bool) -> None:
     """Nothing between the first step and the last waits for the device or copies to it, the real network included."""
     from fastgrpo.generation import Embeddings
     from fastgrpo.rollout import Policy
@@ -152,7 +152,7 @@ def operations(start: Tensor, seed: int, change: Callable[[Steps], Steps] = lamb
     steps: list[list[tuple]] = [[]]
 
     class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             made = result if isinstance(result, (tuple, list)) else (result,)
             steps[-1].append((function.name(), *(tuple(t.shape) for t in made if isinstance(t, Tensor))))
@@ -269,7 +269,7 @@ def test_a_shared_prefix_is_computed_once(start: int, guidance_scale: float, mem
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_shared_prefix_and_a_memory_have_no_host_either(device_model, guided: bool) -> None:  # noqa: ANN001
+def test_a_shared_prefix_and_a_memory_have_no_host_either(device_model, guided: bool) -> None:
     from fastgrpo.generation import Embeddings
     from fastgrpo.rollout import Policy
 

@@ -24,7 +24,7 @@ def stock() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def noise(model, count: int) -> torch.Tensor:  # noqa: ANN001
+def noise(model, count: int) -> torch.Tensor:
     address = noise_address(SAMPLE, 0, 0, torch.arange(count))
     return normal(address, INITIAL_STEP, 256).view(count, *model.latent_shape)
 
@@ -39,7 +39,7 @@ def stock_images(
     return (images * 255).round().astype(np.int64)
 
 
-def own_images(model, guidance_scale: float, steps: int) -> np.ndarray:  # noqa: ANN001
+def own_images(model, guidance_scale: float, steps: int) -> np.ndarray:
     images = generate(
         model, Policy(model), Embeddings(model), PROMPTS, torch.arange(len(PROMPTS)), stream=SAMPLE, seed=0,
         num_steps=steps, guidance_scale=guidance_scale,
@@ -48,7 +48,7 @@ def own_images(model, guidance_scale: float, steps: int) -> np.ndarray:  # noqa:
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 40])
-def test_sigmas_are_the_schedulers(tiny_model, num_steps: int) -> None:  # noqa: ANN001
+def test_sigmas_are_the_schedulers(tiny_model, num_steps: int) -> None:
     scheduler = stock().scheduler
     scheduler.set_timesteps(num_steps)
     sigmas = tiny_model.sigmas(num_steps)
@@ -57,7 +57,7 @@ def test_sigmas_are_the_schedulers(tiny_model, num_steps: int) -> None:  # noqa:
     assert torch.equal(sigmas[:-1] * 1000, scheduler.timesteps)
 
 
-def test_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(tiny_model) -> None:  # noqa: ANN001
+def test_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(tiny_model) -> None:
     """To the last bit, at every step, for the conditioning that the pipeline made."""
     pipeline, seen = stock(), []
     step = pipeline.scheduler.step
@@ -76,7 +76,7 @@ def test_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(tiny_model) -> 
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_images_are_the_stock_pipelines(tiny_model, guidance_scale: float) -> None:  # noqa: ANN001
+def test_images_are_the_stock_pipelines(tiny_model, guidance_scale: float) -> None:
     """Prompts are encoded one by one here and together there, which may move a pixel to the next integer."""
     expected = stock_images(stock(), noise(tiny_model, 3), guidance_scale, 10)
     found = own_images(tiny_model, guidance_scale, 10)
@@ -84,7 +84,7 @@ def test_images_are_the_stock_pipelines(tiny_model, guidance_scale: float) -> No
 
 
 @pytest.mark.parametrize("targets", [None, load_config(RECIPE).model.lora.targets], ids=["attention", "recipe"])
-def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_path: Path) -> None:  # noqa: ANN001
+def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_path: Path) -> None:
     """Also in a fresh adapter, which is how `fastgrpo sample` reads a run. The base's images are others."""
     tuned_model = load_tuned_model(targets)
     trained = {n: p.detach().clone() for n, p in tuned_model.transformer.named_parameters() if p.requires_grad}
@@ -101,7 +101,7 @@ def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_pat
     assert (base != expected).mean() > 0.05
 
 
-def test_reference_is_the_untouched_base(tuned_model, tiny_model) -> None:  # noqa: ANN001
+def test_reference_is_the_untouched_base(tuned_model, tiny_model) -> None:
     x, sigma, conditioning = (
         torch.randn(2, *tiny_model.latent_shape),
         torch.tensor([0.9, 0.2]),
@@ -115,14 +115,14 @@ def test_reference_is_the_untouched_base(tuned_model, tiny_model) -> None:  # no
         assert torch.equal(tuned_model.velocity(x, sigma, conditioning), tuned) and not torch.equal(tuned, base)
 
 
-def test_only_the_lora_is_trained(tuned_model) -> None:  # noqa: ANN001
+def test_only_the_lora_is_trained(tuned_model) -> None:
     trained = [n for n, p in tuned_model.transformer.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
     targets = {name.split(".lora_")[0].split(".", 2)[2] for name in trained}
     assert targets == set(tuned_model.lora_targets)
 
 
-def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:  # noqa: ANN001
+def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:
     """A batch that was there before costs nothing; no program is for sizes that vary, and each shape has as many."""
     model, compiled, module_compile = load_tuned_model(), [], torch.nn.Module.compile
 

@@ -14,13 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import common  # noqa: E402
-import kernel_speed  # noqa: E402
-import rollout_speed  # noqa: E402
-from common import Trace  # noqa: E402
-from kernel_speed import Inputs, Launches, buffer_sets, graphed, trace  # noqa: E402
+import common
+import kernel_speed
+import rollout_speed
+from common import Trace
+from kernel_speed import Inputs, Launches, buffer_sets, graphed, trace
 
-from fastgrpo_kernels import guided_velocity_triton, sde_step_triton, transition_triton  # noqa: E402
+from fastgrpo_kernels import guided_velocity_triton, sde_step_triton, transition_triton
 
 
 def test_a_trace_counts_what_a_gpu_would_do() -> None:
@@ -70,7 +70,7 @@ def test_buffers_exceed_the_cache_three_times() -> None:
 
 
 @pytest.mark.parametrize("sets", [1, 3, 40])
-def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> None:  # noqa: ANN001
+def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> None:
     """With a stand-in for CUDA's graphs: all calls take turns in it, each beside the outputs of all others."""
     captured, replayed, outputs = [], [], {}
 
@@ -79,7 +79,7 @@ def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> Non
         captured.append((n, {m for m, output in outputs.items() if output() is not None}))
         return written
 
-    def capture(_) -> nullcontext:  # noqa: ANN001
+    def capture(_) -> nullcontext:
         captured.clear()  # what was run to warm up
         return nullcontext()
 
@@ -90,7 +90,7 @@ def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> Non
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
 
-    def seconds(function, **_) -> float:  # noqa: ANN001
+    def seconds(function, **_) -> float:
         """A clock on which each captured call takes 2."""
         function()
         return 2.0 * len(captured) * len(replayed)
@@ -102,7 +102,7 @@ def test_a_graph_holds_what_the_other_calls_wrote(monkeypatch, sets: int) -> Non
     assert all(alive == set(range(sets)) for _, alive in captured[sets:])
 
 
-def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:  # noqa: ANN001
+def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:
     """One at once, one in the middle, and one whose model could not be made; a warm-up counts for nothing."""
     turns = dict.fromkeys(("diffusers", "at once", "in the middle", "eager"), 0)
 
@@ -111,7 +111,7 @@ def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:
         if turns[name] == fails_at:
             raise torch.OutOfMemoryError(f"{name} does not fit")
 
-    def seconds(function, **_) -> float:  # noqa: ANN001
+    def seconds(function, **_) -> float:
         function()
         return 100.0 if max(turns.values()) <= rollout_speed.WARM_UPS else 4.0
 
@@ -135,12 +135,12 @@ def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:
     assert [bool(form[0].get_height() > 0) for form in bars] == [True, False, False, False, True]
 
 
-def test_a_run_that_is_killed_leaves_the_rows_it_had(monkeypatch, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_a_run_that_is_killed_leaves_the_rows_it_had(monkeypatch, tmp_path: Path, capsys) -> None:
     """The form that a torch without 8-bit products cannot make has its error there, too."""
     def refusing(*_: torch.Tensor, **__: object) -> torch.Tensor:
         raise RuntimeError("no 8-bit rows here")
 
-    def killed(*_: object, measure=rollout_speed.measure) -> dict:  # noqa: ANN001
+    def killed(*_: object, measure=rollout_speed.measure) -> dict:
         monkeypatch.setattr(rollout_speed, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         return measure(*_)
 

@@ -231,7 +231,7 @@ def test_rewards_score_a_batch() -> None:
         assert load_reward(name)(images, [""] * 3, metadata).tolist() == pytest.approx(expected)
 
 
-def load_base():  # noqa: ANN201 (an adapter)
+def load_base():
     size = {"height": 16, "width": 32}
     return load_model("sd3", path=WEIGHTS, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1, **size)
 

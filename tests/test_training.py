@@ -209,7 +209,7 @@ def test_other_advantages_change_the_update_and_not_what_is_reported(finished: t
     assert row["first_ratio_deviation"] == 0.0 and row["zero_groups"] < 0.5 and row["grad_norm"] != plain["grad_norm"]
 
 
-def redness(images, prompts, metadata):  # noqa: ANN001, ANN201
+def redness(images, prompts, metadata):
     """A stand-in reward that anyone can check: how much redder than blue and green the image is."""
     pixels = images.float() / 255
     return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))

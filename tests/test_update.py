@@ -55,7 +55,7 @@ class PlainEngine:
         return nullcontext(self.policy)
 
 
-def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:  # noqa: ANN001
+def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:
     sigmas = model.sigmas(10)
     table = sde.window_tables(sampler, sigmas, 0.7, start, size)
     return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float()).to(model.device)
@@ -63,7 +63,7 @@ def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Step
 
 def rollout_arguments(
     model, guidance_scale: float, sampler: str = "flow_sde", size: int = 3, seed: int = 0
-) -> tuple[tuple, dict]:  # noqa: ANN001
+) -> tuple[tuple, dict]:
     """What `rollout` is given after the policy, on the model's device."""
     steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
     address = noise_address(TRAIN, seed, 1, torch.arange(4, device=model.device))
@@ -77,12 +77,12 @@ def experience_from(result: Rollout, arguments: tuple) -> Experience:
     return experience_of(result, steps, conditioning, advantages, torch.ones_like(advantages))
 
 
-def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int = 0) -> Experience:  # noqa: ANN001
+def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int = 0) -> Experience:
     arguments, options = rollout_arguments(model, guidance_scale, sampler, size, seed)
     return experience_from(rollout(Policy(model), *arguments, **options), arguments)
 
 
-def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:  # noqa: ANN001
+def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:
     objective = partial(clip, clip_range=1e-3, beta=beta)
     reference = model.reference if beta else None
     return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype, micro_batch_size)
@@ -90,7 +90,7 @@ def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: str) -> None:  # noqa: ANN001
+def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: str) -> None:
     """Bit for bit, with a window of its own for each group, with the reference switched in between, in training mode."""
     experience = rolled(tuned_model, guidance_scale, sampler)
     learner = learner_of(tuned_model, guidance_scale)
@@ -101,7 +101,7 @@ def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: s
         assert loss.kl.item() > 0  # the LoRA has an effect
 
 
-def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN001
+def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     with torch.no_grad():
         for name, parameter in tuned_model.transformer.named_parameters():
@@ -112,7 +112,7 @@ def test_ratio_leaves_1_when_the_policy_moves(tuned_model) -> None:  # noqa: ANN
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: float) -> None:  # noqa: ANN001
+def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: float) -> None:
     """Against torch.distributions in float64 on the whole model: clipped surrogate of subtracted log-probs, and KL."""
     experience = rolled(tuned_model, guidance_scale, "flow_sde")
     with torch.no_grad():  # off-policy, so that ratio, clip and drift all matter
@@ -163,7 +163,7 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
         torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + 1e-9)
 
 
-def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_model) -> None:  # noqa: ANN001
+def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_model) -> None:
     """Against a gradient of each step alone, by weights that are 1 for one step and 0 for the others."""
     start = torch.tensor([0, 6, 3, 0])
     at = start[:, None] + torch.arange(3)  # (B, S)
@@ -194,14 +194,14 @@ def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_mode
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-9)
 
 
-def test_dead_groups_leave_no_gradient(tuned_model) -> None:  # noqa: ANN001
+def test_dead_groups_leave_no_gradient(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     dead = replace(experience, advantages=torch.zeros(4), weight=torch.zeros(4))
     update(learner_of(tuned_model, 1.0), [dead])
     assert all(p.grad is None or (p.grad == 0).all() for p in tuned_model.transformer.parameters())
 
 
-def test_without_beta_the_reference_is_not_run(tuned_model) -> None:  # noqa: ANN001
+def test_without_beta_the_reference_is_not_run(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     learner = learner_of(tuned_model, 1.0, beta=0.0)
     calls = []
@@ -212,7 +212,7 @@ def test_without_beta_the_reference_is_not_run(tuned_model) -> None:  # noqa: AN
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
-def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
+def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:
     """Transition by transition, or all steps of all samples at once: the same gradient up to the order of its sums."""
     experience = rolled(tuned_model, guidance_scale, "flow_sde")
 
@@ -234,7 +234,7 @@ def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: i
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [2, 12])
-def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scale: float, size: int) -> None:  # noqa: ANN001
+def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scale: float, size: int) -> None:
     experience = rolled(tuned_model, guidance_scale, "flow_sde")
     learner = learner_of(tuned_model, guidance_scale, micro_batch_size=size)
     for transitions in micro_batches(recompute_old(learner, experience), size):
@@ -243,12 +243,12 @@ def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scal
 
 
 @pytest.mark.parametrize("size", [4, 12])
-def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatch, size: int) -> None:  # noqa: ANN001
+def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatch, size: int) -> None:
     """They round guidance once, where torch rounds it twice: v_old has to be theirs too."""
     if torch.cuda.is_available():
         pytest.skip("there the kernels are not interpreted: tests/test_guidance.py compares them")
 
-    def fma(_, x, y, z):  # noqa: ANN001, ANN202
+    def fma(_, x, y, z):
         """Of a GPU; the interpreter's own rounds twice. A product of two float32 is exact in float64."""
         assert x.data.dtype == np.float32
         exact = x.data.astype(np.float64) * y.data + z.data
@@ -265,7 +265,7 @@ def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:  # noqa: ANN001
+def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
     eager = rolled(tuned_model, 1.0, "flow_sde")
     tuned_model.compile_blocks()
@@ -293,19 +293,19 @@ def test_compiled_in_bfloat16_the_first_ratio_is_1_only_with_v_old_made_again() 
     assert deviation(recompute_old(learner, experience)) == 0.0
 
 
-def test_recomputing_in_the_rollouts_shape_changes_nothing(tuned_model) -> None:  # noqa: ANN001
+def test_recomputing_in_the_rollouts_shape_changes_nothing(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     again = recompute_old(learner_of(tuned_model, 1.0), experience)
     assert torch.equal(again.v_old, experience.v_old)
 
 
-def test_a_fold_that_does_not_divide_is_refused(tuned_model) -> None:  # noqa: ANN001
+def test_a_fold_that_does_not_divide_is_refused(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     with pytest.raises(ValueError, match="micro_batch_size 5 does not divide 3 steps of 4 samples"):
         next(micro_batches(experience, 5))
 
 
-def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:  # noqa: ANN001
+def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:
     """With a device that holds five transitions' activations, four is the largest divisor of the twelve."""
     experience = rolled(tuned_model, 1.0, "flow_sde")
     learner = learner_of(tuned_model, 1.0)
@@ -326,7 +326,7 @@ def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:  # noqa:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("live", [[0, 5, 6, 11], [1, 2, 3, 4, 8, 10], [], list(range(12))])
-def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:  # noqa: ANN001
+def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:
     """12 samples in 3 batches: the same gradient from as few batches as the live ones fill, and a first ratio of 1."""
     weight = torch.zeros(12).index_fill(0, torch.tensor(live, dtype=torch.int64), 1.0)
     parts = [

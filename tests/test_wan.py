@@ -39,23 +39,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, **settings):  # noqa: ANN003, ANN201
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings):
     return load_model("wan", path=folder, dtype=dtype, device=CPU, **{**FAMILY.settings, **settings})
 
 
-def noise(model, count: int = 1) -> torch.Tensor:  # noqa: ANN001
+def noise(model, count: int = 1) -> torch.Tensor:
     address = noise_address(SAMPLE, 0, 0, torch.arange(count))
     return normal(address, INITIAL_STEP, torch.Size(model.latent_shape).numel()).view(count, *model.latent_shape)
 
 
-def own_videos(model, prompts: list[str], num_steps: int = 3, scale: float = 1.0) -> torch.Tensor:  # noqa: ANN001
+def own_videos(model, prompts: list[str], num_steps: int = 3, scale: float = 1.0) -> torch.Tensor:
     return generate(
         model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
         num_steps=num_steps, guidance_scale=scale,
     )  # fmt: skip
 
 
-def stock_videos(pipeline: WanPipeline, model, num_steps: int = 3) -> torch.Tensor:  # noqa: ANN001
+def stock_videos(pipeline: WanPipeline, model, num_steps: int = 3) -> torch.Tensor:
     """(1, T, 3, H, W), 0 to 255, of the first prompt in the size of `model`."""
     pipeline.set_progress_bar_config(disable=True)
     height, width = model.size
@@ -174,7 +174,7 @@ def test_a_timestep_a_token_is_one_a_sample_without_an_input_frame() -> None:
     assert model.latent_shape == (4, 3, 4, 2)
     seen, forward = [], WanTransformer3DModel.forward
 
-    def record(self, **inputs):  # noqa: ANN001, ANN003, ANN202
+    def record(self, **inputs):
         (velocity,) = forward(self, **inputs)
         seen.append((inputs["hidden_states"], inputs["timestep"], velocity))
         return (velocity,)

@@ -17,7 +17,7 @@ PROMPTS = ["", "a red circle", "x" * 13, "y" * 14, "two blue squares left of a c
 LENGTHS = [19, 31, 32, 33, 49, 64]
 
 
-def adapter(height: int = 16, width: int = 16, pipeline=None, **settings):  # noqa: ANN001, ANN003, ANN201
+def adapter(height: int = 16, width: int = 16, pipeline=None, **settings):
     settings = FAMILY.settings | {"height": height, "width": width} | settings
     return model_class("z_image")(
         pipeline or FAMILY.make(), dtype=torch.float32, device=torch.device("cpu"), **settings
@@ -25,11 +25,11 @@ def adapter(height: int = 16, width: int = 16, pipeline=None, **settings):  # no
 
 
 @pytest.fixture(scope="module")
-def model():  # noqa: ANN201
+def model():
     return adapter()
 
 
-def stock_velocity(model, x, sigma, conditioning) -> torch.Tensor:  # noqa: ANN001
+def stock_velocity(model, x, sigma, conditioning) -> torch.Tensor:
     """By the stock transformer, as its pipeline calls it: captions of their own lengths."""
     captions = [embeds[:n] for embeds, n in zip(conditioning.embeds, conditioning.length.tolist(), strict=True)]
     time = (1000 - sigma * 1000) / 1000
@@ -37,7 +37,7 @@ def stock_velocity(model, x, sigma, conditioning) -> torch.Tensor:  # noqa: ANN0
     return -torch.stack(found).squeeze(2)
 
 
-def example(model, count: int = len(PROMPTS)) -> tuple:  # noqa: ANN001
+def example(model, count: int = len(PROMPTS)) -> tuple:
     torch.manual_seed(1)
     return torch.randn(count, *model.latent_shape), torch.linspace(0.95, 0.05, count), model.encode(PROMPTS[:count])
 
@@ -58,7 +58,7 @@ def test_any_mix_of_lengths_gives_each_prompt_the_velocity_it_has_alone(height: 
             torch.testing.assert_close(alone, together[part], rtol=1e-5, atol=1e-5)
 
 
-def test_what_lies_past_a_caption_is_not_read(model) -> None:  # noqa: ANN001
+def test_what_lies_past_a_caption_is_not_read(model) -> None:
     x, sigma, conditioning = example(model)
     past = torch.arange(64) >= conditioning.length[:, None]
     noisy = torch.where(past[..., None], torch.randn_like(conditioning.embeds), conditioning.embeds)
@@ -103,7 +103,7 @@ def test_the_schedule_is_the_pipelines(height: int, width: int, dynamic: bool) -
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_the_loop_has_no_host(model, guidance_scale: float) -> None:  # noqa: ANN001
+def test_the_loop_has_no_host(model, guidance_scale: float) -> None:
     conditioning = Embeddings(model)(PROMPTS[1:3], guidance_scale=guidance_scale)
     steps, address = ode_steps(model, 2, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
     with NoSync():
@@ -113,7 +113,7 @@ def test_the_loop_has_no_host(model, guidance_scale: float) -> None:  # noqa: AN
         )  # fmt: skip
 
 
-def test_one_shape_whatever_the_prompts(model) -> None:  # noqa: ANN001
+def test_one_shape_whatever_the_prompts(model) -> None:
     """So that one captured graph serves all of them."""
     rows = concatenate([model.encode([prompt]) for prompt in PROMPTS])
     assert rows.embeds.shape == model.placeholder(6).embeds.shape and rows.length.shape == model.placeholder(6).length.shape
@@ -123,7 +123,7 @@ def test_one_shape_whatever_the_prompts(model) -> None:  # noqa: ANN001
     assert conditioning.length.max() == longest.length == 50
 
 
-def test_guidance_is_the_straight_line_in_the_models_dtype(model) -> None:  # noqa: ANN001
+def test_guidance_is_the_straight_line_in_the_models_dtype(model) -> None:
     v, v_uncond = torch.randn(2, 2, 3).bfloat16()
     guided = model.guide(v, v_uncond, 4.0)
     assert guided.dtype == torch.bfloat16
@@ -153,7 +153,7 @@ def test_the_largest_sizes_have_positions() -> None:
     assert v.shape == (1, 4, 64, 64) and v.isfinite().all()
 
 
-def test_attention_kernels_without_masks_are_refused(model) -> None:  # noqa: ANN001
+def test_attention_kernels_without_masks_are_refused(model) -> None:
     model.use_attention("native")
     with pytest.raises(ValueError, match=r"model\.attention = 'flash2': .* take native"):
         model.use_attention("flash2")

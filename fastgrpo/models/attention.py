@@ -54,7 +54,7 @@ class JointAttention:
 
     def __call__(
         self,
-        attn,  # noqa: ANN001 (diffusers' Attention)
+        attn,
         hidden_states: Tensor,  # (B, N, H K)
         encoder_hidden_states: Tensor | None = None,  # (B, L, H K)
         attention_mask: None = None,

@@ -47,7 +47,7 @@ class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
 
     def __call__(
         self,
-        attn,  # noqa: ANN001 (diffusers' Attention)
+        attn,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None = None,
@@ -63,7 +63,7 @@ class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
 class ImageProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor of texts and images without its part for videos, which cannot be loaded without torchvision."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:  # noqa: ANN001
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 

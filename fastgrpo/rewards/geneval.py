@@ -155,7 +155,7 @@ def _pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _from_folder(load: Callable, folder: Path, setting: str):  # noqa: ANN202 (what `load` gives)
+def _from_folder(load: Callable, folder: Path, setting: str):
     if not Path(folder).is_dir():
         raise ValueError(f"{setting} = {folder}: no such folder; download a model into it, see fastgrpo/rewards/geneval.py")
     try:

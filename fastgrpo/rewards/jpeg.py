@@ -24,7 +24,7 @@ def compressibility(images: Tensor, prompts: list[str], metadata: list[dict]) ->
     return -incompressibility(images, prompts, metadata)
 
 
-def _bytes(pixels) -> int:  # noqa: ANN001 (an array (H, W, 3))
+def _bytes(pixels) -> int:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="JPEG", quality=QUALITY)
     return file.tell()

@@ -96,7 +96,7 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def _import(module: str, packages: str):  # noqa: ANN202 (a module)
+def _import(module: str, packages: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:

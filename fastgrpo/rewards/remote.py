@@ -105,7 +105,7 @@ class Remote:
         limits = {key: min(one[key] for one in found.values()) for key in ("max_images", "max_bytes")}
         return {**next(iter(found.values())), **limits}
 
-    def _try(self, ask, first: int):  # noqa: ANN001, ANN202 (a function of the url, and what it returns)
+    def _try(self, ask, first: int):
         """The first answer of the servers in turn, round after round."""
         reasons: dict[str, str] = {}
         for attempt in range(self.retries + 1):

@@ -121,7 +121,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _layer(w: dict[str, Tensor], config, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:  # noqa: ANN001
+def _layer(w: dict[str, Tensor], config, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:
     """x (S, D) after a layer; made (S,) bool: by generation weights; seen (S, S) bool: row sees column."""
     eps, width = config.rms_norm_eps, config.hidden_size // config.num_attention_heads
 

@@ -43,7 +43,7 @@ def make(pipeline: type = FluxPipeline, guidance_embeds: bool = True) -> FluxPip
 
 def call(
     pipeline: FluxPipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
-    height: int = SIZE, width: int = SIZE, **options,  # noqa: ANN003
+    height: int = SIZE, width: int = SIZE, **options,
 ) -> Tensor:  # fmt: skip
     return pipeline(
         prompt=list(prompts), negative_prompt=[""] * len(prompts), true_cfg_scale=guidance_scale, guidance_scale=GUIDANCE,

@@ -29,7 +29,7 @@ def make() -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-def tiny_vae(channels: int, **options) -> AutoencoderKL:  # noqa: ANN003
+def tiny_vae(channels: int, **options) -> AutoencoderKL:
     """Two times smaller on each side."""
     return AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
