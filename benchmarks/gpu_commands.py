@@ -1,9 +1,9 @@
 """Phases of the GPU suite that are commands as a user gives them, judged by what they leave.
 
-    tests     the tests that run on a GPU
-    tiny      README's run, launcher and NCCL included, for 30 iterations; its first ones against those of a CPU
-    longer    the same to its end: does it learn what it learns on a CPU?
-    ncu       hardware counters of the transition's kernels
+tests     the tests that run on a GPU
+tiny      README's run, launcher and NCCL included, for 30 iterations; its first ones against those of a CPU
+longer    the same to its end: does it learn what it learns on a CPU?
+ncu       hardware counters of the transition's kernels
 """
 
 import json

@@ -1,7 +1,7 @@
 """Phases of the GPU suite about the kernels alone.
 
-    kernels      each against its definition in float64 on the CPU, at the sizes of real models: the errors as numbers
-    bandwidth    microseconds of a call, and the share of what a copy does
+kernels      each against its definition in float64 on the CPU, at the sizes of real models: the errors as numbers
+bandwidth    microseconds of a call, and the share of what a copy does
 """
 
 import math

@@ -1,7 +1,7 @@
 """Phases of the GPU suite about SD3.5 Medium alone.
 
-    rollouts    milliseconds a step of each form, from the stock diffusers loop to one compiled graph, by batch
-    profile     where the time of a rollout, of a forward and backward pass and of the decoder goes, kernel by kernel
+rollouts    milliseconds a step of each form, from the stock diffusers loop to one compiled graph, by batch
+profile     where the time of a rollout, of a forward and backward pass and of the decoder goes, kernel by kernel
 """
 
 import copy

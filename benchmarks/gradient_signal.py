@@ -67,9 +67,7 @@ class Probe:
         steps = self._steps(total)
         conditioning = self.embeddings(prompts, guidance_scale=config.guidance_scale)
         address = noise_address(TRAIN, self.config.seed, number, sample_id.to(model.device))
-        options = dict(
-            guidance_scale=config.guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype
-        )
+        options = dict(guidance_scale=config.guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype)
         result = rollout(self.policy, steps, address, conditioning, **options)
         rewards = self.reward(model.decode(result.final), prompts, records).to(model.device)
         advantages = group_advantages(

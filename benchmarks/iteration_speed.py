@@ -84,6 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start()
     with tempfile.TemporaryDirectory() as folder:
+
         def config(settings: list[str]) -> Any:
             return load_config(arguments.config, [*settings, f"output={folder}", *arguments.set])
 

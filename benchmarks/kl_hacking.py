@@ -204,9 +204,7 @@ def at_reward(run: Sequence[Evaluation], reward: float) -> Evaluation:
     return min(run[1:], key=lambda evaluation: abs(evaluation.values["reward"].mean().item() - reward))
 
 
-def draw(
-    runs: dict[float, list[Evaluation]], truth: Evaluation, pictured: dict[str, Evaluation], prompts: list[str]
-) -> Any:
+def draw(runs: dict[float, list[Evaluation]], truth: Evaluation, pictured: dict[str, Evaluation], prompts: list[str]) -> Any:
     figure = pyplot().figure(figsize=(14, 11), layout="constrained")
     curves, pictures = figure.subfigures(2, 1, height_ratios=(6, 4))
     draw_curves(curves, runs, truth, pictured["with KL"].row()["reward"])

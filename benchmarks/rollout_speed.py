@@ -58,6 +58,7 @@ def tried(function: Callable[[], Any]) -> Any:
 
 def variants(eager: Adapter, *, compiled: bool, fp8: bool) -> dict[str, Any]:
     """The model and copies of it that compile, that multiply in 8 bits, and both; in place of a copy its error."""
+
     def made(*preparations: Callable[[Adapter], None]) -> Adapter:
         model = copy.deepcopy(eager)
         for prepare in preparations:

@@ -101,18 +101,11 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
-    return (
-        '<ul class="legend">'
-        + "".join(f'<li class="{c}"><i></i>{text}</li>' for c, text in entries)
-        + "</ul>"
-    )
+    return '<ul class="legend">' + "".join(f'<li class="{c}"><i></i>{text}</li>' for c, text in entries) + "</ul>"
 
 
 def color_class(i: int) -> str:
     return f"c{i}" if i < COLORS else f"c{1 + (i - 1) % (COLORS - 1)}"  # c0 is never used twice
-
-
-
 
 
 def short(value: float, percent: bool) -> str:

@@ -37,9 +37,7 @@ class SavedEngine(Protocol):
     def broadcast_object(self, value: Any = None) -> Any: ...
 
 
-def save_checkpoint(
-    engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2
-) -> Path:
+def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Saves the engine and rank 0's `state`, then removes all complete checkpoints but `keep`. Collective.
 
     `state` holds tensors, numbers, strings, lists and dicts only, so that reading it runs no code.

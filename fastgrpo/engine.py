@@ -129,9 +129,7 @@ class Engine:
         _check(zero_stage, dtype, self._trained)
         self._shapes = {name: list(p.shape) for name, p in self._trained.items()}
         parameters = list(self._trained.values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=adam_eps
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=adam_eps)
         size = sum(p.numel() for p in parameters)
         config = _config(zero_stage, dtype, max_grad_norm, micro_batch_size, size, zero_options or {})
         kept = [(p, p.data) for p in _kept_in_float32(policy)] if zero_stage < 3 else []  # stage 3 has shards of one dtype
@@ -258,9 +256,7 @@ class Engine:
         if self.rank == 0:
             (folder / "engine.json").write_text(json.dumps(self._identity()))
         state = {"client": client_state or {}}
-        self._engine.save_checkpoint(
-            str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True
-        )
+        self._engine.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
         self.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:

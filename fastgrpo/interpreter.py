@@ -1,7 +1,7 @@
 """The Triton kernels on a machine without a GPU: for tests, and for counts that are the same on any device.
 
-    use_interpreter()          before anything imports triton or fastgrpo_kernels
-    normal_triton(...)         now runs in Triton's interpreter, on CPU tensors, slowly
+use_interpreter()          before anything imports triton or fastgrpo_kernels
+normal_triton(...)         now runs in Triton's interpreter, on CPU tensors, slowly
 """
 
 import os

@@ -1,6 +1,6 @@
 """From what an iteration sampled to optimiser steps: what is learned from, from what policy, and in how many batches.
 
-    batches, advantages -> experiences -> those worth running -> with v_old -> optimiser steps
+batches, advantages -> experiences -> those worth running -> with v_old -> optimiser steps
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -113,6 +113,7 @@ def _opened(file: Path, what: str) -> None:
 
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     """Refuse evaluation prompts that are trained on."""
+
     def keys(prompts: PromptSet) -> set[tuple[str, str]]:
         return {(p, str(record.get("image", ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
 

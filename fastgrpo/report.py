@@ -63,9 +63,7 @@ def read_run(run: Path) -> Run:
     evaluations, bad_evaluations = _read_lines(run / "evaluations.jsonl")
     summary, prompts = _read_json(run / "summary.json"), _read_json(run / "samples" / "prompts.json")
     config = run / "config.yaml"
-    folders = (
-        folder for folder in (run / "samples").glob("*") if folder.is_dir() and folder.name.isdecimal()
-    )
+    folders = (folder for folder in (run / "samples").glob("*") if folder.is_dir() and folder.name.isdecimal())
     return Run(
         name=run.resolve().name,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
@@ -178,9 +176,7 @@ def _facts(run: Run) -> str:
         "device": summary.get("device"),
         "model": _config_value(run, "model", "path"),
     }
-    items = (
-        f"<div><dt>{k}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in facts.items() if v is not None
-    )
+    items = (f"<div><dt>{k}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in facts.items() if v is not None)
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
@@ -303,8 +299,7 @@ def _accuracy(run: Run) -> str:
     series = {name: points for name in names if (points := _series(rows, name))}
     color = {name: color_class(names.index(name)) for name in series}
     lines = [
-        Line(points, color[name] + (" bold" if name == "overall" else " thin"), dots=True)
-        for name, points in series.items()
+        Line(points, color[name] + (" bold" if name == "overall" else " thin"), dots=True) for name, points in series.items()
     ]
     entries = [(color[name] + " bold" * (name == "overall"), _title(name)) for name in series]
     if not lines:
@@ -355,11 +350,7 @@ def _samples(run: Run) -> str:
     strips = [_strip(run, n, labels) for n in _spread(_images_in_all(run, list(labels)), MAX_PAIRS)]
     kind = " large" if any('class="photo"' in strip for strip in strips) else " single" * (first == last)
     note = '<p class="note">Only one set of samples so far.</p>' if first == last else ""
-    return (
-        f'{note}<div class="samples{kind}">{"".join(strips)}</div>'
-        if strips
-        else _none("No sample is complete.")
-    )
+    return f'{note}<div class="samples{kind}">{"".join(strips)}</div>' if strips else _none("No sample is complete.")
 
 
 def _film(run: Run) -> str:
@@ -371,11 +362,7 @@ def _film(run: Run) -> str:
     chosen = sorted(by_tag.values()) if len(by_tag) > 1 else numbers
     labels = {i: _iteration(i) for i in iterations}
     strips = "".join(_strip(run, n, labels) for n in _spread(chosen, MAX_STRIPS))
-    note = (
-        '<p class="note">The first prompt of each kind; the number is the iteration.</p>'
-        if len(by_tag) > 1
-        else ""
-    )
+    note = '<p class="note">The first prompt of each kind; the number is the iteration.</p>' if len(by_tag) > 1 else ""
     return f'{note}<div class="film">{strips}</div>' if strips else _none("No sample is complete.")
 
 
@@ -415,9 +402,7 @@ def _iteration(iteration: int) -> str:
 
 
 def _images_in_all(run: Run, iterations: Sequence[int]) -> list[int]:
-    found = (
-        {int(path.stem) for path in run.samples[i].glob("*.png") if path.stem.isdecimal()} for i in iterations
-    )
+    found = ({int(path.stem) for path in run.samples[i].glob("*.png") if path.stem.isdecimal()} for i in iterations)
     return sorted(set.intersection(*found))
 
 
@@ -480,9 +465,7 @@ def _duration(seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgrpo.report", description="Write the report of a run."
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastgrpo.report", description="Write the report of a run.")
     parser.add_argument("run", type=Path, help="folder of the run")
     try:
         print(write_report(parser.parse_args().run))

@@ -83,9 +83,7 @@ def save_grid(path: Path, images: np.ndarray, gap: int = 2) -> None:
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = (
-            place * (side + gap) + gap for place, side in zip(divmod(i, columns), (height, width), strict=True)
-        )
+        top, left = (place * (side + gap) + gap for place, side in zip(divmod(i, columns), (height, width), strict=True))
         sheet[top : top + height, left : left + width] = image
     factor = max(1, SCALE_BELOW // max(height, width))
     Image.fromarray(sheet.repeat(factor, 0).repeat(factor, 1)).save(path)

@@ -1,8 +1,8 @@
 """YAML into frozen dataclasses of any kind: what is not understood is refused with its path and the nearest valid choice.
 
-    data = parse_yaml(text, "recipe.yaml")
-    apply_override(data, "rollout.num_steps=8")
-    config = build(Config, data)                    every key known, every value of its field's type
+data = parse_yaml(text, "recipe.yaml")
+apply_override(data, "rollout.num_steps=8")
+config = build(Config, data)                    every key known, every value of its field's type
 """
 
 import ast

@@ -101,9 +101,7 @@ class Batch(NamedTuple):
 STEPS_FIRST = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight", "loss_weight")  # (S, B, ...)
 
 
-def experience_of(
-    rollout: Rollout, steps: Steps, conditioning: tuple, advantages: Tensor, weight: Tensor
-) -> Experience:
+def experience_of(rollout: Rollout, steps: Steps, conditioning: tuple, advantages: Tensor, weight: Tensor) -> Experience:
     """The trained steps of a rollout, in its own shape, so that the ratio of the first update is exactly 1."""
     batch = len(advantages)
     rows = torch.arange(batch, device=steps.start.device)

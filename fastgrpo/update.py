@@ -130,9 +130,7 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     x, x_next, v_old, sigma, coefficients, kl_weight, loss_weight, conditioning, advantages, weight = transitions
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
-    v, v_uncond = velocities(
-        learner.engine, x_model, sigma, conditioning, learner.guidance_scale, learner.guidance_rule
-    )
+    v, v_uncond = velocities(learner.engine, x_model, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
     moments = transition(
         x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
     )

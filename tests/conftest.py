@@ -67,9 +67,7 @@ def device_model():
     return load_tiny_model(DEVICE)
 
 
-def load_tuned_model(
-    targets: tuple[str, ...] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-):
+def load_tuned_model(targets: tuple[str, ...] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The embedded pipeline with a LoRA that has an effect."""
     model = load_tiny_model(device, dtype)
     torch.manual_seed(1)

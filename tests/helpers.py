@@ -64,7 +64,5 @@ class NoSync(TorchDispatchMode):
         assert name not in self.FORBIDDEN and name.split(".")[0] not in self.FORBIDDEN, f"host sync: {name}"
         if name.startswith("aten::index"):
             for index in args[1] if isinstance(args[1], (list, tuple)) else ():
-                assert not (isinstance(index, Tensor) and index.dtype == torch.bool), (
-                    f"host sync: {name} by mask"
-                )
+                assert not (isinstance(index, Tensor) and index.dtype == torch.bool), f"host sync: {name} by mask"
         return function(*args, **(kwargs or {}))

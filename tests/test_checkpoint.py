@@ -83,9 +83,7 @@ POINTS = ("before the shards", "in the shards", "after the shards", "before the 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_crash_is_never_picked_up(
-    point: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_is_never_picked_up(point: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not first:
         save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
     with monkeypatch.context() as patch, pytest.raises(Killed):

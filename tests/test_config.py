@@ -294,10 +294,13 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, texts: dict[str, str
 def test_several_rewards_and_their_settings(tmp_path: Path) -> None:
     """A path in the file is relative to it, a path in an override to the working directory; the dump keeps both."""
     text = (TINY.parent / "tiny_shapes.yaml").read_text()
-    text = text.replace("../", f"{TINY.parent}/../").replace("  train: tiny_shapes\n", """
+    text = text.replace("../", f"{TINY.parent}/../").replace(
+        "  train: tiny_shapes\n",
+        """
   train: {tiny_shapes: 1, "mine:Class": 0.5}
   settings: {"mine:Class": {path: ./weights, nested: {path: ../b, names: [a, 1]}}}
-""")
+""",
+    )
     (tmp_path / "a.yaml").write_text(text)
     config = load_config(tmp_path / "a.yaml", ["reward.settings.tiny_shapes={path: ./here}", f"output={tmp_path}"])
     assert config.reward.train == {"tiny_shapes": 1.0, "mine:Class": 0.5} and config.reward.eval == "tiny_shapes"

@@ -101,6 +101,7 @@ def test_the_schedule_shifts_with_the_resolution() -> None:
 
 def test_published_schedules() -> None:
     """exp(mu) / (exp(mu) + 1 / sigma - 1), mu from 0.5 at 256 tokens to 1.15 at 4096; schnell's is a straight line."""
+
     def sigmas(architecture: str, size: int, **settings: float) -> Tensor:
         return Flux.random(
             architecture, dtype=torch.bfloat16, device=torch.device("meta"), height=size, width=size, **settings
@@ -180,6 +181,7 @@ def test_input_images_of_any_shape_are_resized_to_the_output(tmp_path: Path) -> 
 
 def test_cached_embeddings_of_another_size_are_not_taken() -> None:
     """An image's latents depend on the size that it is resized to, a text's embedding does not."""
+
     def settings(kind: str, width: int) -> dict:
         return adapter(kind, width=width).encoder_settings
 

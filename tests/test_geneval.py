@@ -170,14 +170,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     names = ["person", *[f"c{i}" for i in range(1, 79)], "toothbrush"]
     swin = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=6,
-        id2label=dict(enumerate(names)),
-    ))
+    model = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(
+            backbone_config=swin,
+            feature_size=32,
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_attention_heads=2,
+            dim_feedforward=32,
+            num_queries=6,
+            id2label=dict(enumerate(names)),
+        )
+    )
     with torch.no_grad():  # sure of some class, so that there are detections
         model.class_predictor.weight.mul_(400)
     model.save_pretrained(detector)
@@ -203,7 +216,8 @@ def test_the_whole_path(folders: dict[str, Path]) -> None:
     other = COLORS[COLORS.index(color) - 1]
     absent = next(name for name in CLASSES if name not in {d.name for d in found[0]})
     lines = [
-        record("single_object", clause(absent)), record("colors", clause(surest.name, color=color)),
+        record("single_object", clause(absent)),
+        record("colors", clause(surest.name, color=color)),
         record("colors", clause(surest.name, color=other)),
     ]
     prompts = [line["prompt"] for line in lines]

@@ -75,7 +75,11 @@ def test_geneval_prompts_keep_shares_and_stay_clear_of_evaluation() -> None:
     # The other wording of each position and pair is to be left out too, and the file's order must not matter.
     records = geneval_records(evaluation, 3400, seed=0, mix=FLOW_GRPO)
     assert Counter(record["tag"] for record in records) == {
-        "position": 1400, "counting": 1000, "color_attr": 600, "colors": 200, "two_object": 200
+        "position": 1400,
+        "counting": 1000,
+        "color_attr": 600,
+        "colors": 200,
+        "two_object": 200,
     }
     assert not {meaning(r) for r in evaluation} & {meaning(r) for r in records}
     counting = {r["prompt"] for r in records if r["tag"] == "counting"}

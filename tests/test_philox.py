@@ -87,9 +87,7 @@ def test_triton_equals_reference(size, step):
     where = address(seed=0xFEDCBA9876543210, iteration=2**32 - 1, sample_id=(0, 2**32 - 1))
     expected = normal_ref(where, int64(step), size)
     assert expected.shape == (2, size)
-    torch.testing.assert_close(
-        normal_triton(where, int64(step), size), expected, rtol=0, atol=NORMAL_TOLERANCE
-    )
+    torch.testing.assert_close(normal_triton(where, int64(step), size), expected, rtol=0, atol=NORMAL_TOLERANCE)
 
 
 @needs_gpu

@@ -166,6 +166,7 @@ def test_every_family_can_be_planned(name: str) -> None:
     assert 2 < counts.train_flops / counts.forward_flops < 3.6
     assert 0.1 < counts.forward_flops / (2 * counts.parameters * 1024) < 10
 
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path) -> None:
     """By its shapes alone: on the meta device, where not one number of it is left."""

@@ -64,7 +64,7 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"prompt": "b"}, r'edits\.jsonl:2: every prompt needs an image here: give "image"'),
-        ({"prompt": "b", "image": 3}, r'edits\.jsonl:2: every prompt needs an image'),
+        ({"prompt": "b", "image": 3}, r"edits\.jsonl:2: every prompt needs an image"),
         ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),
         ({"prompt": "b", "image": "broken.png"}, r"edits\.jsonl:2: image .*broken\.png: cannot be read"),
         ({"prompt": "b", "image": "edits.jsonl"}, r"edits\.jsonl:2: image .*: cannot be read"),

@@ -281,9 +281,7 @@ def test_each_file_may_be_missing_and_each_may_be_alone(run: Path, tmp_path: Pat
 
 
 def test_values_that_are_not_numbers_are_gaps(run: Path) -> None:
-    rows = [
-        metrics_row(i, kl=float("nan"), reward=None if i % 2 else 0.5, seconds=None) for i in range(1, 11)
-    ]
+    rows = [metrics_row(i, kl=float("nan"), reward=None if i % 2 else 0.5, seconds=None) for i in range(1, 11)]
     write_lines(run / "metrics.jsonl", rows)
     write_lines(run / "evaluations.jsonl", [{"iteration": i, "accuracy": {"overall": None}} for i in (0, 1)])
     (run / "summary.json").write_text('{"base_accuracy": 0.5, "fin')

@@ -29,9 +29,7 @@ def noise(model, count: int) -> torch.Tensor:
     return normal(address, INITIAL_STEP, 256).view(count, *model.latent_shape)
 
 
-def stock_images(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, guidance_scale: float, steps: int
-) -> np.ndarray:
+def stock_images(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, guidance_scale: float, steps: int) -> np.ndarray:
     images = pipeline(
         PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=latents, max_sequence_length=1,
         output_type="np",

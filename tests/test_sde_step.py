@@ -46,9 +46,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, row: int = 0) -> dict:
 def assert_steps_close(actual: SdeStep, expected: SdeStep) -> None:
     for name, a, e in zip(SdeStep._fields, actual, expected, strict=True):
         tolerance = TOLERANCES[e.dtype]
-        torch.testing.assert_close(
-            a, e, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -183,9 +181,7 @@ BAD_INPUTS = (
 
 @pytest.mark.parametrize(("change", "message"), BAD_INPUTS)
 def test_bad_inputs(change, message):
-    change = {
-        k: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v for k, v in change.items()
-    }
+    change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v for k, v in change.items()}
     if "address" in change:
         change["address"] = NoiseAddress(*(tensor.to(DEVICE) for tensor in change["address"]))
     with pytest.raises(ValueError, match=message):

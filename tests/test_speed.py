@@ -137,6 +137,7 @@ def test_a_form_that_fails_leaves_the_others_their_numbers(monkeypatch) -> None:
 
 def test_a_run_that_is_killed_leaves_the_rows_it_had(monkeypatch, tmp_path: Path, capsys) -> None:
     """The form that a torch without 8-bit products cannot make has its error there, too."""
+
     def refusing(*_: torch.Tensor, **__: object) -> torch.Tensor:
         raise RuntimeError("no 8-bit rows here")
 

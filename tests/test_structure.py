@@ -77,7 +77,7 @@ def test_there_is_no_circle() -> None:
     graph, done = arrows(), set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"circle: {' -> '.join((*path[path.index(name):], name))}"
+        assert name not in path, f"circle: {' -> '.join((*path[path.index(name) :], name))}"
         if name not in done:
             for target in sorted(graph[name]):
                 visit(target, (*path, name))

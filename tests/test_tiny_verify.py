@@ -31,9 +31,7 @@ def records(*tags: str) -> list[dict]:
     return [record for record in PROMPTS if record["tag"] in tags]
 
 
-def drawn(
-    distance: np.ndarray, rgb: tuple[int, int, int] = COLORS["red"], opacity: float = 1.0
-) -> np.ndarray:
+def drawn(distance: np.ndarray, rgb: tuple[int, int, int] = COLORS["red"], opacity: float = 1.0) -> np.ndarray:
     """The inside of a signed distance (H, W), on the background."""
     alpha = opacity * np.clip(0.5 - distance, 0, 1)[..., None]
     return np.round(np.float64(BACKGROUND) * (1 - alpha) + np.float64(rgb) * alpha).astype(np.uint8)
@@ -187,9 +185,7 @@ def test_graded_counts_what_is_missing_or_too_much(wanted: int, missing: int) ->
 
 def test_points_do_not_depend_on_the_order_in_which_objects_are_found() -> None:
     """A red square could stand for either wanted object: it stands for the one that leaves more points."""
-    record = {
-        "include": [{"class": c, "color": k, "count": 1} for c, k in (("circle", "red"), ("square", "blue"))]
-    }
+    record = {"include": [{"class": c, "color": k, "count": 1} for c, k in (("circle", "red"), ("square", "blue"))]}
     for places in ((5, 26), (26, 5)):
         scene = [Shape("square", "red", places[0], 16, 3.8), Shape("triangle", "red", places[1], 16, 3.8)]
         assert score(render(scene), record) == (0.0, 0.5)
@@ -212,9 +208,7 @@ def test_blank_and_garbage_fail_for_every_prompt() -> None:
 @pytest.mark.parametrize("offset", [4.8, 5.6, 6.4, 7.0])
 @pytest.mark.parametrize("name", SHAPES)
 def test_merged_shapes_are_neither_one_nor_two(name: str, offset: float) -> None:
-    image = render(
-        [Shape(name, "red", 16 - offset / 2, 16, 3.7), Shape(name, "red", 16 + offset / 2, 16, 3.7)]
-    )
+    image = render([Shape(name, "red", 16 - offset / 2, 16, 3.7), Shape(name, "red", 16 + offset / 2, 16, 3.7)])
     for count in (1, 2):
         assert score(image, {"include": [{"class": name, "color": "red", "count": count}]})[0] == 0
 

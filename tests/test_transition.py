@@ -177,9 +177,7 @@ def test_difference_form_is_accurate():
 
 def test_repeats_bit_for_bit():
     case = inputs((5, BLOCK + 1), torch.bfloat16, guided=True, with_ref=True)
-    first, second = (
-        (*transition_triton(**case), *gradients(transition_triton, case, ("v", "v_uncond"))) for _ in range(2)
-    )
+    first, second = ((*transition_triton(**case), *gradients(transition_triton, case, ("v", "v_uncond"))) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     last = transition_triton(**{k: t[3:] if isinstance(t, torch.Tensor) else t for k, t in case.items()})
     assert all(torch.equal(a[3:], b) for a, b in zip(first, last, strict=False))

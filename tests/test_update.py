@@ -133,9 +133,7 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
         embeds, pooled = (t.double() for t in experience.conditioning)
         if guidance_scale != 1:
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        v = model(
-            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled
-        ).sample
+        v = model(hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled).sample
         if guidance_scale == 1:
             return v
         v_uncond, v = v.chunk(2)

@@ -11,7 +11,7 @@ import torch
 from fastgrpo.rewards.wire import MAGIC, PREAMBLE, WireError, pack, unpack
 
 LIMITS = (64, 1 << 20)
-WORDS = ["a red circle", "", "grünes Dreieck", "\N{SNOWMAN}\N{GRINNING FACE}", "שלום", "\x00\n\"\\", "\ud800", "x" * 3000]
+WORDS = ["a red circle", "", "grünes Dreieck", "\N{SNOWMAN}\N{GRINNING FACE}", "שלום", '\x00\n"\\', "\ud800", "x" * 3000]
 LEAVES = [None, True, False, 0, -1, 2**70, 0.1, -1e-300, "", "ключ", [], {}]
 
 

@@ -19,9 +19,7 @@ LENGTHS = [19, 31, 32, 33, 49, 64]
 
 def adapter(height: int = 16, width: int = 16, pipeline=None, **settings):
     settings = FAMILY.settings | {"height": height, "width": width} | settings
-    return model_class("z_image")(
-        pipeline or FAMILY.make(), dtype=torch.float32, device=torch.device("cpu"), **settings
-    )
+    return model_class("z_image")(pipeline or FAMILY.make(), dtype=torch.float32, device=torch.device("cpu"), **settings)
 
 
 @pytest.fixture(scope="module")

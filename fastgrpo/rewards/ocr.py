@@ -123,8 +123,13 @@ def _paddle() -> Callable[[np.ndarray], str]:
     """PaddleOCR 3: (H, W, 3) uint8 RGB -> text; it fetches its models when first used."""
     package = _import("paddleocr", "'paddleocr>=3' paddlepaddle; engine: rapid is the other")
     engine = package.PaddleOCR(
-        lang="en", device="cpu", use_doc_orientation_classify=False, use_doc_unwarping=False,
-        use_textline_orientation=False, text_det_limit_side_len=LONGEST_SIDE, text_det_limit_type="max",
+        lang="en",
+        device="cpu",
+        use_doc_orientation_classify=False,
+        use_doc_unwarping=False,
+        use_textline_orientation=False,
+        text_det_limit_side_len=LONGEST_SIDE,
+        text_det_limit_type="max",
     )
 
     def read(image: np.ndarray) -> str:

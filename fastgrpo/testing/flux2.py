@@ -40,9 +40,7 @@ def make_dev() -> Flux2Pipeline:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer(special=("[IMG]",))
     tokenizer.chat_template = USER
-    return Flux2Pipeline(
-        **common(guidance_embeds=True), text_encoder=mistral3(len(tokenizer)), tokenizer=tokenizer
-    )
+    return Flux2Pipeline(**common(guidance_embeds=True), text_encoder=mistral3(len(tokenizer)), tokenizer=tokenizer)
 
 
 def make_klein() -> Flux2KleinPipeline:

@@ -40,9 +40,7 @@ def qwen3(kind: type, vocabulary: int, layers: int, width: int = 32) -> torch.nn
     )).eval()  # fmt: skip
 
 
-def call(
-    pipeline: ZImagePipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float
-) -> Tensor:
+def call(pipeline: ZImagePipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float) -> Tensor:
     return pipeline(
         list(prompts), num_inference_steps=num_steps, guidance_scale=guidance_scale - 1, latents=latents,
         max_sequence_length=TEXT_TOKENS, height=SIDE, width=SIDE, output_type="pt",

@@ -215,9 +215,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 def encode_captions(pipeline: StableDiffusion3Pipeline, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What `StableDiffusion3Pipeline.encode_prompt` returns at max_sequence_length=1, the T5's token being zeros."""
-    outputs = [
-        encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
-    ]
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
     embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, L, 2 WIDTH)
     return F.pad(embeds, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
 

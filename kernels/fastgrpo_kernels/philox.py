@@ -50,9 +50,7 @@ def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW_32, product & _LOW_32
 
 
-def philox_ref(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 on 32-bit words held in int64; words and seed broadcast against each other."""
     c0, c1, c2, c3 = (word & _LOW_32 for word in counter)
     k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
@@ -138,9 +136,7 @@ def normal_fwd_kernel(
     i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_x = i_s * BLOCK + tl.arange(0, BLOCK)
     o_quad = i_s * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    n0, n1, n2, n3 = philox_normal4(
-        tl.load(seed), o_quad, tl.load(step), tl.load(sample_id + i_b), tl.load(iteration)
-    )
+    n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, tl.load(step), tl.load(sample_id + i_b), tl.load(iteration))
     tl.store(out + i_b * D + o_x, interleave4(n0, n1, n2, n3, BLOCK), mask=o_x < D)
 
 

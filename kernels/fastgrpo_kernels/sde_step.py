@@ -118,9 +118,7 @@ def sde_step_fwd_kernel(
     c_x, c_v, s = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
 
     o_quad = i_s * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    n0, n1, n2, n3 = philox_normal4(
-        tl.load(seed), o_quad, i_step, tl.load(sample_id + i_b), tl.load(iteration)
-    )
+    n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, i_step, tl.load(sample_id + i_b), tl.load(iteration))
     tl.store(partial + i_b * tl.num_programs(0) + i_s, sum_squares4(n0, n1, n2, n3, D - 4 * o_quad))
 
     o_d = i_s * BLOCK + tl.arange(0, BLOCK)
@@ -196,9 +194,7 @@ def _check_table(table: Tensor, x: Tensor) -> None:
     shape = tuple(table.shape)
     shared, per_sample = table.dim() == 2, table.dim() == 3 and shape[0] == x.shape[0]
     if not (shared or per_sample) or shape[-1] != 4:
-        raise ValueError(
-            f"table has shape {shape}, expected (T, 4) or ({x.shape[0]}, T, 4) with columns c_x, c_v, s, w"
-        )
+        raise ValueError(f"table has shape {shape}, expected (T, 4) or ({x.shape[0]}, T, 4) with columns c_x, c_v, s, w")
     # The batch axis may be expanded; a row of the table may not.
     rows = table if shared else table[0]
     check_tensor("table", rows, x, tuple(rows.shape), torch.float32)
@@ -231,6 +227,4 @@ def sde_step(
     if model_dtype not in (None, *VELOCITY_DTYPES):
         raise ValueError(f"model_dtype is {model_dtype}, expected None or one of {VELOCITY_DTYPES}")
     run = sde_step_triton if x.is_cuda else sde_step_ref
-    return run(
-        x, v, table, step, address, v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype
-    )
+    return run(x, v, table, step, address, v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype)

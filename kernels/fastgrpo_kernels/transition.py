@@ -57,9 +57,7 @@ def transition_ref(
 
 
 @triton.jit
-def load_differences(
-    x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK: tl.constexpr
-):
+def load_differences(x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK: tl.constexpr):
     """The block's offsets and mask, c_v, and e, d, k, which are 0 outside the row."""
     i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c_x, c_v = tl.load(coefficients + i_b * 4), tl.load(coefficients + i_b * 4 + 1)
@@ -93,9 +91,7 @@ def transition_fwd_kernel(
     D,
     BLOCK: tl.constexpr,
 ):
-    _, _, _, b_e, b_d, b_k = load_differences(
-        x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK
-    )
+    _, _, _, b_e, b_d, b_k = load_differences(x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK)
     S, B = tl.num_programs(0), tl.num_programs(1)
     p_partial = partial + tl.program_id(1).to(tl.int64) * S + tl.program_id(0)
     tl.store(p_partial, tl.sum(b_e * b_d))
@@ -167,9 +163,7 @@ class Transition(torch.autograd.Function):
         partial = torch.empty(3, batch, blocks, dtype=torch.float32, device=x.device)
         moments = torch.empty(3, batch, dtype=torch.float32, device=x.device)
         inputs = (x_next, x, v, v_old, coefficients, v_uncond, v_ref)
-        transition_fwd_kernel[(blocks, batch)](
-            *inputs, partial, guidance_scale, size, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        transition_fwd_kernel[(blocks, batch)](*inputs, partial, guidance_scale, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
         moments_fwd_kernel[(3 * batch,)](partial, moments, blocks, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
         ctx.save_for_backward(*inputs)
         ctx.guidance_scale = guidance_scale
@@ -235,6 +229,4 @@ def transition(
         if velocity is not None:
             check_tensor(name, velocity, x, shape, *VELOCITY_DTYPES)
     run = transition_triton if x.is_cuda else transition_ref
-    return run(
-        x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=guidance_scale, v_ref=v_ref
-    )
+    return run(x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=guidance_scale, v_ref=v_ref)
