@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["fastgrpo", "fastgrpo.*"]) + find_packages("kernels"),
     package_dir={"fastgrpo_kernels": "kernels/fastgrpo_kernels"},
     package_data={
-        "fastgrpo": ["*.html"],
+        "fastgrpo.reporting": ["*.html"],
         "fastgrpo.models": ["architectures/*.json"],
         "fastgrpo.tiny": ["prompts/*", "weights/*", "weights/*/*"],
         "fastgrpo.tiny.text": ["prompts/*", "weights/*", "weights/*/*"],
@@ -29,7 +29,7 @@ setup(
         "transformers>=5.23",
         "peft>=0.21",
         "accelerate",
-        # fastgrpo/engine.py switches off one of its operations by an internal name, and was tested with this release.
+        # fastgrpo/engine/zero.py switches off one of its operations by an internal name, and was tested with this release.
         "deepspeed>=0.19.8,<0.20",
         "numpy",
         "scipy",
@@ -48,5 +48,5 @@ setup(
         "flash": ["flash-attn>=2.6.3"],
         "xformers": ["xformers>=0.0.29"],
     },
-    entry_points={"console_scripts": ["fastgrpo=fastgrpo.cli:main"]},
+    entry_points={"console_scripts": ["fastgrpo=fastgrpo.commands.cli:main"]},
 )

@@ -24,11 +24,11 @@ from rollout_speed import rollout_arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgrpo.engine import Engine, finish, start
-from fastgrpo.graph import CapturedRollout, CudaCapture
+from fastgrpo.engine.zero import Engine, finish, start
 from fastgrpo.measure import memory
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.rollout import Policy, rollout
+from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
+from fastgrpo.sampling.rollout import Policy, rollout
 from fastgrpo_kernels import INITIAL_STEP, normal, sde_step
 
 BATCH, NUM_STEPS = 2, 4

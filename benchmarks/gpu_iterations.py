@@ -1,4 +1,4 @@
-"""Phases of the GPU suite that run whole iterations of the trainer, from prompts to the optimiser's step: `fastgrpo.bench`.
+"""Phases of the GPU suite that run whole iterations of the trainer, from prompts to the optimiser's step.
 
     update      SD3.5 Medium in float16; do its gradients survive float16? and with checkpointing
     qwen        Qwen-Image with its guidance, beside what another trainer has published
@@ -26,11 +26,11 @@ import torch
 from gpu_phase import REHEARSE, ROOT, Phase, main
 from torch import Tensor, nn
 
-from fastgrpo import plan
-from fastgrpo.bench import Bench, bench_config, counted
-from fastgrpo.config import Config, load_config
-from fastgrpo.engine import start
+from fastgrpo.commands import plan
+from fastgrpo.commands.bench import Bench, bench_config, counted
+from fastgrpo.engine.zero import start
 from fastgrpo.testing import load_family
+from fastgrpo.validation import Config, load_config
 
 # verl-omni's Qwen-Image LoRA recipe, images a second and GPU (H800), with the reward on the same GPUs and without it.
 VERL_OMNI = {"images_per_second": 0.305, "images_per_second_without_reward": 0.355}

@@ -11,10 +11,10 @@ from gpu_phase import REHEARSE, Phase
 from models import conditioning, load
 from torch import Tensor, nn
 
-from fastgrpo.graph import CudaCapture
 from fastgrpo.measure import memory, synchronize
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.trajectory import Rollout
+from fastgrpo.records import Rollout
+from fastgrpo.sampling.graph import CudaCapture
 
 CUDA = DEVICE.type == "cuda"
 HALF = "float32" if REHEARSE else "float16"  # what the recipes of SD3.5 run in

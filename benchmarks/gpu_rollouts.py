@@ -25,11 +25,11 @@ from models import add_stock_lora, load
 from rollout_speed import cudnn_allowed, drawing, flops_of, rollout_arguments, stock
 from torch.profiler import ProfilerActivity
 
-from fastgrpo.bench import rollout_row
-from fastgrpo.graph import CapturedRollout
+from fastgrpo.commands.bench import rollout_row
 from fastgrpo.measure import memory, peak_flops, synchronize, timed
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.rollout import Policy, rollout
+from fastgrpo.sampling.graph import CapturedRollout
+from fastgrpo.sampling.rollout import Policy, rollout
 
 NUM_STEPS = 3 if REHEARSE else 10
 FIRST_BATCH, SECOND_BATCH, *MORE_BATCHES = (2, 1, 3) if REHEARSE else (8, 1, 2, 24)

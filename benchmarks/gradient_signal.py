@@ -25,16 +25,16 @@ from common import RESULTS, ROOT, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo import sde
-from fastgrpo.advantages import group_advantages
-from fastgrpo.config import Config, load_config
-from fastgrpo.generation import Embeddings
+from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.data.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
+from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model
-from fastgrpo.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
+from fastgrpo.records import TRAIN, Steps, noise_address
 from fastgrpo.rewards import load_reward
-from fastgrpo.rollout import Policy, rollout, velocities
-from fastgrpo.trajectory import TRAIN, Steps, noise_address
+from fastgrpo.sampling import tables as sde
+from fastgrpo.sampling.rollout import Policy, rollout, velocities
+from fastgrpo.validation import Config, load_config
 from fastgrpo_kernels import transition
 
 

@@ -28,13 +28,13 @@ from models import add_stock_lora
 from released import Released
 from tqdm import tqdm
 
-from fastgrpo.config import load_config
-from fastgrpo.engine import finish as leave
-from fastgrpo.engine import start
+from fastgrpo.data.prompts import load_prompts
+from fastgrpo.engine.zero import finish as leave
+from fastgrpo.engine.zero import start
 from fastgrpo.measure import DEVICE, synchronize
 from fastgrpo.models import load_model
-from fastgrpo.prompts import load_prompts
 from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 
 RECIPE = [
     "rollout.guidance_scale=4.5", "rollout.window={kind: all_but_last}", "objective.beta=0.04", "rollout.noise_level=0.7",

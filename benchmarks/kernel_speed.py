@@ -24,9 +24,9 @@ from fastgrpo.interpreter import use_interpreter
 if not torch.cuda.is_available():
     use_interpreter()
 
-from fastgrpo import sde
 from fastgrpo.measure import DEVICE, peak_bandwidth, seconds
-from fastgrpo.trajectory import noise_address
+from fastgrpo.records import noise_address
+from fastgrpo.sampling import tables as sde
 from fastgrpo_kernels import sde_step as public_sde_step
 from fastgrpo_kernels import transition as public_transition
 from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel

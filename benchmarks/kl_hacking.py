@@ -38,15 +38,15 @@ from common import ROOT, finish, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.config import load_config
-from fastgrpo.engine import finish as leave
-from fastgrpo.engine import start
-from fastgrpo.generation import generate
+from fastgrpo.engine.zero import finish as leave
+from fastgrpo.engine.zero import start
+from fastgrpo.records import SAMPLE
+from fastgrpo.sampling.generate import generate
 from fastgrpo.tiny.pretrain import to_unit
 from fastgrpo.tiny.render import BACKGROUND, coverage, render
 from fastgrpo.tiny.world import CELL, COLORS, JITTER, RADIUS, SHAPES, sample_scene
 from fastgrpo.trainer import Trainer
-from fastgrpo.trajectory import SAMPLE
+from fastgrpo.validation import load_config
 
 SIZE = int(CELL)
 AT_ONCE = 100  # images

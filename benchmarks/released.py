@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.keys import Config
+from fastgrpo.config.keys import Config
+from fastgrpo.data.prompts import PromptSet, prompts_of_iteration
 from fastgrpo.models.sd3 import SD3
-from fastgrpo.prompts import PromptSet, prompts_of_iteration
 from fastgrpo.rewards import load_reward
 
 

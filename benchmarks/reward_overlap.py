@@ -23,11 +23,11 @@ import torch
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo.config import load_config
-from fastgrpo.engine import finish as leave
-from fastgrpo.engine import start
+from fastgrpo.engine.zero import finish as leave
+from fastgrpo.engine.zero import start
 from fastgrpo.measure import DEVICE
 from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 
 FORMS = ("no reward time", "overlapped", "one after the other")
 COLORS = {"rollout": "#2f6fdb", "decode": "#8ab4f8", "reward": "#e8a33d", "update": "#9aa5b1", "other": "#d6dbe0"}

@@ -4,7 +4,7 @@
     python benchmarks/rollout_speed.py --batches 1 9 --resolutions 512 --steps 10 --guidance 1 4.5
 
     diffusers            the stock StableDiffusion3Pipeline with its ODE and PEFT's LoRA layers; the same number of steps
-    eager                fastgrpo.rollout: SDE in a window, log-probs, trajectory kept
+    eager                fastgrpo.sampling.rollout: SDE in a window, log-probs, trajectory kept
     compiled             the same, torch.compile of the transformer's block, for each shape by itself
     fp8                  --fp8: frozen layers multiply in 8 bits
     fp8, compiled        both: by themselves 8 bits cost eight small launches a layer, which the compiler joins
@@ -32,12 +32,12 @@ from models import add_stock_lora, conditioning, load
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fastgrpo import sde
-from fastgrpo.graph import CapturedRollout, CudaCapture
 from fastgrpo.measure import DEVICE, peak_flops, seconds, synchronize
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.rollout import Policy, rollout, with_unconditional
-from fastgrpo.trajectory import TRAIN, Steps, noise_address
+from fastgrpo.records import TRAIN, Steps, noise_address, with_unconditional
+from fastgrpo.sampling import tables as sde
+from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
+from fastgrpo.sampling.rollout import Policy, rollout
 from fastgrpo_kernels import sde_step
 
 WINDOW = 3
@@ -95,7 +95,7 @@ def cudnn_allowed() -> Iterator[None]:
 
 
 def rollout_arguments(model: Adapter, batch: int, num_steps: int, guidance: float = 1.0) -> tuple[tuple, dict[str, Any]]:
-    """`fastgrpo.rollout.rollout`'s, after the policy."""
+    """`fastgrpo.sampling.rollout.rollout`'s, after the policy."""
     plain = conditioning(model, batch)
     rows = with_unconditional(plain, empty_prompt(plain) if guidance != 1 else None)
     address = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE))

@@ -101,8 +101,8 @@ def communication(ranks: int, latency: float, bandwidth: float, size: float) -> 
 
 
 def trained_bytes(config: Path) -> int:
-    from fastgrpo.config import load_config
     from fastgrpo.models import load_model
+    from fastgrpo.validation import load_config
 
     settings = load_config(config)
     model = load_model("sd3", path=settings.model.path, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)

@@ -19,12 +19,12 @@ import torch
 from common import ROOT
 from torch import Tensor, nn
 
-from fastgrpo.config import Config, check, dump_config, load_config
-from fastgrpo.engine import start
+from fastgrpo.config.schema import apply_override, build, plain
+from fastgrpo.engine.zero import start
 from fastgrpo.measure import DEVICE, synchronize
-from fastgrpo.runlog import read_lines, write_atomically
-from fastgrpo.schema import apply_override, build, plain
+from fastgrpo.reporting.runlog import read_lines, write_atomically
 from fastgrpo.trainer import Trainer
+from fastgrpo.validation import Config, check, dump_config, load_config
 
 BASELINE, DEFAULT = "flow_grpo", "default"
 GRPO = "tiny_shapes_grpo.yaml"  # the last rung; from there to the default it is the objective

@@ -29,12 +29,12 @@ import torch
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo import sde
-from fastgrpo.config import load_config
-from fastgrpo.engine import finish as leave
-from fastgrpo.engine import start
+from fastgrpo.engine.zero import finish as leave
+from fastgrpo.engine.zero import start
 from fastgrpo.measure import synchronize
+from fastgrpo.sampling import tables as sde
 from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 
 STEPS = (4, 5, 6, 8, 10, 15, 20, 40)
 NOISE = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2)

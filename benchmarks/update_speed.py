@@ -15,11 +15,11 @@ from typing import Any
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo.config import load_config
-from fastgrpo.engine import finish as leave
-from fastgrpo.engine import start
+from fastgrpo.engine.zero import finish as leave
+from fastgrpo.engine.zero import start
 from fastgrpo.measure import synchronize
 from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 
 
 def forms(batch: int, trained: int) -> dict[str, list[str]]:

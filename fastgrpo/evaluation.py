@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.generation import Embeddings, generate
-from fastgrpo.prompts import PromptSet, asked
+from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.data.prompts import PromptSet, asked
+from fastgrpo.records import EVALUATION, SAMPLE
 from fastgrpo.rewards import RewardSum
-from fastgrpo.trajectory import EVALUATION, SAMPLE
+from fastgrpo.sampling.generate import generate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,27 +16,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.advantages import Advantages, group_advantages
-from fastgrpo.checkpoint import load_checkpoint, save_checkpoint
-from fastgrpo.config import Config, check_ranks
-from fastgrpo.ema import Ema, warmed_up
-from fastgrpo.engine import Engine
+from fastgrpo.data.embeddings import Embeddings, without_text
+from fastgrpo.data.images import DATA, image_records, pictures
+from fastgrpo.data.prompts import (
+    INPUT,
+    ImagePrompt,
+    PromptSet,
+    asked,
+    check_held_out,
+    load_prompts,
+    prompts_of_iteration,
+    shares,
+)
+from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.generation import Embeddings, without_text
-from fastgrpo.graph import captured_or_eager
-from fastgrpo.learning import Learning
+from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
+from fastgrpo.learning.ema import Ema, warmed_up
+from fastgrpo.learning.iteration import Learning
+from fastgrpo.learning.pairs import Pairs, pairs_of_groups
 from fastgrpo.measure import device_name
 from fastgrpo.models import configured_model, model_class
-from fastgrpo.offline import DATA, given, image_records, pictures
-from fastgrpo.pairs import Pairs, pairs_of_groups
-from fastgrpo.progress import Stopwatch, accuracy_line, progress
-from fastgrpo.prompts import INPUT, ImagePrompt, PromptSet, asked, check_held_out, load_prompts, prompts_of_iteration, shares
-from fastgrpo.report import write_report
+from fastgrpo.records import TRAIN, Batch, Rollout, Steps, noise_address, only_final
+from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
+from fastgrpo.reporting.report import write_report
+from fastgrpo.reporting.runlog import RunLog, read_lines
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
-from fastgrpo.rollout import Policy
-from fastgrpo.runlog import RunLog, read_lines
-from fastgrpo.schedule import group_steps
-from fastgrpo.trajectory import TRAIN, Batch, Rollout, Steps, noise_address, only_final
+from fastgrpo.sampling.graph import captured_or_eager
+from fastgrpo.sampling.rollout import Policy
+from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.validation import Config, check_ranks
 
 
 class Trainer:
@@ -225,7 +234,7 @@ class Trainer:
         """Of the scores of the whole iteration (N, R), the same bits on every rank; without scores, of given images."""
         rollout, settings = self.config.rollout, vars(self.config.advantage)
         if scores is None:
-            return given(rollout.groups * rollout.group_size, self.keys, self.model.device)
+            return offline_advantages(rollout.groups * rollout.group_size, self.keys, self.model.device)
         group = torch.arange(len(scores), device=scores.device) // rollout.group_size
         weights = list(self.reward.weights.values())
         paired, keep = self.learning.objective.pairs, settings["keep"]

@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import DEVICE
+from support.helpers import DEVICE
+from support.tiny_model import load_tiny_model, load_tuned_model
 
 from fastgrpo.interpreter import use_interpreter
 
@@ -45,16 +46,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
-TINY_WEIGHTS = Path(__file__).resolve().parent.parent / "fastgrpo" / "tiny" / "weights"
-
-
-def load_tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """The embedded pipeline, through the adapter that loads SD3.5."""
-    from fastgrpo.models import load_model
-
-    return load_model("sd3", path=TINY_WEIGHTS, dtype=dtype, device=torch.device(device), max_text_tokens=1)
-
-
 @pytest.fixture(scope="session")
 def tiny_model():
     """For tests that only look at it."""
@@ -65,18 +56,6 @@ def tiny_model():
 def device_model():
     """The same on the GPU, where there is one."""
     return load_tiny_model(DEVICE)
-
-
-def load_tuned_model(targets: tuple[str, ...] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """The embedded pipeline with a LoRA that has an effect."""
-    model = load_tiny_model(device, dtype)
-    torch.manual_seed(1)
-    model.add_lora(rank=4, alpha=8, targets=targets)
-    with torch.no_grad():
-        for name, parameter in model.transformer.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    return model
 
 
 @pytest.fixture

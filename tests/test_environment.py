@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, environment
+from support.helpers import ROOT, environment
 
 from fastgrpo import interpreter
 from fastgrpo.interpreter import use_interpreter

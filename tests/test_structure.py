@@ -7,18 +7,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["fastgrpo_kernels"],
     [],  # everything that is named nowhere else
-    ["fastgrpo.trainer", "fastgrpo.train", "fastgrpo.bench", "fastgrpo.cli"],
+    ["fastgrpo.trainer", "fastgrpo.commands", "fastgrpo.__main__", "fastgrpo.train", "fastgrpo.rewards.make_prompts"],
 ]
 # Libraries that one place alone may know, so that the rest does not depend on them.
 HOMES = {
-    "deepspeed": ["fastgrpo.engine"],
+    "deepspeed": ["fastgrpo.engine.zero"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.remote"],
+    "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.serving.remote"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels"],
-    "fastapi": ["fastgrpo.rewards.service"],
-    "uvicorn": ["fastgrpo.rewards.service"],
+    "fastapi": ["fastgrpo.rewards.serving.service"],
+    "uvicorn": ["fastgrpo.rewards.serving.service"],
 }
 
 

@@ -23,18 +23,17 @@ import diffusers
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import save_torch_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.attention import use_attention
 from fastgrpo.models.folder import check_folder
 from fastgrpo.models.fp8 import drafting, prepare_fp8
 from fastgrpo.models.lora import lora_config
-from fastgrpo.prompts import ImagePrompt
+from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 PROMPT_PARTS = ("text_", "token", "processor")  # how a pipeline's parts that read prompts are called
@@ -50,18 +49,6 @@ class Settings:
     width: int | None = None
     num_frames: int | None = None  # of a video
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the loading bars of diffusers and transformers, of which a run would print a dozen."""
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
 
 
 def take_no_shortcuts(dtype: torch.dtype) -> None:
@@ -109,7 +96,7 @@ class Adapter:
         """From a folder in the diffusers format; nothing is downloaded."""
         check_folder(path, cls.pipeline_class)
         dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
-        with quiet():
+        with quiet("diffusers", "transformers"):
             kind = cls.part_class(cls.pipeline_class)
             pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
         return cls(pipeline, dtype=dtype, device=device, **settings)
@@ -282,7 +269,7 @@ class Adapter:
         """A distilled decoder for `decode(draft=True)`: for SD3 the one called taesd3, for FLUX taef1."""
         if not (path / "config.json").is_file():
             raise ValueError(f"model.tiny_decoder = {path}: holds no config.json, so it is no AutoencoderTiny folder")
-        with quiet():
+        with quiet("diffusers", "transformers"):
             decoder = AutoencoderTiny.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
         channels = self.pipeline.vae.config.latent_channels
         if decoder.config.latent_channels != channels:

@@ -20,9 +20,10 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
-from fastgrpo.models.adapter import Adapter, quiet
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
+from fastgrpo.quiet import quiet
 
 SHIFT = 3.0  # of the noise levels
 
@@ -67,7 +68,7 @@ class Bagel(Adapter):
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Bagel":
         """From the published folder; nothing is downloaded."""
         check_bagel_folder(path)
-        with quiet():
+        with quiet("diffusers", "transformers"):
             tokenizer = read_tokenizer(path)
             pipeline = BagelPipeline(
                 read_network(path, tokenizer, dtype, device), read_autoencoder(path, dtype, device),

@@ -15,8 +15,8 @@ import torch
 from diffusers.utils import load_image
 from torch import Tensor
 
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.prompts import ImagePrompt
 
 
 class Conditioning(NamedTuple):

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2VLProcessor
 
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.prompts import ImagePrompt
-from fastgrpo.trajectory import concatenate
+from fastgrpo.records import concatenate
 
 
 class Conditioning(NamedTuple):

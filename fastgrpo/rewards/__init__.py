@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import __version__
-from fastgrpo.schema import nearest
+from fastgrpo.config.schema import nearest
 
 Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
@@ -36,17 +36,17 @@ REWARDS = {
     "tiny_text_graded": "fastgrpo.rewards.tiny:text_graded",
     "jpeg_compressibility": "fastgrpo.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "fastgrpo.rewards.jpeg:incompressibility",
-    "clip_score": "fastgrpo.rewards.clip:ClipScore",
-    "pickscore": "fastgrpo.rewards.clip:PickScore",
-    "hpsv2": "fastgrpo.rewards.hpsv2:HPSv2",
-    "aesthetic": "fastgrpo.rewards.aesthetic:Aesthetic",
-    "image_reward": "fastgrpo.rewards.image_reward:ImageReward",
+    "clip_score": "fastgrpo.rewards.networks.clip:ClipScore",
+    "pickscore": "fastgrpo.rewards.networks.clip:PickScore",
+    "hpsv2": "fastgrpo.rewards.networks.hpsv2:HPSv2",
+    "aesthetic": "fastgrpo.rewards.networks.aesthetic:Aesthetic",
+    "image_reward": "fastgrpo.rewards.networks.image_reward:ImageReward",
     "vlm_judge": "fastgrpo.rewards.judge:VLMJudge",
     "ocr": "fastgrpo.rewards.ocr:OCR",
     "video_ocr": "fastgrpo.rewards.ocr:VideoOCR",
     "geneval": "fastgrpo.rewards.geneval:GenEval",
     "geneval_graded": "fastgrpo.rewards.geneval:GenEvalGraded",
-    "remote": "fastgrpo.rewards.remote:Remote",
+    "remote": "fastgrpo.rewards.serving.remote:Remote",
 }
 
 

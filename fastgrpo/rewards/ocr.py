@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.edit_distance import levenshtein
+
 LONGEST_SIDE = 960  # pixels: larger images are made smaller before text is looked for
 QUOTED = re.compile(r'"([^"]*)"')
 
@@ -84,16 +86,6 @@ def similarity(text: str, target: str) -> float:
 
 def _plain(text: str) -> str:
     return "".join(text.lower().split())
-
-
-def levenshtein(a: str, b: str) -> int:
-    """How many letters to insert, delete or replace until a is b: a row of the table a letter of a."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
-    return row[-1]
 
 
 def _import(module: str, packages: str):

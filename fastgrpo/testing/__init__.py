@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgrpo.models.adapter import quiet
+from fastgrpo.quiet import quiet
 
 FAMILIES = {
     "sd3": "fastgrpo.testing.sd3:FAMILY",
@@ -47,7 +47,7 @@ class Family:
 
     def save(self, folder: Path) -> None:
         """As a folder in the diffusers format, or as the family is published."""
-        with quiet():
+        with quiet("diffusers", "transformers"):
             self.make().save_pretrained(folder)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from fastgrpo.prompts import ImagePrompt
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.testing import Family
 from fastgrpo.testing.sd3 import clip_encoder, t5_encoder, tiny_vae
 from fastgrpo.testing.tokenizers import clip_tokenizer, t5_tokenizer

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.qwen_image import ImageProcessor
-from fastgrpo.prompts import ImagePrompt
 from fastgrpo.testing import Family
 from fastgrpo.testing.tokenizers import qwen_tokenizer
 

@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 from scipy import ndimage
 
-from fastgrpo.rewards.ocr import levenshtein
+from fastgrpo.edit_distance import levenshtein
 from fastgrpo.tiny.text.render import coverage
 from fastgrpo.tiny.text.world import ALPHABET, CELL, COLUMNS
 from fastgrpo.tiny.verify import unmix

@@ -1,0 +1,273 @@
+"""What this machine does with a configuration: images a second, share of its peak, memory; of rollouts and whole iterations.
+
+    fastgrpo bench --config configs/sd3_compressibility.yaml --random-weights
+    fastgrpo bench --config configs/flux_compressibility.yaml --random-weights --forms eager captured --batches 3 1
+
+First whole iterations of the trainer itself, from prompts to the optimiser's step, with as few groups as make one (or with
+those of `--set rollout.groups=N`); the first warms up. Then rollouts alone, in one of these forms each:
+
+    eager                  operation by operation
+    captured               one CUDA graph
+    compiled               torch.compile of the transformer's blocks
+    captured, compiled     both
+
+Speed does not depend on what the weights say, so --random-weights needs no checkpoint. MFU is the model's counted FLOPs as a
+share of the device's peak; what is computed twice (checkpointing) counts once. Everything is printed as soon as it is known,
+and written as JSON beside the machine it was measured on, to be compared with what others measured.
+"""
+
+import argparse
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.commands import plan
+from fastgrpo.config import schema
+from fastgrpo.data.prompts import asked
+from fastgrpo.engine.zero import finish, start
+from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
+from fastgrpo.models import configured_model
+from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.reporting.runlog import write_atomically
+from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
+from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.trainer import Trainer
+from fastgrpo.validation import Config, ConfigError, load_config, read_config
+from fastgrpo_kernels import NoiseAddress
+
+FORMS = ("eager", "captured", "compiled", "captured, compiled")
+FORMAT = 1  # of the JSON file
+
+Say = Callable[..., None]  # (name, **values): called with every measurement as soon as it is there
+
+
+def bench_config(path: str | Path, overrides: Sequence[str], random_weights: bool, output: Path) -> Config:
+    """The configuration with the smallest iteration that is whole, and nothing in it that would leave work out."""
+    fixed = [f"output={output}", "update.skip_dead=false"]
+    if random_weights:
+        fixed += ["model.random_weights=true", "prompts.cache=null"]  # placeholders are not for the disk
+    fixed += overrides
+    if not any(override.startswith("rollout.groups=") for override in overrides):
+        config = read_config(path, fixed)
+        images = math.lcm(config.rollout.batch_size * config.update.steps_per_rollout, config.rollout.group_size)
+        fixed.append(f"rollout.groups={images // config.rollout.group_size}")
+    return load_config(path, fixed)
+
+
+def counted(config: Config) -> plan.Counts:
+    """Of the architecture that is named, else of the model in the folder, which is loaded for that."""
+    if config.model.architecture is not None:
+        return plan.count(config)
+    return plan.count_model(config, configured_model(config.model, torch.device("cpu")))
+
+
+def rollout_row(draw: Callable[[], Any], batch: int, num_steps: int, work: float, rounds: int) -> dict[str, Any]:
+    """How fast `batch` images are drawn. work: the seconds that the device's peak would take for all their FLOPs."""
+    first = timed(draw, rounds=1, warm_ups=0)["ms"] / 1e3  # compiles, captures
+    found = timed(draw, rounds=rounds, warm_ups=1)
+    return {
+        "ms_per_step": round(found["ms"] / num_steps, 3),
+        "launch_ms_per_step": round(found["launch_ms"] / num_steps, 3),
+        "spread_ms_per_step": [round(found[end] / num_steps, 3) for end in ("min", "max")],
+        "images_per_second": round(1e3 * batch / found["ms"], 3),
+        "mfu": round(1e3 * work / found["ms"], 4),
+        "first_call_seconds": round(first, 2),
+        **memory(),
+    }
+
+
+class Bench:
+    """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
+
+    def __init__(self, config: Config, device: torch.device, say: Say, counts: plan.Counts | None = None) -> None:
+        """counts: of `counted`, where they were made before."""
+        self.config, self.say, self.counts = config, say, counts or counted(config)
+        stage = config.engine.zero_stage
+        self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
+        self.flops = sum(plan.flops_per_image(config, self.counts).values())
+        self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
+        memory(reset=True)
+        began = time.perf_counter()
+        self.trainer = Trainer(config, 1, device)
+        synchronize()
+        self._compiled: list[Any] = []  # the blocks' compiled calls, once there are any
+        say("model", seconds=round(time.perf_counter() - began, 1), parameters=self.counts.parameters,
+            trained=self.counts.trained, peak_flops=self.peak, peak_from=self.peak_from, **memory())  # fmt: skip
+
+    @property
+    def model(self) -> Any:
+        """The trainer's adapter."""
+        return self.trainer.model
+
+    def iterations(self, count: int = 2) -> None:
+        """Whole iterations, of which the first warms up."""
+        for n in range(1, count + 1):
+            memory(reset=True)
+            began = time.perf_counter()
+            metrics = self.trainer.iterate(n)
+            synchronize()
+            self.say(f"iteration {n}", **self._iteration(n, metrics, time.perf_counter() - began))
+
+    def _iteration(self, n: int, metrics: dict, seconds: float) -> dict[str, Any]:
+        images, engine = metrics["images"] // n, self.trainer.engine
+        rewarding = metrics["seconds"].get("reward", 0.0)  # what was waited for; the rest lies beside the rollouts
+        return {
+            "warms_up": n == 1,
+            "images": images,
+            "seconds": round(seconds, 4),
+            "phases": {phase: round(s, 4) for phase, s in metrics["seconds"].items()},
+            "images_per_second": round(images / seconds, 4),
+            "images_per_second_without_reward": round(images / (seconds - rewarding), 4),
+            "mfu": round(self.flops * images / (seconds - rewarding) / self.peak, 4),
+            "plan_gib": round(self.plan_gib, 2),
+            **memory(),
+            **{key: metrics[key] for key in ("first_ratio_deviation", "ratio_min", "ratio_max", "grad_norm", "loss")},
+            "loss_scale": engine.loss_scale,
+            "skipped_steps": engine.skipped_steps,
+        }
+
+    def rollouts(self, forms: Sequence[str] = FORMS, batches: Sequence[int] = (8, 1), rounds: int = 3) -> None:
+        """Rollouts alone, one form after the other, as a graph holds its memory. What fails is said and passed over."""
+        for batch in batches:
+            for form in forms:
+                memory(reset=True)
+                try:
+                    row = self._rollout(form, batch, rounds)
+                except (RuntimeError, ValueError) as error:  # out of memory is one of the former
+                    row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+                self.say(f"rollout, {form}, batch {batch}", form=form, batch=batch, **row)
+
+    def _rollout(self, form: str, batch: int, rounds: int) -> dict[str, Any]:
+        steps, address, conditioning = self._arguments(batch)
+        run = CapturedRollout(CudaCapture()) if "captured" in form else rollout
+        model, guidance = self.model, self.config.rollout.guidance_scale
+
+        def draw() -> None:
+            with self.trainer.engine.rollout_policy() as policy, model.drafting():
+                run(policy, steps, address, conditioning, guidance_scale=guidance, latent_shape=model.latent_shape,
+                    model_dtype=model.dtype, guidance_rule=model.guide)  # fmt: skip
+
+        work = steps.forwards(len(conditioning[0])) * self.counts.forward_flops / self.peak
+        with self._blocks("compiled" in form):
+            return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
+
+    def _arguments(self, batch: int) -> tuple[Steps, NoiseAddress, tuple]:
+        """As the trainer would hand them to a rollout of `batch` images of one group."""
+        config, device = self.config, self.model.device
+        steps = group_steps(config.rollout, config.objective, self.model.sigmas(config.rollout.num_steps), 1, config.seed)
+        record = self.trainer.prompts.metadata[0]
+        prompt = asked(record, self.model.image_conditioned)
+        conditioning = self.trainer.embeddings([prompt] * batch, guidance_scale=config.rollout.guidance_scale)
+        address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))
+        return steps.to(device).of(torch.zeros(batch, dtype=torch.int64, device=device)), address, conditioning
+
+    @contextmanager
+    def _blocks(self, compiled: bool) -> Iterator[None]:
+        """The transformer's blocks compiled or not, whatever the configuration has them be."""
+        blocks = self.model.blocks
+        before = [block._compiled_call_impl for block in blocks]
+        if compiled and not self._compiled:
+            self.model.compile_blocks()
+            self._compiled = [block._compiled_call_impl for block in blocks]
+        try:
+            for block, call in zip(blocks, self._compiled if compiled else [None] * len(blocks), strict=True):
+                block._compiled_call_impl = call
+            yield
+        finally:
+            for block, call in zip(blocks, before, strict=True):
+                block._compiled_call_impl = call
+
+    def close(self) -> None:
+        """Frees the model and the engine."""
+        self.trainer.engine.close()
+        del self.trainer
+        memory(reset=True)
+
+
+class Record:
+    """What was measured so far: a line on the terminal and a whole JSON file, at every measurement."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.result = path, {"format": FORMAT, **about, "measurements": []}
+
+    def __call__(self, name: str, **values: Any) -> None:
+        self.result["measurements"].append({"name": name, **values})
+        write_atomically(self.path, json.dumps(self.result, indent=1) + "\n")
+        print(line(name, values), flush=True)
+
+
+HEADER = f"{'':34}{'images/s':>10}{'MFU':>8}{'ms/step':>10}{'launched':>10}{'GiB':>8}"
+
+
+def line(name: str, values: dict[str, Any]) -> str:
+    """One measurement as a row below `HEADER`, and below an iteration's its phases."""
+    if "error" in values:
+        return f"{name:34}{values['error'].splitlines()[0][:88]}"
+    if name == "model":
+        peak = f"peak {values['peak_flops'] / 1e12:.3g} TFLOP/s, {values['peak_from']}"
+        return f"model made in {values['seconds']} s; {peak}\n\n{HEADER}"
+    peak = f"{values['peak_gib']:8.1f}" if "peak_gib" in values else f"{'':8}"
+    row = f"{name:34}{values['images_per_second']:10.3f}{values['mfu']:8.1%}"
+    if "phases" not in values:
+        return f"{row}{values['ms_per_step']:10.2f}{values['launch_ms_per_step']:10.2f}{peak}"
+    times = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in values["phases"].items())
+    return (
+        f"{row}{'':20}{peak}\n"
+        f"  {values['images']} images{', warming up' * values['warms_up']}: {times}\n"
+        f"  {values['images_per_second_without_reward']:.3f} images/s without waiting for the reward; "
+        f"first ratio {values['first_ratio_deviation']:g} from 1; {values['plan_gib']:.1f} GiB by plan"
+    )
+
+
+def checked_forms(asked: Sequence[str] | None) -> Sequence[str]:
+    """The forms to measure; left out: all that this device has, on a CPU without the minutes that compiling takes."""
+    gpu = DEVICE.type == "cuda"
+    for form in asked or ():
+        if form not in FORMS:
+            raise ConfigError(f"--forms {form!r}: unknown; there are {', '.join(repr(known) for known in FORMS)}")
+        if "captured" in form and not gpu:
+            raise ConfigError(f"--forms {form!r}: a CUDA graph needs a GPU; take eager or compiled")
+    return (FORMS if gpu else FORMS[:1]) if asked is None else asked
+
+
+def run(arguments: argparse.Namespace) -> int:
+    forms = checked_forms(arguments.forms)
+    if arguments.iterations < 0 or arguments.rounds < 1 or min(arguments.batches or [1]) < 1:
+        given = f"--iterations {arguments.iterations} --rounds {arguments.rounds} --batches {arguments.batches}"
+        raise ConfigError(f"{given}: iterations are 0 or more, rounds and batches 1 or more")
+    found = machine()
+    device = re.sub(r"\W+", "_", found["device"].lower()).strip("_")
+    path = arguments.json or Path(f"bench_{arguments.config.stem}_{device}.json")
+    with tempfile.TemporaryDirectory() as folder:
+        config = bench_config(arguments.config, arguments.set, arguments.random_weights, Path(folder))
+        print(about(config, arguments.config, found), flush=True)
+        keys = schema.plain(config)
+        say = Record(path, {"machine": found, "name": arguments.config.stem, "configuration": keys})
+        bench = Bench(config, start(), say)
+        bench.iterations(arguments.iterations)
+        batches = arguments.batches or sorted({config.rollout.batch_size, 1}, reverse=True)
+        bench.rollouts(forms, batches, arguments.rounds)
+        bench.close()
+        finish()
+    print(f"\n{path}")
+    return 0
+
+
+def about(config: Config, path: Path, found: dict[str, Any]) -> str:
+    """What is measured, and on what."""
+    rollout, packages = config.rollout, found["packages"]
+    weights = "random weights" if config.model.random_weights else f"weights of {config.model.path}"
+    return (
+        f"{found['device']}, torch {packages['torch']}, triton {packages['triton']}, deepspeed {packages['deepspeed']}\n"
+        f"{path.stem}: {config.model.architecture or config.model.name}, {config.model.dtype}, {weights}; "
+        f"{rollout.num_steps} steps, guidance {rollout.guidance_scale:g}, batches of {rollout.batch_size}"
+    )

@@ -1,0 +1,261 @@
+"""What a run will need, before a machine is rented: parameters, memory, FLOPs, expected speed.
+
+    fastgrpo plan --config configs/sd3_compressibility.yaml --gpus 8
+
+Nothing is measured on a GPU. The published architecture is built on the meta device, where tensors have shapes and no data;
+its FLOPs are counted there, operation by operation, and so are the activations that autograd keeps. With F a forward pass of
+one image, B its forward and backward pass with what is trained, g = 2 under classifier-free guidance and else 1:
+
+    FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding
+    images a second and GPU = MFU * peak / FLOPs an image
+
+S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgrpo.learning.objectives import OBJECTIVES
+from fastgrpo.measure import GIB
+from fastgrpo.models import SETTINGS, model_class
+from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.validation import Config, ConfigError, recomputes_old, trained_steps
+
+META = torch.device("meta")
+ADAM_BYTES = 8  # two float32 moments
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one image at the configuration's size."""
+
+    parameters: int
+    trained: int
+    buffer_bytes: int  # what the transformer holds besides, in its own dtype: positions, mostly
+    vae_parameters: int
+    latent_elements: int
+    forward_flops: int
+    train_flops: int  # forward and backward pass
+    decode_flops: int
+    activation_bytes: int  # kept for the backward pass of one transition, without guidance
+
+
+def count(config: Config) -> Counts:
+    """Counts of the configuration's architecture, on the meta device."""
+    if config.model.architecture is None:
+        raise ConfigError("model.architecture: name the published architecture to plan for, for example sd3.5-medium")
+    settings = {key: getattr(config.model, key) for key in SETTINGS}
+    return count_model(config, model_class(config.model.name).random(
+        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META, **settings
+    ))  # fmt: skip
+
+
+def count_model(config: Config, model: Any) -> Counts:
+    """Counts of an adapter with nothing to train yet, of which only the shapes are left afterwards."""
+    # Of as many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
+    conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
+    conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
+    model = type(model)(model.pipeline, dtype=model.dtype, device=META, **vars(model.settings))
+    x = torch.empty(1, *model.latent_shape, dtype=model.dtype, device=META)
+    sigma = torch.ones(1, device=META)
+
+    def forward() -> torch.Tensor:
+        return model.velocity(x, sigma, conditioning)
+
+    with torch.no_grad(), flash_attention():
+        forward_flops, decode_flops = flops(forward), flops(lambda: model.decode(x.float()))
+    if config.model.train == "full":
+        model.train_all(keep_reference=False)
+    else:
+        model.add_lora(rank=config.model.lora.rank, alpha=config.model.lora.alpha, targets=config.model.lora.targets)
+    if config.update.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    model.transformer.train()
+    with flash_attention():
+        train_flops, kept = flops(lambda: forward().sum().backward()), activation_bytes(model.transformer, forward)
+    return Counts(
+        parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
+        trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
+        buffer_bytes=sum(b.nbytes for b in model.transformer.buffers()),
+        vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
+        latent_elements=x.numel(),
+        forward_flops=forward_flops,
+        train_flops=train_flops,
+        decode_flops=decode_flops,
+        activation_bytes=kept,
+    )
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """On the meta device torch would take attention apart, and keep a matrix of tokens by tokens that no GPU run keeps."""
+    functional = torch.nn.functional
+    stock = functional.scaled_dot_product_attention
+
+    # Named as torch names them: some call it by keyword.
+    def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+        # A mask changes neither FLOPs nor what is kept; heads that share keys are as many products as others.
+        if key.shape[1] != query.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
+
+
+def flops(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def activation_bytes(transformer: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass, beside the weights; each storage once."""
+    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage takes a freed one's place
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
+    rollout, forward = config.rollout, counts.forward_flops
+    guided = 2 if rollout.guidance_scale != 1 else 1
+    objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
+    rescored = objective.old != "zero" if objective.forward else recomputes_old(config)
+    epochs = config.update.inner_epochs
+    return {
+        "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
+        "decode": counts.decode_flops,
+        "update": epochs * guided * trained * counts.train_flops,
+        "reference": epochs * guided * trained * forward * (config.objective.beta > 0),
+        "old velocity": guided * trained * forward * rescored,
+    }
+
+
+def rollout_forwards(config: Config) -> float:
+    """Forward passes that an image's rollout takes, over a hundred iterations of the run: windows that move change it."""
+    rollout, iterations = config.rollout, config.iterations
+    sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
+    schedules = (
+        group_steps(rollout, config.objective, sigmas, iteration, config.seed)
+        for iteration in range(1, iterations + 1, max(1, iterations // 100))
+    )
+    return statistics.fmean(steps.forwards(rollout.group_size) for steps in schedules) / rollout.group_size
+
+
+def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, float]:
+    """Bytes on each GPU by what they are for, at a ZeRO stage."""
+    width = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
+    rollout, full = config.rollout, config.model.train == "full"
+    frozen = 0 if full else counts.parameters
+    masters = 0 if config.model.dtype == "float32" else 4
+    guided = 2 if rollout.guidance_scale != 1 else 1
+    size = config.update.micro_batch_size
+    micro_batch = size if isinstance(size, int) else rollout.batch_size
+    trained = trained_steps(config)
+    images = rollout.groups * rollout.group_size / gpus
+    return {
+        "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1) + counts.buffer_bytes,
+        "reference copy": counts.parameters * width * (full and config.objective.beta > 0),
+        "8-bit copy": counts.parameters * (rollout.precision == "fp8"),
+        "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1),
+        "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
+        "average (EMA)": counts.trained * 4,
+        "decoder": counts.vae_parameters * width,
+        "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
+        "activations": counts.activation_bytes * guided * micro_batch,
+    }
+
+
+def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
+    """peak: FLOP/s of one GPU at the model's dtype."""
+    counts = count(config)
+    per_image = flops_per_image(config, counts)
+    total = sum(per_image.values())
+    images = config.rollout.groups * config.rollout.group_size
+    speed = mfu * peak / total
+    return {
+        "architecture": config.model.architecture, "dtype": config.model.dtype, "gpus": gpus,
+        "counts": vars(counts), "flops_per_image": per_image | {"total": total},
+        "memory_bytes": {f"stage {stage}": memory(config, counts, gpus, stage) for stage in stages(config)},
+        "mfu": mfu, "peak_flops": peak, "images_per_second_and_gpu": speed,
+        "seconds_per_iteration": images / (speed * gpus),
+    }  # fmt: skip
+
+
+def stages(config: Config) -> list[int]:
+    """The ZeRO stages that this configuration could run."""
+    return [0, 1, 2, 3] if config.model.dtype == "float32" else [1, 2, 3]
+
+
+def table(result: dict[str, Any], config: Config) -> str:
+    counts, per_image = Counts(**result["counts"]), result["flops_per_image"]
+    share = counts.trained / (counts.parameters + counts.trained * (config.model.train == "lora"))
+    lines = [
+        f"{result['architecture']}, {result['dtype']}, {result['gpus']} GPUs",
+        "",
+        f"transformer     {counts.parameters / 1e9:8.2f} B parameters",
+        f"trained         {counts.trained / 1e6:8.2f} M ({share:.1%}, {config.model.train})",
+        f"latent          {counts.latent_elements:8,} numbers",
+        f"forward pass    {counts.forward_flops / 1e12:8.2f} TFLOP an image, "
+        f"{counts.train_flops / counts.forward_flops:.2f} times that with backward",
+        "",
+        "TFLOP an image  " + "   ".join(f"{name} {value / 1e12:.1f}" for name, value in per_image.items() if value),
+        f"expected        {result['images_per_second_and_gpu']:8.2f} images a second and GPU, "
+        f"{result['seconds_per_iteration']:.1f} s an iteration, "
+        f"at {result['mfu']:.0%} of {result['peak_flops'] / 1e12:.0f} TFLOP/s",
+        "",
+        "GiB on each GPU " + "".join(f"{stage:>10}" for stage in result["memory_bytes"]),
+    ]
+    columns = list(result["memory_bytes"].values())
+    for name in columns[0]:
+        if any(column[name] for column in columns):
+            lines.append(f"  {name:14}" + "".join(f"{column[name] / GIB:10.2f}" for column in columns))
+    lines.append(f"  {'sum':14}" + "".join(f"{sum(column.values()) / GIB:10.2f}" for column in columns))
+    lines += [
+        "",
+        "Counted on shapes, not measured. Left out: text encoders (prompts.cache sends them away), the decoder's and the",
+        "reward's working memory, fragmentation, with checkpointing one block's activations, and in stage 3 the weights",
+        "gathered at a time. Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
+    ]
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs over which the run is spread")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached, 0 to 1")
+    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of one GPU; 989 is an H100 or H200 in bfloat16")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace, config: Config) -> int:
+    if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or arguments.peak <= 0:
+        given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
+        raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")
+    result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
+    print(json.dumps(result) if arguments.json else table(result, config))
+    return 0

@@ -1,0 +1,139 @@
+"""A reward that other machines compute: the client of `fastgrpo.rewards.serving.service`.
+
+    reward: {train: remote, eval: remote, settings: {remote: {urls: ["http://10.0.0.2:8000", "http://10.0.0.3:8000"]}}}
+
+A batch is cut into requests as large as the servers allow, which the servers share. One that does not answer is passed over
+and asked again later, with growing and random pauses; when none has answered in `retries` rounds, `RewardUnavailable` stops
+the run. Only servers of one version are used: the images of a group are compared, so the same thing must score them all.
+"""
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+try:
+    import httpx2
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("httpx2 is not installed: pip install 'fastgrpo[serve]'") from error
+
+from fastgrpo.rewards import RewardUnavailable, checked
+from fastgrpo.rewards.serving.wire import pack
+
+MAX_PAUSE = 30.0  # seconds
+
+
+class Lost(Exception):
+    """A server that could not answer this time."""
+
+
+class Remote:
+    """Scores from the servers at `urls`, in the order of the images."""
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        urls: Sequence[str],
+        token_env: str | None = None,  # the environment variable that holds the token
+        timeout: float = 120.0,  # seconds for an answer
+        retries: int = 8,  # rounds after the first, over all servers
+        pause: float = 0.5,  # seconds before the second round, then twice as long each
+        max_images: int = 64,  # a request; a server may allow fewer
+        form: str = "raw",  # or png, which is slower and smaller
+    ) -> None:
+        if isinstance(urls, str) or not urls:
+            raise ValueError(f"reward.settings.remote.urls = {urls!r}: expected a list such as [http://127.0.0.1:8000]")
+        if token_env and not os.environ.get(token_env):
+            raise ValueError(f"reward.settings.remote.token_env = {token_env!r}: this environment variable is not set")
+        self.urls, self.retries, self.pause, self.form = [url.rstrip("/") for url in urls], retries, pause, form
+        headers = {"Authorization": f"Bearer {os.environ[token_env]}"} if token_env else {}
+        # Asked directly, whatever proxy the environment names: these are the user's own machines.
+        self._client = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout, connect=10), trust_env=False)
+        self._threads = ThreadPoolExecutor(len(self.urls), "remote")
+        self._random = random.Random()  # a generator of its own: a retry must not change what a run draws
+        self._first = itertools.count(int(os.environ.get("RANK", "0")))  # ranks begin with different servers
+        found = self._healths()
+        self.name, self.version = found["reward"], found["version"]
+        self.low, self.high = (float(f"{sign}inf") if found[key] is None else found[key] for key, sign in BOUNDS)
+        self.max_images, self.max_bytes = min(max_images, found["max_images"]), found["max_bytes"]
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """images (B, 3, H, W) or (B, T, 3, H, W) uint8 -> (B,)."""
+        size = max(1, min(self.max_images, self.max_bytes // max(1, images[0].numel())))
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        # Packed one by one when their turn comes. `map` keeps the order.
+        answers = self._threads.map(lambda part: self._request(images[part], prompts[part], metadata[part]), parts)
+        return torch.tensor([score for answer in answers for score in answer])
+
+    def _request(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
+        data, first = pack(images, prompts, metadata, self.form), next(self._first)
+
+        def ask(url: str) -> list[float]:
+            answer = self._answer("POST", f"{url}/score", content=data)
+            if answer.get("version") != self.version:
+                raise Lost(f"has version {answer.get('version')}, this run's scores are of version {self.version}")
+            try:
+                scores = torch.tensor(answer["scores"], dtype=torch.float32)
+            except (KeyError, TypeError, ValueError) as error:
+                raise Lost(f"answered without scores ({error!r})") from None
+            return checked(scores, f"{self.name} of {url}", prompts, self.low, self.high).tolist()
+
+        return self._try(ask, first)
+
+    def _healths(self) -> dict:
+        """What the servers say of themselves; those that answer must agree, and the limits are the narrowest."""
+        found: dict[str, dict] = {}
+
+        def ask(url: str) -> None:
+            found[url] = self._answer("GET", f"{url}/health")
+
+        self._try(ask, 0)
+        for url in self.urls:
+            try:
+                ask(url)
+            except Lost:
+                continue  # it may come later: each answer's version is compared again
+        versions = {url: f"{one['reward']} {one['version']}" for url, one in found.items()}
+        if len(set(versions.values())) > 1:
+            raise ValueError(f"reward.settings.remote.urls: the servers differ in reward or version: {versions}")
+        limits = {key: min(one[key] for one in found.values()) for key in ("max_images", "max_bytes")}
+        return {**next(iter(found.values())), **limits}
+
+    def _try(self, ask, first: int):
+        """The first answer of the servers in turn, round after round."""
+        reasons: dict[str, str] = {}
+        for attempt in range(self.retries + 1):
+            for i in range(len(self.urls)):
+                url = self.urls[(first + i) % len(self.urls)]
+                try:
+                    return ask(url)
+                except Lost as lost:
+                    reasons[url] = str(lost)
+            if attempt < self.retries:
+                time.sleep(min(MAX_PAUSE, self.pause * 2**attempt) * self._random.uniform(0.5, 1.5))
+        told = "; ".join(f"{url} {reason}" for url, reason in reasons.items())
+        raise RewardUnavailable(f"no reward server answered in {self.retries + 1} rounds: {told}")
+
+    def _answer(self, method: str, url: str, content: bytes | None = None) -> dict:
+        """A server's JSON. What the request is to blame for, and not the server, is an error at once."""
+        try:
+            response = self._client.request(method, url, content=content)
+        except httpx2.TransportError as error:
+            raise Lost(f"cannot be reached ({type(error).__name__}: {error})") from None
+        if response.status_code >= 500 or response.status_code == 429:
+            raise Lost(f"answered {response.status_code}: {response.text[:500]}")
+        if response.status_code != 200:
+            raise ValueError(f"reward server {url} refused with {response.status_code}: {response.text[:500]}")
+        try:
+            return dict(response.json())
+        except (TypeError, ValueError):
+            raise Lost(f"answered what is no JSON object: {response.text[:100]!r}") from None
+
+
+BOUNDS = (("low", "-"), ("high", "+"))

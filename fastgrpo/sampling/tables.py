@@ -1,0 +1,215 @@
+"""Samplers as coefficient tables, and what weighs a step in the loss.
+
+Every denoising transition of Flow-GRPO and its successors is affine in what the network returned:
+
+    x' = c_x[i] x + c_v[i] v + s[i] eps            i = step, eps ~ N(0, I), v = noise - data
+
+so a sampler is a pure function `(sigmas, noise_level) -> table` of three numbers a step. Sigma falls from
+1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the predicted data and
+noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
+
+    flow_sde    mu = x + [v + g^2 / (2 sigma) x1] dt,  s = g sqrt(-dt),  g = a sqrt(sigma / (1 - sigma))
+    dance_sde   the same with g = eta
+    cps         mu = (1 - sigma_next) x0 + sigma_next cos(eta pi/2) x1,  s = sigma_next sin(eta pi/2)
+    ode         mu = x + v dt,  s = 0
+
+The SDEs have the ODE's marginals in the limit of many steps, by their score term. cps instead keeps the
+scheduled amount of noise at any number of steps. Its marginals are the ODE's only as eta -> 0 or for data of
+no spread: at a fixed eta each step redraws a fixed share of the noise, which contracts the data's spread.
+
+Letters: T steps, G groups, S trained steps.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastgrpo.sampling.windows import trained_steps
+
+LogProbWeight = Literal["exact", "cps_reference"]
+KLForm = Literal["paper", "reference"]
+StepWeight = Literal["uniform", "tempflow", "guard"]
+
+
+def flow_sde(sigmas: Tensor, noise_level: float) -> Tensor:
+    """Flow-GRPO: g = a sqrt(sigma / (1 - sigma)). (T + 1,) -> (T, 3)."""
+    sigma = sigmas[:-1]
+    # g diverges at sigma = 1: the released code puts the next sigma there, inside (1 - sigma) only.
+    guarded = torch.where(sigma == 1, sigmas[1], sigma)
+    return _euler_maruyama(sigmas, noise_level * (sigma / (1 - guarded)).sqrt())
+
+
+def dance_sde(sigmas: Tensor, noise_level: float) -> Tensor:
+    """DanceGRPO: g = eta; score -(x - (1 - sigma) x0) / sigma^2 = -x1 / sigma. (T + 1,) -> (T, 3)."""
+    return _euler_maruyama(sigmas, torch.full_like(sigmas[:-1], noise_level))
+
+
+def cps(sigmas: Tensor, noise_level: float) -> Tensor:
+    """Flow-CPS: splits the scheduled noise in kept and new, r^2 + s^2 = sigma_next^2. (T + 1,) -> (T, 3)."""
+    if noise_level > 1:
+        raise ValueError(
+            f"noise_level {noise_level} with sampler 'cps': sin(noise_level pi/2) falls again above 1, "
+            "so it would give the noise of a lower level; use 0 to 1 (published: 0.8)"
+        )
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    s = sigma_next * math.sin(noise_level * math.pi / 2)
+    r = sigma_next * math.cos(noise_level * math.pi / 2)
+    c_x = (1 - sigma_next) + r
+    c_v = r * (1 - sigma) - (1 - sigma_next) * sigma
+    return torch.stack([c_x, c_v, s], dim=-1)
+
+
+def ode(sigmas: Tensor, noise_level: float = 0.0) -> Tensor:
+    """The Euler step of the probability-flow ODE; `noise_level` has no effect. (T + 1,) -> (T, 3)."""
+    dt = sigmas.diff()
+    return torch.stack([torch.ones_like(dt), dt, torch.zeros_like(dt)], dim=-1)
+
+
+def _euler_maruyama(sigmas: Tensor, g: Tensor) -> Tensor:
+    """The step of dx = [v + g^2 / (2 sigma) (x + (1 - sigma) v)] dt + g dw; g is (T,). Returns (T, 3)."""
+    sigma, dt = sigmas[:-1], sigmas.diff()
+    correction = g.square() / (2 * sigma)
+    c_x = 1 + correction * dt
+    c_v = (1 + correction * (1 - sigma)) * dt
+    return torch.stack([c_x, c_v, g * (-dt).sqrt()], dim=-1)
+
+
+SAMPLERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+    "ode": ode,
+}
+
+
+def coefficient_table(
+    sampler: str,
+    sigmas: Tensor,  # (T + 1,) falling from 1 to 0
+    noise_level: float,
+    window_mask: Tensor | None = None,  # (..., T) bool, True where the step is stochastic and trained
+    log_prob_weight: LogProbWeight = "exact",
+) -> Tensor:
+    """The columns c_x, c_v, s, w of each step, (..., T, 4) float64; outside the window the ODE's.
+
+    w weighs the log-ratio w (2 m1 - m2). `exact` is the Gaussian's 1 / (2 s^2). `cps_reference` is w = 1, of
+    the released Flow-CPS code, which drops the variance: an implicit weight 2 s^2 a step. w = 0 where s = 0.
+    Without a mask every step is the sampler's own, the last one too: for sampling, not for training.
+    """
+    sigmas = _checked_sigmas(sigmas)
+    steps = _sampler_steps(sampler, sigmas, noise_level)  # (T, 3)
+    s = steps[:, 2]
+    w = _log_ratio_weights(sampler, s, log_prob_weight)
+    table = torch.cat([steps, w[:, None]], dim=-1)
+    if window_mask is None:
+        return table
+    _check_mask(sampler, noise_level, window_mask, s)
+    outside = torch.cat([ode(sigmas), torch.zeros_like(w)[:, None]], dim=-1)
+    return torch.where(window_mask[..., None], table, outside)
+
+
+def window_tables(
+    sampler: str,
+    sigmas: Tensor,  # (T + 1,)
+    noise_level: float,
+    starts: Tensor,  # (G,) int64, from `window_starts`
+    size: int,
+    log_prob_weight: LogProbWeight = "exact",
+) -> Tensor:
+    """One table a group, (G, T, 4) float32: steps [start, start + size) stochastic, the others ODE."""
+    mask = trained_steps(starts, size, sigmas.numel() - 1)  # (G, T)
+    return coefficient_table(sampler, sigmas, noise_level, mask, log_prob_weight).float()
+
+
+def kl_weights(sampler: str, sigmas: Tensor, noise_level: float, kl: KLForm = "paper") -> Tensor:
+    """What multiplies m3 = mean((mu - mu_ref)^2) in the KL of each step, (T,) float64; 0 where s = 0.
+
+    `paper`: 1 / (2 s^2), the KL of the two Gaussians (Flow-GRPO eq. 5), as a mean over elements.
+    `reference`: 1 / (2 g^2), of the released code. It divides by its `std_dev_t`, without dt in the SDEs,
+    g^2 = s^2 / (-dt), and s itself in cps, where the two forms agree. The published beta = 0.04 was tuned
+    with `reference`, which is 4 to 25 times smaller than `paper` over the trained steps of SD3.5 at T = 10.
+    """
+    sigmas = _checked_sigmas(sigmas)
+    s = _sampler_steps(sampler, sigmas, noise_level)[:, 2]
+    if kl == "paper":
+        return _half_inverse_square(s)
+    if kl == "reference":
+        return _half_inverse_square(s if sampler == "cps" else s / (-sigmas.diff()).sqrt())
+    raise ValueError(f"kl {kl!r} is unknown; use 'paper' or 'reference'")
+
+
+def step_weights(
+    name: StepWeight,
+    sampler: str,
+    sigmas: Tensor,  # (T + 1,)
+    noise_level: float,
+    trained: Tensor,  # (..., T) bool, see `fastgrpo.sampling.windows.trained_steps`
+) -> Tensor:
+    """What multiplies each step's policy loss, not its KL, as in the released codes: (..., T) float64; 0 outside.
+
+    `tempflow`: s over its mean in the window (TempFlow-GRPO, arXiv 2508.04324): what a step explores, it also
+    learns. Over all steps but the last of SD3.5 at T = 10 that is the released code's 2.25 s.
+    `guard`: 1 / |dt| (GRPO-Guard, 2510.22319), which goes with its normalised ratio; not rescaled, as released.
+    """
+    sigmas = _checked_sigmas(sigmas)
+    s = _sampler_steps(sampler, sigmas, noise_level)[:, 2]
+    if name == "uniform":
+        weights = torch.ones_like(s)
+    elif name == "tempflow":
+        weights = s / ((s * trained).sum(-1, keepdim=True) / trained.sum(-1, keepdim=True))
+    elif name == "guard":
+        weights = -1 / sigmas.diff()
+    else:
+        raise ValueError(f"step_weight {name!r} is unknown; use 'uniform', 'tempflow' or 'guard'")
+    return torch.where(trained, weights, 0.0)
+
+
+def _log_ratio_weights(sampler: str, s: Tensor, log_prob_weight: LogProbWeight) -> Tensor:
+    if log_prob_weight == "exact":
+        return _half_inverse_square(s)
+    if log_prob_weight != "cps_reference":
+        raise ValueError(f"log_prob_weight {log_prob_weight!r} is unknown; use 'exact' or 'cps_reference'")
+    if sampler != "cps":
+        raise ValueError(f"log_prob_weight 'cps_reference' is of sampler 'cps', not {sampler!r}; use 'exact'")
+    return (s > 0).to(s)
+
+
+def _half_inverse_square(s: Tensor) -> Tensor:
+    return torch.where(s > 0, 0.5 / s.square(), 0.0)
+
+
+def _sampler_steps(sampler: str, sigmas: Tensor, noise_level: float) -> Tensor:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+    if not 0 <= noise_level < math.inf:
+        raise ValueError(f"noise_level {noise_level} must be finite and at least 0 (published: 0.3 to 1.5)")
+    return SAMPLERS[sampler](sigmas, noise_level)
+
+
+def _checked_sigmas(sigmas: Tensor) -> Tensor:
+    sigmas = sigmas.detach().to("cpu", torch.float64)
+    if sigmas.ndim != 1 or sigmas.numel() < 2:
+        raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; it must be (T + 1,) with T >= 1 steps")
+    if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] != 0:
+        raise ValueError(f"sigmas {sigmas.tolist()} must fall strictly from at most 1 to exactly 0")
+    if 1 - 1e-6 < sigmas[0] < 1:
+        # flow_sde's guard asks for exactly 1; a rounded 1 would slip past it, with a g of several hundred.
+        raise ValueError(f"sigmas[0] = {sigmas[0].item()} is a rounded 1; pass exactly 1.0")
+    return sigmas
+
+
+def _check_mask(sampler: str, noise_level: float, mask: Tensor, s: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape[-1:] != s.shape:
+        raise ValueError(f"window_mask is {mask.dtype} {tuple(mask.shape)}; use bool (..., {s.numel()})")
+    if mask[..., -1].any():
+        raise ValueError(
+            f"the window holds the last step, {s.numel() - 1}: as sigma -> 0 its Gaussian degenerates, "
+            f"so it may not be trained; end the window at step {s.numel() - 2}"
+        )
+    if (mask & (s == 0)).any():
+        raise ValueError(
+            f"sampler {sampler!r} with noise_level {noise_level} has no noise inside the window, "
+            "so no log-prob to train; use a stochastic sampler and a noise_level above 0"
+        )

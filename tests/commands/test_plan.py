@@ -1,0 +1,240 @@
+"""`fastgrpo plan`: its counts against formulas and figures from elsewhere; and random weights, of the same architectures."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import ROOT, environment
+from torch import nn
+
+from fastgrpo.commands import plan as planning
+from fastgrpo.commands.cli import main
+from fastgrpo.commands.plan import Counts, activation_bytes, count, count_model, flops_per_image, memory, plan
+from fastgrpo.models import adapter, load_model, model_class
+from fastgrpo.models.adapter import read_architecture
+from fastgrpo.testing import FAMILIES, load_family
+from fastgrpo.validation import ConfigError, load_config
+
+CONFIG = ROOT / "configs" / "sd3_compressibility.yaml"
+TINY = {
+    "model": "sd3", "source": "none", "transformer_parameters": 0,
+    "parts": {
+        "transformer": {
+            "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4,
+            "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 32,
+            "caption_projection_dim": 32, "pooled_projection_dim": 64, "pos_embed_max_size": 8,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "shift_factor": 0.0,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    },
+}  # fmt: skip
+COUNTS = Counts(
+    parameters=1000, trained=100, buffer_bytes=40, vae_parameters=50, latent_elements=64, forward_flops=10, train_flops=21,
+    decode_flops=3, activation_bytes=7000,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(adapter, "ARCHITECTURES", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def medium() -> Counts:
+    return count(load_config(CONFIG))
+
+
+def test_stable_diffusion_35_medium_is_as_counted_elsewhere(medium: Counts) -> None:
+    """2.22 TFLOP forward at 512 px with 205 text tokens, 2.24 B parameters, 18.8 M of LoRA at rank 32."""
+    assert medium.parameters == 2_243_171_520
+    assert medium.trained == 18_776_064
+    assert medium.latent_elements == 16 * 64 * 64
+    assert medium.forward_flops == pytest.approx(2.22e12, rel=0.005)
+    assert 2.0 < medium.train_flops / medium.forward_flops < 2.3  # frozen weights have no gradient of their own
+
+
+def test_flops_of_the_blocks_follow_from_their_shapes(medium: Counts) -> None:
+    """Two per weight and token, and attention's two products: within a few percent of the count of every operation."""
+    image, text, width = 32 * 32, 77 + 128, 1536
+    block = 12 * width**2 * (image + text) + 2 * 2 * width * (image + text) ** 2 / 2
+    dual = 4 * width**2 * image + 2 * 2 * width * image**2 / 2
+    assert medium.forward_flops == pytest.approx(2 * (24 * block + 13 * dual), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], {"rollout": 100, "decode": 3, "update": 63, "reference": 0, "old velocity": 0}),
+        (["objective.beta=0.1"], {"rollout": 100, "decode": 3, "update": 63, "reference": 30, "old velocity": 0}),
+        (["rollout.guidance_scale=4"], {"rollout": 200, "decode": 3, "update": 126, "reference": 0, "old velocity": 0}),
+        (["model.compile=true", "update.old_velocity=rollout"],
+         {"rollout": 100, "decode": 3, "update": 63, "reference": 0, "old velocity": 0}),
+        (["model.compile=true"], {"rollout": 100, "decode": 3, "update": 63, "reference": 0, "old velocity": 30}),
+        (["update.old_velocity=recompute"], {"rollout": 100, "decode": 3, "update": 63, "reference": 0, "old velocity": 30}),
+        (["rollout.window={kind: all_but_last}"],
+         {"rollout": 100, "decode": 3, "update": 189, "reference": 0, "old velocity": 0}),
+    ],
+)  # fmt: skip
+def test_flops_of_an_image_by_recipe(settings: list[str], expected: dict[str, int]) -> None:
+    assert flops_per_image(load_config(CONFIG, settings), COUNTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "forwards"),
+    [
+        (["rollout.window={kind: fixed, start: 4, size: 2}"], 10),
+        (["rollout.window={kind: fixed, start: 4, size: 2}", "rollout.after_window.compress_ratio=0.5"], 8),
+        (["rollout.window={kind: fixed, start: 4, size: 2}", "rollout.shared_noise=true"], 6 + 4 / 24),
+        # Iterations 1 to 4 have windows at 0, 1, 1 and 2.
+        (["rollout.window={kind: progressive, size: 2, every: 2}", "iterations=4", "rollout.shared_noise=true"], 9 + 1 / 24),
+    ],
+)
+def test_a_rollouts_forward_passes(settings: list[str], forwards: float) -> None:
+    whole_groups = ["rollout.group_size=24", "rollout.groups=32", "rollout.batch_size=24"]
+    found = flops_per_image(load_config(CONFIG, [*whole_groups, *settings]), COUNTS)
+    assert found["rollout"] == pytest.approx(forwards * COUNTS.forward_flops)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_memory_of_lora_by_stage(stage: int) -> None:
+    """768 images over 4 GPUs, windows of 3, float16."""
+    assert memory(load_config(CONFIG), COUNTS, gpus=4, stage=stage) == {
+        "weights": 1100 * 2 / (4 if stage == 3 else 1) + 40,
+        "reference copy": 0, "8-bit copy": 0,
+        "gradients": 400 / (4 if stage >= 2 else 1),
+        "optimiser": 100 * 12 / 4, "average (EMA)": 400, "decoder": 100,
+        "trajectories": 192 * 64 * (4 * 4 + 2 * 3),
+        "activations": 7000 * 8,
+    }  # fmt: skip
+
+
+def test_memory_of_full_fine_tuning() -> None:
+    settings = ["model.train=full", "objective.beta=0.1", "model.dtype=float32", "rollout.guidance_scale=2"]
+    counts = Counts(**{**vars(COUNTS), "trained": 1000})
+    found = memory(load_config(CONFIG, settings), counts, gpus=1, stage=0)
+    assert found["weights"] == 4040 and found["reference copy"] == 4000 and found["optimiser"] == 8000
+    assert found["activations"] == 2 * 8 * 7000
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(5, 8, requires_grad=True)
+    # The input of each linear layer and the result of the ReLU, which are one; weights are not counted.
+    assert activation_bytes(net, lambda: net(x)) == 4 * (5 * 8 + 5 * 16)
+
+
+def test_checkpointing_keeps_less_and_computes_more() -> None:
+    small = ["model.height=256", "model.width=256"]
+    plain = count(load_config(CONFIG, small))
+    again = count(load_config(CONFIG, [*small, "update.gradient_checkpointing=true"]))
+    assert again.activation_bytes < plain.activation_bytes / 5
+    assert again.train_flops == pytest.approx(plain.train_flops + plain.forward_flops, rel=0.05)
+
+
+def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pytest.CaptureFixture) -> None:
+    options = ["--set", "model.architecture=tiny", "--set", "model.height=16", "--set", "model.width=16"]
+    assert main(["plan", "--config", str(CONFIG), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "TFLOP an image" in printed and "stage 3" in printed and "activations" in printed
+    assert main(["plan", "--config", str(CONFIG), *options, "--gpus", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    total = result["flops_per_image"]["total"]
+    assert result["images_per_second_and_gpu"] == pytest.approx(0.4 * 989e12 / total)
+    assert result["seconds_per_iteration"] == pytest.approx(768 / 2 / result["images_per_second_and_gpu"])
+
+
+CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_can_be_planned(name: str) -> None:
+    """At full size: a forward pass costs about two FLOPs a parameter and token, more where tokens meet in attention."""
+    config = load_config(CONFIG.parent / f"{name}.yaml")
+    counts = count(config)
+    assert counts.parameters == read_architecture(config.model.architecture)["transformer_parameters"]
+    assert counts.trained > 1e6 and counts.activation_bytes > 1e6
+    # Twice, with checkpointing three times, a forward pass, and flash attention's backward is 2.5 of its forwards.
+    assert 2 < counts.train_flops / counts.forward_flops < 3.6
+    assert 0.1 < counts.forward_flops / (2 * counts.parameters * 1024) < 10
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path) -> None:
+    """By its shapes alone: on the meta device, where not one number of it is left."""
+    family = load_family(name)
+    family.save(tmp_path)
+    model = load_model(name, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    parameters = sum(p.numel() for p in model.transformer.parameters())
+    counts = count_model(load_config(CONFIG), model)
+    assert (counts.parameters, counts.latent_elements) == (parameters, math.prod(model.latent_shape))
+    assert counts.trained > 0 and counts.train_flops > counts.forward_flops > 0 and counts.activation_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mfu", "1.5"], "mfu is 0 to 1"),
+        (["--gpus", "0"], "gpus and peak are above 0"),
+        (["--set", "model.architecture=sd9"], "'sd9': unknown; there are .*sd3.5-medium"),
+        (["--set", "model.architecture=null"], "name the published architecture"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--config", str(CONFIG), *arguments]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_random_weights_need_no_checkpoint(tiny_architecture: None) -> None:
+    from fastgrpo.data.embeddings import Embeddings
+    from fastgrpo.sampling.generate import generate
+    from fastgrpo.sampling.rollout import Policy
+
+    torch.manual_seed(0)
+    model = model_class("sd3").random("tiny", dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=4)
+    prompts = ["anything", "at all"]
+    images = generate(
+        model, Policy(model), Embeddings(model), prompts, torch.arange(2), stream=2, seed=0, num_steps=2, guidance_scale=3.0
+    )
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
+
+
+def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path) -> None:
+    """`--random-weights` from the command on: no checkpoint is looked for, and the run ends with a LoRA and a report."""
+    settings = [
+        "model.architecture=tiny", "model.height=16", "model.width=16", "model.dtype=float32", "prompts.cache=null",
+        "iterations=1", "rollout.groups=4", "rollout.group_size=4", "rollout.num_steps=6", "evaluation.num_steps=2",
+        "evaluation.images=8", f"output={tmp_path / 'run'}", f"model.path={tmp_path / 'nowhere'}",
+    ]  # fmt: skip
+    options = ["--config", str(CONFIG), "--random-weights", *(part for one in settings for part in ("--set", one))]
+    program = (
+        "import sys; from pathlib import Path; from fastgrpo.models import adapter; from fastgrpo.train import main; "
+        f"adapter.ARCHITECTURES = Path({str(adapter.ARCHITECTURES)!r}); sys.exit(main({options!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_random_weights_of_nothing_are_refused() -> None:
+    tiny_shapes = CONFIG.parent / "tiny_shapes_grpo.yaml"
+    with pytest.raises(ConfigError, match=r"model\.random_weights = True.*model\.architecture"):
+        load_config(tiny_shapes, ["model.random_weights=true"])
+
+
+def test_planning_leaves_attention_as_it_was() -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(RuntimeError), planning.flash_attention():
+        raise RuntimeError
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    assert plan.__module__ == "fastgrpo.commands.plan"

@@ -1,0 +1,202 @@
+"""Every model family on its tiny pipeline, against the stock diffusers pipeline and through whole runs under DeepSpeed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import ROOT, environment
+
+from fastgrpo.data.embeddings import Embeddings, without_text
+from fastgrpo.models import MODELS, load_model, model_class
+from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
+from fastgrpo.records import SAMPLE, concatenate, noise_address
+from fastgrpo.sampling.generate import generate
+from fastgrpo.sampling.rollout import Policy
+from fastgrpo.testing import FAMILIES, load_family
+from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
+
+CPU = torch.device("cpu")
+STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
+SCALES = [(name, scale) for name in FAMILIES for scale in load_family(name).guidance]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved tiny pipeline of every family."""
+    base = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        load_family(name).save(base / name)
+    return {name: base / name for name in FAMILIES}
+
+
+def load(name: str, folders: dict[str, Path]):
+    return load_model(name, path=folders[name], dtype=torch.float32, device=CPU, **load_family(name).settings)
+
+
+def noise(model, count: int) -> torch.Tensor:
+    shape = model.latent_shape
+    address = noise_address(SAMPLE, 0, 0, torch.arange(count))
+    return normal(address, INITIAL_STEP, torch.Size(shape).numel()).view(count, *shape)
+
+
+def own_images(name: str, model, scale: float) -> torch.Tensor:
+    prompts = load_family(name).prompts
+    return generate(
+        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
+        num_steps=STEPS, guidance_scale=scale,
+    )  # fmt: skip
+
+
+def test_every_model_has_a_tiny_family() -> None:
+    assert FAMILIES.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan"])
+def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) -> None:
+    """The way from the autoencoder's latents to the network's is the inverse of the way back, in every packing."""
+    model = load(name, folders)
+    latents = noise(model, 2)
+    found = model.from_vae(model.vae_latents(latents, model.pipeline.vae))
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    images = model.decode(latents)
+    encoded = model.encode_images(images)
+    assert encoded.shape == latents.shape and encoded.dtype == torch.float32 and encoded.isfinite().all()
+    assert not torch.equal(encoded[0], encoded[1])
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:
+    """Step by step, to the last bit unless the family says otherwise, one prompt at a time as the embeddings are made."""
+    model, family = load(name, folders), load_family(name)
+    prompt, latents = family.prompts[0], noise(load(name, folders), 1)
+    scheduler = model.pipeline.scheduler
+    fed, step = [], scheduler.step
+
+    def record(velocity: torch.Tensor, timestep, sample, **options):
+        fed.append((sample.clone(), velocity.clone()))
+        return step(velocity, timestep, sample, **options)
+
+    scheduler.step = record
+    model.pipeline.set_progress_bar_config(disable=True)
+    family.call(model.pipeline, [prompt], latents, STEPS, scale)
+    assert len(fed) == STEPS
+    with torch.no_grad():
+        conditioning, sigmas = model.encode([prompt]), model.sigmas(STEPS)
+        without = None if scale == 1 else model.encode([without_text(prompt)])
+        assert torch.equal(sigmas, scheduler.sigmas.cpu().float())
+        for (x, expected), sigma in zip(fed, sigmas, strict=False):
+            found = guided(model, x, sigma[None], conditioning, without, scale, family.guided_together)
+            assert found.shape == expected.shape and (found - expected).abs().max() <= family.tolerance
+
+
+def guided(model, x, sigma, conditioning, without, scale, together):
+    """With and without the prompt in one forward pass or in two, as the stock pipeline of the family does it."""
+    if without is None:
+        return model.velocity(x, sigma, conditioning)
+    if together:
+        both = concatenate([without, conditioning])
+        v_uncond, v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    else:
+        v_uncond, v = model.velocity(x, sigma, without), model.velocity(x, sigma, conditioning)
+    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(v, v_uncond, scale)
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_images_are_the_stock_pipelines(name: str, scale: float, folders) -> None:
+    model = load(name, folders)
+    found = own_images(name, model, scale)
+    for i in range(len(found)):
+        latents = noise(model, len(found))[i : i + 1]
+        family = load_family(name)
+        model.pipeline.set_progress_bar_config(disable=True)
+        images = family.call(model.pipeline, [family.prompts[i]], latents, STEPS, scale)
+        expected = (images.float() * 255).round()
+        assert images.std() > 0.01  # a picture, not a blank
+        assert (found[i : i + 1].float() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, folders, tmp_path: Path) -> None:
+    model = load(name, folders)
+    torch.manual_seed(1)
+    before = own_images(name, model, 1.0)
+    model.add_lora(rank=4, alpha=8)
+    trained = {n: p for n, p in model.transformer.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in n for n in trained)
+    assert torch.equal(own_images(name, model, 1.0), before)  # no effect at first
+    with torch.no_grad():
+        for n, parameter in trained.items():
+            if "lora_B" in n:
+                parameter.normal_(std=0.3)
+    after = own_images(name, model, 1.0)
+    assert not torch.equal(after, before)
+    with model.reference():
+        assert torch.equal(own_images(name, model, 1.0), before)
+    model.save_trained(tmp_path, {n: p.detach().clone() for n, p in trained.items()})
+    fresh = load(name, folders)
+    fresh.pipeline.load_lora_weights(tmp_path)
+    assert torch.equal(own_images(name, fresh, 1.0), after)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path: Path) -> None:
+    model = load(name, folders)
+    before = own_images(name, model, 1.0)
+    model.train_all(keep_reference=True)
+    trained = {n: p for n, p in model.transformer.named_parameters() if p.requires_grad}
+    assert trained.keys() == {n for n, _ in model.transformer.named_parameters() if load_family(name).fully_trained in n}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    after = own_images(name, model, 1.0)
+    with model.reference():
+        assert torch.equal(own_images(name, model, 1.0), before)
+    assert torch.equal(own_images(name, model, 1.0), after) and not torch.equal(after, before)
+    average = {n: p.detach().clone() for n, p in trained.items()}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.zero_()  # what is handed over is saved, not what the network holds
+    model.save_trained(tmp_path, average)
+    fresh = load(name, folders)
+    fresh.load_trained(tmp_path)
+    assert torch.equal(own_images(name, fresh, 1.0), after)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:
+    """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
+    worker = ROOT / "tests" / "support" / "model_worker.py"
+    done = subprocess.run(
+        [sys.executable, str(worker), name, str(folders[name]), str(tmp_path)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for form in ("lora", "full"):
+        rewards = result[form]["rewards"]
+        assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + result[form]["spread"], (form, result[form])
+        assert result[form]["first_ratio_deviation"] == 0
+        # With checkpointing the same numbers, up to the rounding of a recomputed forward pass.
+        assert result[form]["checkpointed"] == pytest.approx(rewards[:2], abs=1e-4)
+    assert result["lora"]["resumed"] == result["lora"]["rewards"]
+    assert result["bfloat16"] == 0  # the first ratio, though the network rounds
+
+
+@pytest.mark.parametrize("architecture", sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
+def test_full_size_architectures_are_the_published_ones(architecture: str) -> None:
+    """On the meta device: parameter counts, LoRA targets by name, shapes from placeholder to velocity."""
+    published = read_architecture(architecture)
+    model = model_class(published["model"]).random(
+        architecture, dtype=torch.bfloat16, device=torch.device("meta"), **published.get("settings", {})
+    )
+    assert sum(p.numel() for p in model.transformer.parameters()) == published["transformer_parameters"]
+    model.add_lora(rank=8, alpha=16)
+    adapted = {n.split(".lora_A")[0] for n, p in model.transformer.named_parameters() if "lora_A" in n}
+    for target in model.lora_targets:
+        assert any(n == target or n.endswith("." + target) for n in adapted), target
+    x = torch.empty(2, *model.latent_shape, dtype=torch.bfloat16, device="meta")
+    v = model.velocity(x, torch.ones(2, device="meta"), model.placeholder(2))
+    assert v.shape == x.shape

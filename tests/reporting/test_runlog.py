@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgrpo.reporting.runlog import RunLog, read_lines, save_grid
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    """A killed run wrote iterations 3 and half of 4 after the checkpoint of 2."""
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (1, 2, 3)) + '{"iter')
+    log = RunLog(tmp_path, 2)
+    log.metrics({"iteration": 3, "reward": 0.5, "seconds": {"rollout": 1.0}})
+    log.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"iteration": 1},
+        {"iteration": 2},
+        {"iteration": 3, "reward": 0.5, "seconds": {"rollout": 1.0}},
+    ]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"iteration": 1}\n{"iter\n{"iteration": 3}\n')
+    with pytest.raises(ValueError, match=":2: not JSON"):
+        read_lines(tmp_path / "a.jsonl")
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 32), (7, 32), (6, 200)])
+def test_grid_shows_every_image_in_order(tmp_path: Path, count: int, size: int) -> None:
+    images = np.stack([np.full((size, size, 3), 10 * (i + 1), np.uint8) for i in range(count)])
+    save_grid(tmp_path / "a.png", images)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    values = picture[picture[..., 0] != 255][:, 0]
+    factor = 4 if size == 32 else 1
+    assert {int(v): int((values == v).sum()) for v in np.unique(values)} == {
+        10 * (i + 1): (size * factor) ** 2 for i in range(count)
+    }
+
+
+def test_samples_are_kept_one_by_one(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    log = RunLog(tmp_path, 0)
+    log.samples(20, images, [{"prompt": f"p{i}", "tag": "a", "include": []} for i in range(3)])
+    log.close()
+    saved = np.asarray(Image.open(tmp_path / "samples" / "00020" / "001.png"))
+    assert np.array_equal(saved, images[1].permute(1, 2, 0).numpy())
+    prompts = json.loads((tmp_path / "samples" / "prompts.json").read_text())
+    assert prompts[2] == {"prompt": "p2", "tag": "a"} and (tmp_path / "samples" / "00020.png").exists()
