@@ -27,8 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgrpo.engine.zero import Engine, finish, start
 from fastgrpo.measure import memory
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.policy import Policy
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import INITIAL_STEP, normal, sde_step
 
 BATCH, NUM_STEPS = 2, 4

@@ -28,8 +28,9 @@ from torch.profiler import ProfilerActivity
 from fastgrpo.commands.bench import rollout_row
 from fastgrpo.measure import memory, peak_flops, synchronize, timed
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.policy import Policy
 from fastgrpo.sampling.graph import CapturedRollout
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 
 NUM_STEPS = 3 if REHEARSE else 10
 FIRST_BATCH, SECOND_BATCH, *MORE_BATCHES = (2, 1, 3) if REHEARSE else (8, 1, 2, 24)

@@ -30,10 +30,11 @@ from fastgrpo.data.prompts import PromptSet, load_prompts, prompts_of_iteration,
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model
+from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Steps, noise_address
 from fastgrpo.rewards import load_reward
 from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.rollout import Policy, rollout, velocities
+from fastgrpo.sampling.rollout import rollout, velocities
 from fastgrpo.validation import Config, load_config
 from fastgrpo_kernels import transition
 

@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from fastgrpo.measure import DEVICE, peak_flops, seconds, synchronize
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Steps, noise_address, with_unconditional
 from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import sde_step
 
 WINDOW = 3

@@ -37,13 +37,13 @@ from fastgrpo.learning.iteration import Learning
 from fastgrpo.learning.pairs import Pairs, pairs_of_groups
 from fastgrpo.measure import device_name
 from fastgrpo.models import configured_model, model_class
+from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Batch, Rollout, Steps, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.runlog import RunLog, read_lines
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.sampling.graph import captured_or_eager
-from fastgrpo.sampling.rollout import Policy
 from fastgrpo.sampling.schedule import group_steps
 from fastgrpo.validation import Config, check_ranks
 

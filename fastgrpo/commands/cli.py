@@ -43,9 +43,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.data.prompts import INPUT, load_prompts
     from fastgrpo.evaluation import Evaluator
+    from fastgrpo.policy import Policy
     from fastgrpo.reporting.text import Row, scores_by_reward, table
     from fastgrpo.rewards import load_rewards
-    from fastgrpo.sampling.rollout import Policy
 
     asked = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
     config, model = load_run(arguments.run, arguments.base, [*arguments.set, *asked])
@@ -75,10 +75,10 @@ def sample(arguments: argparse.Namespace) -> int:
 
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.data.prompts import ImagePrompt
+    from fastgrpo.policy import Policy
     from fastgrpo.records import SAMPLE
     from fastgrpo.reporting.runlog import as_pictures, save_grid
     from fastgrpo.sampling.generate import generate
-    from fastgrpo.sampling.rollout import Policy
 
     config, model = load_run(arguments.run, arguments.base)
     settings = config.evaluation

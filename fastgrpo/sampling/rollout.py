@@ -22,18 +22,6 @@ from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, sde_step
 GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 
 
-class Policy(nn.Module):
-    """A model adapter's network as a module from (x, sigma, conditioning) to velocity: what an engine wraps."""
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.transformer = model.transformer
-        self.velocity = model.velocity
-
-    def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
-        return self.velocity(x, sigma, conditioning)
-
-
 def velocities(
     policy: nn.Module,
     x: Tensor,  # (B, *D) in the model's dtype

@@ -249,8 +249,9 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):
 
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.learning.objectives import clip
+    from fastgrpo.policy import Policy
     from fastgrpo.records import TRAIN, Steps, experience_of, noise_address
-    from fastgrpo.sampling.rollout import Policy, rollout
+    from fastgrpo.sampling.rollout import rollout
 
     sigmas = model.sigmas(4)
     start = torch.zeros(len(prompts), dtype=torch.int64)

@@ -197,8 +197,8 @@ def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str, c
 
 def test_random_weights_need_no_checkpoint(tiny_architecture: None) -> None:
     from fastgrpo.data.embeddings import Embeddings
+    from fastgrpo.policy import Policy
     from fastgrpo.sampling.generate import generate
-    from fastgrpo.sampling.rollout import Policy
 
     torch.manual_seed(0)
     model = model_class("sd3").random("tiny", dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=4)

@@ -23,8 +23,9 @@ from fastgrpo.learning.update import (
     transition_loss,
     update,
 )
+from fastgrpo.policy import Policy
 from fastgrpo.records import Experience, Rollout, experience_of
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import guided_velocity_triton, transition_triton
 
 

@@ -15,9 +15,10 @@ from fastgrpo.models import load_model
 from fastgrpo.models.bagel import Bagel, Conditioning
 from fastgrpo.models.bagel_folder import published_name, read_autoencoder
 from fastgrpo.models.bagel_network import GEN, BagelTransformer, PositionTable
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, concatenate, noise_address
 from fastgrpo.sampling.generate import ode_steps
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.bagel import original_names, tiny_autoencoder, velocity_ref
 

@@ -14,9 +14,10 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.flux import Flux, FluxKontext
+from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Steps, noise_address
 from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing.flux import FAMILY, KONTEXT, SETTINGS, call, call_kontext, drawing, make
 
 STEPS = 3

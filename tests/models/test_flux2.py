@@ -7,9 +7,10 @@ from support.helpers import NoSync
 
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import model_class
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.generate import ode_steps
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.flux2 import TEXT_TOKENS
 

@@ -12,9 +12,9 @@ from support.helpers import ROOT, environment
 from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.models import MODELS, load_model, model_class
 from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, concatenate, noise_address
 from fastgrpo.sampling.generate import generate
-from fastgrpo.sampling.rollout import Policy
 from fastgrpo.testing import FAMILIES, load_family
 from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
 

@@ -14,10 +14,11 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
 from fastgrpo.models.qwen_image import QwenImage
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, TRAIN, Steps, noise_address
 from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.generate import generate
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.qwen_image import TEXT_TOKENS
 from fastgrpo_kernels import INITIAL_STEP, normal

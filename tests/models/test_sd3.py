@@ -10,9 +10,9 @@ from support.helpers import ROOT
 from support.tiny_model import TINY_WEIGHTS, load_tiny_model, load_tuned_model
 
 from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.generate import generate
-from fastgrpo.sampling.rollout import Policy
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import INITIAL_STEP, normal
 

@@ -19,11 +19,12 @@ from fastgrpo.commands.cli import main
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.wan import Wan
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.runlog import as_pictures
 from fastgrpo.rewards import load_reward
 from fastgrpo.sampling.generate import generate, ode_steps
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.wan import TEXT_TOKENS
 from fastgrpo.validation import dump_config

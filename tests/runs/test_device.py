@@ -20,7 +20,8 @@ from support.learners import experience_from, learner_of, rollout_arguments
 from torch import Tensor
 
 from fastgrpo.sampling.graph import CapturedRollout
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.policy import Policy
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo.records import Rollout
 from fastgrpo.learning.update import Learner, micro_batches, recompute_old, transition_loss, update
 from fastgrpo_kernels import Moments

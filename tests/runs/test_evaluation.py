@@ -11,7 +11,7 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet
 from fastgrpo.rewards import RewardSum
-from fastgrpo.sampling.rollout import Policy
+from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import scores_by_reward, table
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]

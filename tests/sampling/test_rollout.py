@@ -122,7 +122,7 @@ def test_guided_and_plain_velocities_share_one_forward() -> None:
 def test_the_loop_has_no_host(device_model, guided: bool) -> None:
     """Nothing between the first step and the last waits for the device or copies to it, the real network included."""
     from fastgrpo.data.embeddings import Embeddings
-    from fastgrpo.sampling.rollout import Policy
+    from fastgrpo.policy import Policy
 
     conditioning = Embeddings(device_model)(["a red circle", "two blue squares"], guidance_scale=2.0 if guided else 1.0)
     steps = steps_of(torch.tensor([0, 2]))
@@ -258,7 +258,7 @@ def test_a_shared_prefix_is_computed_once(start: int, guidance_scale: float, mem
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_shared_prefix_and_a_memory_have_no_host_either(device_model, guided: bool) -> None:
     from fastgrpo.data.embeddings import Embeddings
-    from fastgrpo.sampling.rollout import Policy
+    from fastgrpo.policy import Policy
 
     prompts, scale = ["a red circle"] * 2 + ["two blue squares"] * 2, 2.0 if guided else 1.0
     conditioning = Embeddings(device_model)(prompts, guidance_scale=scale)

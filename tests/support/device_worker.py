@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastgrpo.engine.zero import Engine, finish, start
 from fastgrpo.learning.update import update
+from fastgrpo.policy import Policy
 from fastgrpo.sampling.graph import CapturedRollout
-from fastgrpo.sampling.rollout import Policy, rollout
+from fastgrpo.sampling.rollout import rollout
 from support.capture import capture, equal
 from support.helpers import distance
 from support.learners import PlainEngine, experience_from, learner_of, rollout_arguments

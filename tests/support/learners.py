@@ -11,9 +11,9 @@ from fastgrpo.learning.objectives import clip
 from fastgrpo.learning.update import (
     Learner,
 )
+from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Experience, Rollout, Steps, experience_of, noise_address
 from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.rollout import Policy
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
 

@@ -13,10 +13,10 @@ from scipy import ndimage
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.adapter import to_pixels
+from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.rewards import load_reward
 from fastgrpo.sampling.generate import generate
-from fastgrpo.sampling.rollout import Policy
 from fastgrpo.tiny.pretrain import make_tokenizer
 from fastgrpo.tiny.render import BACKGROUND
 from fastgrpo.tiny.text import recipe, world
