@@ -27,13 +27,14 @@ import torch
 import yaml
 
 from fastgrpo.config import schema
+from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import Config, RewardConfig
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import DATA
-from fastgrpo.learning.objectives import OBJECTIVES, settings_of
+from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
 from fastgrpo.rewards import REWARDS, weights_of
-from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.sampling.windows import window_size
 
@@ -158,23 +159,9 @@ def check_ranks(config: Config, world_size: int) -> None:
 
 def trained_steps(config: Config) -> int:
     """S, how often each sample is trained on: the steps of the window, or noise levels of the forward process."""
-    if OBJECTIVES[config.objective.name].forward:
+    if OBJECTIVES[config.objective.name].on_final_images:
         return config.forward.num_timesteps
     return window_size(config.rollout.window, config.rollout.num_steps)
-
-
-def recomputes_old(config: Config, micro_batch_size: int | None = None) -> bool:
-    """Whether the update makes v_old again, as is asked for, or else where its forward passes are not the rollout's.
-
-    micro_batch_size: what `largest` turned out to be, once that is known.
-    """
-    if config.update.old_velocity is not None:
-        return config.update.old_velocity == "recompute"
-    rollout, model = config.rollout, config.model
-    size = micro_batch_size or config.update.micro_batch_size
-    # A compiled block is one program with gradients and another without, which keep other values in full precision.
-    compiled = model.compile and model.dtype != "float32"
-    return rollout.precision != "model" or compiled or size not in ("rollout", rollout.batch_size)
 
 
 def _check_objective(config: Config) -> None:
@@ -190,7 +177,7 @@ def _check_objective(config: Config) -> None:
         schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from images that are there already")
     if objective.offline and config.prompts.weights:
         schema.refuse("prompts.weights", config.prompts.weights, "given images are all taken alike: leave it out")
-    if OBJECTIVES[name].forward:
+    if OBJECTIVES[name].on_final_images:
         _check_forward(config)
     elif lag > 0:
         way_out = "takes the transitions of the trained policy; only objectives of the forward process have another"
@@ -216,7 +203,7 @@ def _check_steps(config: Config) -> None:
     """The sampler's and the window's own rules, tried on the first iteration's windows with evenly spaced sigmas."""
     sigmas = torch.linspace(1, 0, config.rollout.num_steps + 1, dtype=torch.float64)
     try:
-        group_steps(config.rollout, config.objective, sigmas, 0, config.seed)
+        group_schedule(config.rollout, sigmas, 0, config.seed, weighting(config.objective))
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+KLForm = Literal["paper", "reference"]
+LogProbWeight = Literal["exact", "cps_reference"]
+StepWeight = Literal["uniform", "tempflow", "guard"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -170,11 +174,11 @@ class ObjectiveConfig:
     """Clip of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
     beta: float = 0.04
     """Weight of the KL to the model before training; 0 saves its forward passes."""
-    kl: Literal["paper", "reference"] = "reference"
+    kl: KLForm = "reference"
     """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
-    log_prob_weight: Literal["exact", "cps_reference"] = "exact"
+    log_prob_weight: LogProbWeight = "exact"
     """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
-    step_weight: Literal["uniform", "tempflow", "guard"] | None = None
+    step_weight: StepWeight | None = None
     """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard). Left
     out: the objective's own, which is guard for guard and uniform for all others."""
 

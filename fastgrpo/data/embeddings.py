@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.records import concatenate, with_unconditional
+from fastgrpo.policy import Model
+from fastgrpo.records import Prompted, concatenate
 
 IN_MEMORY = 1024  # prompts whose embeddings are kept in memory when they are also on disk: a few GB for SD3
 
@@ -26,18 +27,19 @@ class Embeddings:
     resume.
     """
 
-    def __init__(self, model, folder: Path | None = None) -> None:
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
         self._known: OrderedDict[str, tuple] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str | ImagePrompt], *, guidance_scale: float) -> tuple:
-        """Rows for `rollout`: the prompts', and under guidance those of the empty prompt before them."""
-        conditioning = concatenate([self._one(prompt) for prompt in prompts])
+    def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
+        """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
+        cond = concatenate([self._one(prompt) for prompt in prompts])
         if guidance_scale == 1:
-            return conditioning
-        if isinstance(prompts[0], str):
-            return with_unconditional(conditioning, self._one(""))
-        return concatenate([*(self._one(without_text(prompt)) for prompt in prompts), conditioning])
+            return Prompted(cond)
+        if not isinstance(prompts[0], str):
+            return Prompted(cond, concatenate([self._one(without_text(prompt)) for prompt in prompts]))
+        empty = self._one("")
+        return Prompted(cond, type(cond)(*(tensor.expand(len(prompts), *tensor.shape[1:]) for tensor in empty)))
 
     def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
         """Puts the embeddings of all prompts on disk, so that the text encoders are not asked again."""

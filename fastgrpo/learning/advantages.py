@@ -75,9 +75,8 @@ def offline_advantages(samples: int, keys: Sequence[str], device: torch.device) 
     ones = torch.ones(samples, device=device)
     if len(keys) == 1:
         return Advantages(ones, ones), None
-    place = torch.arange(samples, device=device)
-    chosen = place - place % 2
-    return Advantages(1.0 - 2.0 * (place % 2), ones), Pairs(noise_id=chosen, place=place, weight=ones)
+    number = torch.arange(samples, device=device)
+    return Advantages(1.0 - 2.0 * (number % 2), ones), Pairs(noise_id=number - number % 2, sort_key=number, weight=ones)
 
 
 def win_rate(rewards: Tensor, group: Tensor) -> Tensor:
