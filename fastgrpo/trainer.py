@@ -29,6 +29,7 @@ from fastgrpo.data.prompts import (
     shares,
 )
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
@@ -51,10 +52,10 @@ from fastgrpo.validation import Config, check_ranks
 class Trainer:
     """A run: what it is made of in `__init__`, what happens in `run`, one iteration in `iterate`."""
 
-    def __init__(self, config: Config, world_size: int, device: torch.device) -> None:
-        check_ranks(config, world_size)
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        check_ranks(config, ranks.world_size)
         torch.manual_seed(config.seed)
-        self.config = config
+        self.config, self.ranks = config, ranks
         family = model_class(config.model.name)
         images = family.image_conditioned
         # Of training on images that are there already: what they are called in the prompts' lines.
@@ -67,9 +68,9 @@ class Trainer:
         self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
         reward = config.reward
         self.reward, held_out_reward = load_rewards(
-            reward.train, reward.eval, device=device, settings=reward.settings, frames=reward.frames
+            reward.train, reward.eval, device=ranks.device, settings=reward.settings, frames=reward.frames
         )
-        self.model = configured_model(config.model, device)
+        self.model = configured_model(config.model, ranks.device)
         self.model.use_attention(config.model.attention)
         if config.model.tiny_decoder:
             self.model.load_tiny_decoder(config.model.tiny_decoder)
@@ -82,7 +83,7 @@ class Trainer:
             self.model.compile_blocks()
         self.embeddings = Embeddings(self.model, config.prompts.cache)
         self.engine = Engine(
-            Policy(self.model), zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
+            Policy(self.model), ranks, zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
             learning_rate=config.update.learning_rate, betas=config.update.betas,
             weight_decay=config.update.weight_decay, max_grad_norm=config.update.max_grad_norm,
             micro_batch_size=config.rollout.batch_size,
@@ -106,8 +107,8 @@ class Trainer:
         if self.config.prompts.cache is None:
             return
         prompts = [*prompts, *{without_text(prompt): None for prompt in prompts}]
-        self.embeddings.prepare(prompts[self.engine.rank :: self.engine.world_size], show=self.engine.rank == 0)
-        self.engine.barrier()
+        self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
+        self.ranks.barrier()
         self.model.release_encoders()
 
     def _evaluator(self, held_out: PromptSet, reward: RewardSum) -> Evaluator:
@@ -115,21 +116,21 @@ class Trainer:
         return Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=held_out, reward=reward, num_steps=evaluation.num_steps,
             guidance_scale=evaluation.guidance_scale, batch_size=evaluation.batch_size, seed=self.config.seed,
-            rank=self.engine.rank, world_size=self.engine.world_size, gather=self.engine.gather,
-            together=partial(self.engine.together, RewardUnavailable),
+            rank=self.ranks.rank, world_size=self.ranks.world_size, gather=self.ranks.gather,
+            together=partial(self.ranks.together, RewardUnavailable),
         )  # fmt: skip
 
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary."""
         self.done, self.seconds = self._resume()
         self.saved = self.done
-        self.log = RunLog(self.config.output, self.done) if self.engine.rank == 0 else None
+        self.log = RunLog(self.config.output, self.done) if self.ranks.rank == 0 else None
         if self.log:
             print(f"rollout: {self.rollout_kind}", flush=True)
         try:
             self._train()
         except RewardUnavailable:
-            # Raised on all ranks (`Engine.together`) and never within an update: the state is that of the last iteration.
+            # Raised on all ranks (`Ranks.together`) and never within an update: the state is that of the last iteration.
             self.scorer.shutdown(wait=False, cancel_futures=True)
             if self.done > self.saved:
                 self._save(self.done, self.seconds)
@@ -142,7 +143,7 @@ class Trainer:
             self._evaluate_if_due(iteration)
         bar = tqdm(
             range(self.done + 1, config.iterations + 1), desc="training", initial=self.done, total=config.iterations,
-            disable=self.engine.rank != 0, dynamic_ncols=True,
+            disable=self.ranks.rank != 0, dynamic_ncols=True,
         )  # fmt: skip
         for iteration in bar:
             began = time.perf_counter()
@@ -190,9 +191,9 @@ class Trainer:
             # Beside the next batch's rollout: only what is not done by its end is waited for.
             waiting.append(self.scorer.submit(self.reward, images, prompts, records))
             batches.append(Batch(sample_id, conditioning, steps, result))
-        with clock("reward"), self.engine.together(RewardUnavailable):
+        with clock("reward"), self.ranks.together(RewardUnavailable):
             scores = torch.cat([score.result() for score in waiting])
-        return batches, self.engine.gather(scores.to(self.model.device))
+        return batches, self.ranks.gather(scores.to(self.model.device))
 
     def _data(self, iteration: int, clock: Stopwatch) -> list[Batch]:
         """This rank's batches of images that are there already, encoded."""
@@ -212,8 +213,8 @@ class Trainer:
     def _sample_ids(self) -> Iterable[Tensor]:
         """The samples of each of this rank's batches, numbered over all ranks."""
         rollout = self.config.rollout
-        share = rollout.groups * rollout.group_size // self.engine.world_size
-        return torch.arange(self.engine.rank * share, (self.engine.rank + 1) * share).split(rollout.batch_size)
+        share = rollout.groups * rollout.group_size // self.ranks.world_size
+        return torch.arange(self.ranks.rank * share, (self.ranks.rank + 1) * share).split(rollout.batch_size)
 
     def _groups_steps(self, iteration: int) -> Steps:
         """The steps of every group's rollout."""
@@ -247,12 +248,12 @@ class Trainer:
         metrics: dict[str, Tensor], clock: Stopwatch,
     ) -> dict:  # fmt: skip
         """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
-        values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
+        values = self.ranks.all_reduce(torch.stack([value.double() for value in metrics.values()]))
         forwards = sum(batch.steps.forwards(len(batch.conditioning[0])) for batch in batches if batch.steps is not None)
         return {
             "iteration": iteration,
             **({} if scores is None else self._reward_metrics(scores, advantages)),
-            "rollout_forwards": forwards * self.engine.world_size,
+            "rollout_forwards": forwards * self.ranks.world_size,
             **dict(zip(metrics, values.tolist(), strict=True)),
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
@@ -276,14 +277,14 @@ class Trainer:
             return
         # Rank 0 looks for all: the others could see the file appear.
         rows = read_lines(self.config.output / "evaluations.jsonl")
-        if self.engine.broadcast_object(iteration not in {row["iteration"] for row in rows}):
+        if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
             images = evaluation.images if iteration == 0 or last else evaluation.images_between
             self.evaluate(iteration, images, base=iteration == 0)
 
     def evaluate(self, iteration: int, images: int, base: bool = False) -> None:
         """Accuracy on held-out prompts and samples to look at, with the averaged weights."""
-        batches = -(-images // (self.config.evaluation.batch_size * self.engine.world_size))
-        bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.engine.rank != 0, dynamic_ncols=True)
+        batches = -(-images // (self.config.evaluation.batch_size * self.ranks.world_size))
+        bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.ranks.rank != 0, dynamic_ncols=True)
         with self._averaged(base), self.engine.rollout_policy() as policy:
             row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
             samples = self.evaluator.samples(policy, self.config.evaluation.samples)
@@ -318,7 +319,7 @@ class Trainer:
         folder = self.config.output
         save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
         self.saved = iteration
-        if self.engine.rank == 0:
+        if self.ranks.rank == 0:
             self.model.save_trained(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
             if self.log:
                 write_report(folder)
@@ -326,7 +327,7 @@ class Trainer:
     def _finish(self, seconds: float) -> dict:
         """The summary: first against last evaluation."""
         folder = self.config.output
-        if self.engine.rank != 0:
+        if self.ranks.rank != 0:
             return {}
         rows = read_lines(folder / "evaluations.jsonl")
         base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
@@ -341,7 +342,7 @@ class Trainer:
             "iterations": last["iteration"],
             "seed": self.config.seed,
             "status": "finished",
-            "world_size": self.engine.world_size,
+            "world_size": self.ranks.world_size,
             "device": device_name(),
             "rollout": self.rollout_kind,
         }

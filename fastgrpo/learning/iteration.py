@@ -99,7 +99,7 @@ class Learning:
         """Without whole batches of samples that teach nothing; the same number of batches on every rank."""
         count = len(part)
         if self.config.update.skip_dead:
-            count = int(self.engine.all_reduce(live_count(part), "max"))
+            count = int(self.engine.ranks.all_reduce(live_count(part), "max"))
         return live_batches(part, count, place)
 
     def _with_old_velocities(self, parts: list[list[Experience]]) -> list[list[Experience]]:
@@ -113,9 +113,9 @@ class Learning:
     def _try_micro_batches(self, experience: Experience) -> None:
         """The largest micro-batch that every rank can hold, once and for all."""
         size = torch.tensor([largest_micro_batch(self.learner, experience)], device=self.model.device)
-        size = int(self.engine.all_reduce(size, "min"))
+        size = int(self.engine.ranks.all_reduce(size, "min"))
         self.learner, self._micro_batch_known = self.learner._replace(micro_batch_size=size), True
-        if self.engine.rank == 0:
+        if self.engine.ranks.rank == 0:
             tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
 
 
