@@ -24,7 +24,8 @@ from rollout_speed import rollout_arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgrpo.engine.zero import Engine, finish, start
+from fastgrpo.engine.ranks import finish, start
+from fastgrpo.engine.zero import Engine
 from fastgrpo.measure import memory
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.policy import Policy
@@ -129,8 +130,7 @@ def first_ratio(phase: Phase, name: str, model: Adapter, policy: Policy, must_ho
 
 def under_deepspeed(phase: Phase, model: Adapter) -> None:
     """The policy that the engine hands out: captured before updates and after, replays that follow them, and no waiting."""
-    start()
-    engine = Engine(Policy(model), zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
+    engine = Engine(Policy(model), start(), zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
     arguments = rollout_arguments(model, BATCH, NUM_STEPS)
     form = CapturedRollout(capture())
     with engine.rollout_policy() as policy:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastgrpo.commands import plan
 from fastgrpo.commands.bench import Bench, bench_config, counted
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import start
 from fastgrpo.testing import load_family
 from fastgrpo.validation import Config, load_config
 

@@ -38,8 +38,8 @@ from common import ROOT, finish, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import Ranks, start
+from fastgrpo.engine.ranks import finish as leave
 from fastgrpo.records import SAMPLE
 from fastgrpo.sampling.generate import generate
 from fastgrpo.tiny.pretrain import to_unit
@@ -103,12 +103,12 @@ def diversity(groups: Tensor) -> Tensor:
     return pairs.sum(dim=(1, 2)) / (flat.shape[1] * (flat.shape[1] - 1))
 
 
-def trainer_of(arguments: argparse.Namespace, beta: float, folder: str, device: torch.device) -> Trainer:
+def trainer_of(arguments: argparse.Namespace, beta: float, folder: str, ranks: Ranks) -> Trainer:
     settings = [
         f"output={folder}", f"objective.beta={beta}", "rollout.groups=8", "rollout.batch_size=64",
         f"reward.train={{tiny_shapes: 1, jpeg_incompressibility: {arguments.weight}}}", *arguments.set,
     ]  # fmt: skip
-    return Trainer(load_config(arguments.config, settings), 1, device)
+    return Trainer(load_config(arguments.config, settings), ranks)
 
 
 @torch.no_grad()
@@ -267,10 +267,10 @@ def main() -> None:
     if arguments.quick:
         arguments.iterations, arguments.prompts, arguments.group = 20, 10, 8
         arguments.betas = arguments.betas[:1]
-    device, runs = start(), {}
+    ranks, runs = start(), {}
     with tempfile.TemporaryDirectory() as folder:
         for beta in tqdm([0.0, *arguments.betas], desc="runs", dynamic_ncols=True):
-            trainer = trainer_of(arguments, beta, folder, device)
+            trainer = trainer_of(arguments, beta, folder, ranks)
             chosen = prompts_of_each_tag(trainer.evaluator.prompts.metadata, arguments.prompts)
             records = [record for record in chosen for _ in range(arguments.group)]
             truth = measure(trainer, 0, true_images(trainer, records), records, arguments.group)

@@ -20,7 +20,7 @@ from common import ROOT
 from torch import Tensor, nn
 
 from fastgrpo.config.schema import apply_override, build, plain
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import start
 from fastgrpo.measure import DEVICE, synchronize
 from fastgrpo.reporting.runlog import read_lines, write_atomically
 from fastgrpo.trainer import Trainer
@@ -78,9 +78,9 @@ def write_configuration(work: Path, name: str, settings: Sequence[str]) -> None:
 
 def join(progress: Any) -> None:
     """A worker begins."""
-    global device, queue
+    global ranks, queue
     torch.set_num_threads(1)
-    device, queue = start(), progress
+    ranks, queue = start(), progress
 
 
 def now() -> float:
@@ -112,7 +112,7 @@ def counted(policy: nn.Module) -> Iterator[SimpleNamespace]:
 
 def measure(work: Path, names: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Of each recipe the seconds and the image forwards of an iteration: in turn, the first to warm up, then the fastest."""
-    trainers = {name: Trainer(load_config(work / name / "config.yaml"), 1, device) for name in names}
+    trainers = {name: Trainer(load_config(work / name / "config.yaml"), ranks) for name in names}
     measured: dict[str, dict[str, float]] = {}
     for n in range(1 + rounds):
         for name, trainer in trainers.items():
@@ -167,7 +167,7 @@ def train(run: Run) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"seed={run.seed}", f"output={run.folder}"]
-    trainer = Trainer(load_config(run.folder.parent / "config.yaml", overrides), 1, device)
+    trainer = Trainer(load_config(run.folder.parent / "config.yaml", overrides), ranks)
     trainer.log = None  # it is the evaluations that are kept here
     last, wall = trainer._resume()
     rows = [row for row in rows if row["iteration"] <= last]  # what came after the last checkpoint comes again

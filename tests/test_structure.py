@@ -11,7 +11,7 @@ FLOORS = [
 ]
 # Libraries that one place alone may know, so that the rest does not depend on them.
 HOMES = {
-    "deepspeed": ["fastgrpo.engine.zero"],
+    "deepspeed": ["fastgrpo.engine.ranks"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.serving.remote"],

@@ -32,7 +32,7 @@ import torch
 from fastgrpo.commands import plan
 from fastgrpo.config import schema
 from fastgrpo.data.prompts import asked
-from fastgrpo.engine.zero import finish, start
+from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
 from fastgrpo.records import TRAIN, Steps, noise_address
@@ -88,7 +88,7 @@ def rollout_row(draw: Callable[[], Any], batch: int, num_steps: int, work: float
 class Bench:
     """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
 
-    def __init__(self, config: Config, device: torch.device, say: Say, counts: plan.Counts | None = None) -> None:
+    def __init__(self, config: Config, ranks: Ranks, say: Say, counts: plan.Counts | None = None) -> None:
         """counts: of `counted`, where they were made before."""
         self.config, self.say, self.counts = config, say, counts or counted(config)
         stage = config.engine.zero_stage
@@ -97,7 +97,7 @@ class Bench:
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)
         began = time.perf_counter()
-        self.trainer = Trainer(config, 1, device)
+        self.trainer = Trainer(config, ranks)
         synchronize()
         self._compiled: list[Any] = []  # the blocks' compiled calls, once there are any
         say("model", seconds=round(time.perf_counter() - began, 1), parameters=self.counts.parameters,

@@ -8,7 +8,6 @@ A run that was stopped goes on from its last checkpoint when the same command is
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -39,19 +38,19 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # After the configuration is known to be good: these take seconds to load.
-    from fastgrpo.engine.zero import finish, start
+    from fastgrpo.engine.ranks import finish, start
     from fastgrpo.rewards import RewardUnavailable
     from fastgrpo.trainer import Trainer
 
-    device = start()
+    ranks = start()
     try:
-        trainer = Trainer(config, int(os.environ["WORLD_SIZE"]), device)
+        trainer = Trainer(config, ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RewardUnavailable as error:
         return stopped(error, "nothing was begun")
-    if trainer.engine.rank == 0:
+    if ranks.rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output / "config.yaml", dump_config(config))
     try:

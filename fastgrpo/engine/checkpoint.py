@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fastgrpo.engine.ranks import Ranks
+
 MARKER = "COMPLETE"
 STATE = "state.pt"
 ENGINE = "engine"
@@ -28,13 +30,10 @@ ENGINE = "engine"
 class SavedEngine(Protocol):
     """What is needed of `fastgrpo.engine.zero.Engine`."""
 
-    rank: int
-    world_size: int
+    ranks: Ranks
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> Any: ...
-    def barrier(self) -> None: ...
-    def broadcast_object(self, value: Any = None) -> Any: ...
 
 
 def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -46,19 +45,19 @@ def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict
         raise ValueError(f"keep {keep} must be at least 1")
     final = root / f"{iteration:05d}"
     partial = final.with_suffix(".partial")
-    if engine.rank == 0:
+    if engine.ranks.rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         partial.mkdir()
         _save_state(state, partial / STATE)
-    engine.barrier()  # the folder is there, and nobody writes into a leftover
+    engine.ranks.barrier()  # the folder is there, and nobody writes into a leftover
     engine.save(partial / ENGINE)
-    engine.barrier()  # every part is written
-    if engine.rank == 0:
-        _complete(partial, final, iteration, engine.world_size)
+    engine.ranks.barrier()  # every part is written
+    if engine.ranks.rank == 0:
+        _complete(partial, final, iteration, engine.ranks.world_size)
         for old in _complete_ones(root)[:-keep]:
             _remove(old)
-    engine.barrier()
+    engine.ranks.barrier()
     return final
 
 
@@ -76,7 +75,7 @@ def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any
     The state's tensors are on the CPU. A complete checkpoint that was damaged later is an error.
     """
     # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
-    folder = engine.broadcast_object(latest_checkpoint(root) if engine.rank == 0 else None)
+    folder = engine.ranks.broadcast_object(latest_checkpoint(root) if engine.ranks.rank == 0 else None)
     if folder is None:
         return None
     iteration = check_files(folder)

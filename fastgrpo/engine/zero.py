@@ -14,8 +14,8 @@ summed in float32. ZeRO splits over the ranks, beside the data (arXiv 1910.02054
 In a low-precision policy AdamW steps float32 masters, made from the rounded weights and rounded into them
 after each step. An update whose gradient is not finite is skipped on all ranks, and its norm is inf.
 
-    device = start()
-    engine = Engine(policy.to(device), zero_stage=1, dtype=torch.float32, ...)
+    ranks = start()
+    engine = Engine(policy.to(ranks.device), ranks, zero_stage=1, dtype=torch.float32, ...)
     with torch.no_grad(), engine.rollout_policy() as policy: ...
     for n, batch in enumerate(batches):
         engine.backward(loss(engine(batch)) / len(batches), last=n + 1 == len(batches))
@@ -23,95 +23,32 @@ after each step. An update whose gradient is not finite is skipped on all ranks,
     engine.close()
     finish()
 
-A method marked collective must be called by all ranks. No other file imports deepspeed.
+A method marked collective must be called by all ranks.
 """
 
-import functools
 import gc
 import io
 import json
-import logging
-import os
-import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from fastgrpo.engine.ranks import Ranks, load_deepspeed
 
 State = dict[str, Tensor]
 
 
-@functools.cache
-def _deepspeed() -> ModuleType:
-    """Imported on first use, as it takes seconds and chooses its accelerator there and then."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # It calls torch.distributed by names that torch has deprecated, in every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*_tensor` is deprecated.*")
-    return deepspeed
-
-
-def start() -> torch.device:
-    """Joins the processes that the launcher started, or makes a group of one; returns this rank's device."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed = _deepspeed()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        _refuse_shm_op(deepspeed)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return device
-
-
-def _refuse_shm_op(deepspeed: ModuleType) -> None:
-    """DeepSpeed's shared-memory all-reduce serves its inference only, but a CPU start would compile it first.
-
-    That takes ninja, a C++ compiler and a minute, and the lock of a killed build hangs the next start.
-    """
-    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
-        ops["deepspeed_shm_comm"] = False
-    else:
-        warnings.warn(
-            f"deepspeed {deepspeed.__version__} has no known switch for its shared-memory operation: "
-            "it may compile it now, for which it needs ninja and a C++ compiler",
-            stacklevel=3,
-        )
-
-
-def finish() -> None:
-    """Leaves the group. Close the engines before.
-
-    Not for a `finally`: after an error the other ranks may not come, and the launcher ends them all.
-    """
-    # A tensor that a thread of gloo frees while the interpreter shuts down aborts the process: free all now.
-    gc.collect()
-    if dist.is_initialized():
-        _deepspeed().comm.destroy_process_group()
-
-
 class Engine:
-    """A policy under DeepSpeed: its forward, its update, its trained weights, the talk between its ranks."""
+    """A policy under DeepSpeed: its forward pass, its update, its trained weights."""
 
     def __init__(
         self,
-        policy: nn.Module,  # on the device that `start` returned; what requires a gradient is trained
+        policy: nn.Module,  # on the ranks' device; what requires a gradient is trained
+        ranks: Ranks,
         *,
         zero_stage: int,
         dtype: torch.dtype,  # float32 leaves the policy as it is, also a frozen base of lower precision
@@ -123,6 +60,7 @@ class Engine:
         micro_batch_size: int = 1,  # for DeepSpeed's books only
         zero_options: dict[str, Any] | None = None,  # more of DeepSpeed's `zero_optimization` section
     ) -> None:
+        self.ranks = ranks
         self.zero_stage, self.dtype, self.max_grad_norm = zero_stage, dtype, max_grad_norm
         # Kept, because while an adapter is switched off its parameters do not require a gradient.
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -134,13 +72,11 @@ class Engine:
         config = _config(zero_stage, dtype, max_grad_norm, micro_batch_size, size, zero_options or {})
         kept = [(p, p.data) for p in _kept_in_float32(policy)] if zero_stage < 3 else []  # stage 3 has shards of one dtype
         with redirect_stdout(io.StringIO()):  # it prints its memory
-            self._engine, *_ = _deepspeed().initialize(
+            self._engine, *_ = load_deepspeed().initialize(
                 model=policy, optimizer=optimizer, model_parameters=parameters, config=config
             )
         for p, data in kept:
             p.data = data.to(p.device)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(self._engine.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's forward for the update. Collective in stage 3."""
@@ -156,7 +92,7 @@ class Engine:
             yield self._engine.module
             return
         error = None
-        with _deepspeed().zero.unwrap_model_for_generation(self._engine) as unwrapped:
+        with load_deepspeed().zero.unwrap_model_for_generation(self._engine) as unwrapped:
             try:
                 yield unwrapped.module
             # Held back until DeepSpeed has put its hooks on again: it has no `finally` for that.
@@ -183,7 +119,7 @@ class Engine:
         if self.zero_stage > 0:
             self._engine.step()
             norm = self._engine.get_global_grad_norm()
-            return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+            return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
         # DeepSpeed has no norm for us in stage 0 and would step on a gradient that is not finite.
         parameters = self._trained.values()
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or torch.inf)
@@ -211,9 +147,9 @@ class Engine:
         On the engine's device unless another is given, to which they are moved one by one. The adapter must
         be switched on: else stage 3 knows no masters.
         """
-        device = device or self.device
+        device = device or self.ranks.device
         if self.zero_stage == 3 or self.dtype != torch.float32:
-            full = _deepspeed().utils.safe_get_full_fp32_param
+            full = load_deepspeed().utils.safe_get_full_fp32_param
             return {name: full(p).to(device, copy=True) for name, p in self._trained.items()}
         # Masters of float32 weights are equal to them, and nothing has to be sent.
         return {name: p.detach().to(device, copy=True) for name, p in self._trained.items()}
@@ -244,7 +180,7 @@ class Engine:
     def _gathered(self, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
         if self.zero_stage < 3:
             return nullcontext()
-        return _deepspeed().zero.GatheredParameters(list(self._trained.values()), modifier_rank=modifier_rank)
+        return load_deepspeed().zero.GatheredParameters(list(self._trained.values()), modifier_rank=modifier_rank)
 
     def save(self, folder: Path, client_state: dict[str, Any] | None = None) -> None:
         """Writes the trained weights and the optimiser's state, to go on from exactly. Collective.
@@ -253,11 +189,11 @@ class Engine:
         `fastgrpo.engine.checkpoint`, which makes it complete or absent.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             (folder / "engine.json").write_text(json.dumps(self._identity()))
         state = {"client": client_state or {}}
         self._engine.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
-        self.barrier()
+        self.ranks.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Goes on from `save`, with a new engine like the saved one; returns the client state. Collective.
@@ -283,52 +219,11 @@ class Engine:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for the split state of the optimiser to fit."""
         return {
-            "world_size": self.world_size,
+            "world_size": self.ranks.world_size,
             "zero_stage": self.zero_stage,
             "dtype": str(self.dtype).removeprefix("torch."),
             "trained": self._shapes,
         }
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(n, ...) on each rank, the same n -> (W n, ...) by rank, without gradient. Collective."""
-        tensor = tensor.detach().contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    def all_reduce(self, tensor: Tensor, op: Literal["mean", "sum", "min", "max"] = "mean") -> Tensor:
-        """The tensor over all ranks, element by element; a new one, without gradient. Collective."""
-        reduced = tensor.detach().clone()
-        kind = dist.ReduceOp.SUM if op == "mean" else getattr(dist.ReduceOp, op.upper())
-        dist.all_reduce(reduced, kind)
-        return reduced / self.world_size if op == "mean" else reduced
-
-    def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's value, on every rank. It is pickled. Collective."""
-        values = [value]
-        dist.broadcast_object_list(values, device=self.device)
-        return values[0]
-
-    @contextmanager
-    def together(self, kind: type[Exception]) -> Iterator[None]:
-        """What is raised inside on one rank is raised on every rank when all have left the block, so that all can save.
-
-        Collective on leaving; inside, nothing may be. Other kinds of exceptions pass at once, and the launcher ends the job.
-        """
-        lost = None
-        try:
-            yield
-        except kind as error:
-            lost = error
-        messages = [None] * self.world_size
-        dist.all_gather_object(messages, str(lost) if lost else None)
-        if any(messages):
-            rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
-            raise lost or kind(f"on rank {rank}: {message}")
-
-    def barrier(self) -> None:
-        """Waits until all ranks are here. Collective."""
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""

@@ -13,10 +13,12 @@ from support.engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, UP
 from support.helpers import distance, environment
 from torch import nn
 
+from fastgrpo.engine import ranks as ranks_module
 from fastgrpo.engine import zero as engine_module
 from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
+from fastgrpo.testing.ranks import OneRank
 
 # Relative: of a loss, of a norm of the gradient, of the distance that the weights went in all updates.
 # bfloat16: half a batch sums in another order, and a rounding error in one weight of a block feeds the next.
@@ -93,7 +95,7 @@ def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: An
 def test_rollout_swapping_and_collectives(world_size: int, stage: int, dtype: str, trained: Any) -> None:
     for rank in trained[world_size]:
         checks = rank[stage, dtype]["checks"]
-        assert len(checks) == 16 and not [name for name, passed in checks.items() if not passed]
+        assert len(checks) == 17 and not [name for name, passed in checks.items() if not passed]
 
 
 @pytest.mark.parametrize("stage, dtype", CASES)
@@ -136,24 +138,24 @@ SETTINGS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
 )
 def test_settings_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine(nn.Linear(2, 2), **SETTINGS | changed)
+        Engine(nn.Linear(2, 2), OneRank(), **SETTINGS | changed)
 
 
 def test_policies_are_refused() -> None:
     with pytest.raises(ValueError, match="no parameter of the policy requires a gradient"):
-        Engine(nn.Linear(2, 2).requires_grad_(False), **SETTINGS)
+        Engine(nn.Linear(2, 2).requires_grad_(False), OneRank(), **SETTINGS)
     with pytest.raises(ValueError, match="weight is trained in torch.bfloat16.*make it float32"):
-        Engine(nn.Linear(2, 2).bfloat16(), **SETTINGS)
+        Engine(nn.Linear(2, 2).bfloat16(), OneRank(), **SETTINGS)
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="float16 needs CUDA; on a CPU use float32 or bfloat16"):
-        Engine(nn.Linear(2, 2), **SETTINGS | {"dtype": torch.float16})
+        Engine(nn.Linear(2, 2), OneRank(), **SETTINGS | {"dtype": torch.float16})
 
 
 def test_a_deepspeed_without_the_switch_is_told() -> None:
     with pytest.warns(UserWarning, match="it may compile it now"):
-        engine_module._refuse_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
+        ranks_module._refuse_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
 
 
 def test_other_weights_are_told_by_name() -> None:

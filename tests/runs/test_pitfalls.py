@@ -1,7 +1,7 @@
 """Every pitfall of online RL on flow models that was published, and the test that fails when it is put back.
 
 Sources: flow_grpo, DanceGRPO, DiffusionNFT, Flow-Factory, verl-omni and their issues. What other files test is listed in
-`TESTS`; the rest is tested here, in the same order, on a trainer of the embedded model whose engine is `OneRank`.
+`TESTS`; the rest is tested here, in the same order, on a trainer of the embedded model whose ranks are `OneRank`.
 """
 
 import ast
@@ -19,16 +19,18 @@ from support.helpers import ROOT
 from support.toy import Toy, ToyPolicy
 from torch import Tensor, nn
 
-from fastgrpo.sampling import tables as sde
-from fastgrpo.learning.advantages import group_advantages
-from fastgrpo.validation import load_config
-from fastgrpo.models.adapter import to_pixels
-from fastgrpo.learning.objectives import effective_clip_range
-from fastgrpo.sampling.rollout import rollout
-from fastgrpo.trainer import Trainer
-from fastgrpo.records import TRAIN, Steps, noise_address
-from fastgrpo.sampling.windows import window_starts
 from fastgrpo.config.keys import Window
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.learning.advantages import group_advantages
+from fastgrpo.learning.objectives import effective_clip_range
+from fastgrpo.models.adapter import to_pixels
+from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.sampling import tables as sde
+from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.windows import window_starts
+from fastgrpo.testing.ranks import OneRank
+from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
 
 TESTS = {
@@ -145,20 +147,17 @@ SMALL = [
     "rollout.window={kind: random, size: 2}", "update.steps_per_rollout=1", "model.lora={rank: 4, alpha: 8}",
     "evaluation.batch_size=2", "evaluation.samples=2", "objective.beta=0", "reward.train=test_pitfalls:brightness",
 ]  # fmt: skip
-CPU = torch.device("cpu")
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     return images.float().mean((1, 2, 3))
 
 
-class OneRank:
-    """An engine as one of several ranks sees it, in this process: what it gathers is its own, over and over."""
+class PlainEngine:
+    """An engine of plain torch in this process."""
 
-    rank, world_size = 0, 1
-
-    def __init__(self, policy: nn.Module, *, learning_rate: float, dtype: torch.dtype, **_: Any) -> None:
-        self.policy = policy.to(dtype)
+    def __init__(self, policy: nn.Module, ranks: Ranks, *, learning_rate: float, dtype: torch.dtype, **_: Any) -> None:
+        self.policy, self.ranks = policy.to(dtype), ranks
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate)
 
@@ -192,22 +191,13 @@ class OneRank:
             if chosen is state:
                 yield
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor] * self.world_size)
-
-    def all_reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
-        return tensor
-
-    def together(self, kind: type[Exception]) -> nullcontext:
-        return nullcontext()
-
 
 def trainer_of(output: Path, *settings: str, rank: int = 0, ranks: int = 1) -> Trainer:
     """A trainer in this process, of a LoRA that has an effect."""
     config = load_config(CONFIG, [*SMALL, f"output={output}", *settings])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgrpo.trainer.Engine", type("Ranked", (OneRank,), {"rank": rank, "world_size": ranks}))
-        trainer = Trainer(config, ranks, CPU)
+        patch.setattr("fastgrpo.trainer.Engine", PlainEngine)
+        trainer = Trainer(config, OneRank(rank, ranks))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.engine.trained.items():

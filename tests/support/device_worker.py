@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.engine.zero import Engine, finish, start
+from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.update import update
 from fastgrpo.policy import Policy
 from fastgrpo.sampling.graph import CapturedRollout
@@ -46,10 +47,10 @@ def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, fl
     return [{name: value.item() for name, value in metrics.items()} for metrics in steps]
 
 
-def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    model = load_tuned_model(device=str(device), dtype=dtype)
+def under_engine(dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+    model = load_tuned_model(device=str(ranks.device), dtype=dtype)
     engine = Engine(
-        Policy(model), zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
+        Policy(model), ranks, zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
         max_grad_norm=MAX_GRAD_NORM,
     )  # fmt: skip
     before = engine.trained_state()
@@ -72,7 +73,7 @@ def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     seen = {"checks": checks, "metrics": metrics, "skipped": engine.skipped_steps}
     seen["loss_scale"] = getattr(optimizer, "loss_scale", 1.0)
     if dtype == torch.float32:
-        plain_model = load_tuned_model(device=str(device))
+        plain_model = load_tuned_model(device=str(ranks.device))
         plain = AdamW(Policy(plain_model))
         seen["plain_metrics"] = updates(plain_model, plain, experience)
         state = {name: p.detach() for name, p in plain.trained.items()}
@@ -82,8 +83,7 @@ def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    device = start()
-    print(json.dumps(under_engine(getattr(torch, sys.argv[1]), device)), flush=True)
+    print(json.dumps(under_engine(getattr(torch, sys.argv[1]), start())), flush=True)
     finish()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastgrpo.engine.zero import finish, start
+from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.testing import load_family
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
@@ -53,19 +53,19 @@ def configuration(name: str, folder: Path, output: Path, *overrides: str) -> Any
     return load_config(path, overrides)
 
 
-def rewards(config: Any, iterations: int, device: torch.device) -> tuple[list[float], float, float]:
+def rewards(config: Any, iterations: int, ranks: Ranks) -> tuple[list[float], float, float]:
     """The mean of each iteration, their spread within a group at first, and the largest |first ratio - 1|."""
-    trainer = Trainer(config, 1, device)
+    trainer = Trainer(config, ranks)
     rows = [trainer.iterate(i) for i in range(1, iterations + 1)]
     trainer.engine.close()
     return [row["reward"] for row in rows], rows[0]["reward_std"], max(row["first_ratio_deviation"] for row in rows)
 
 
-def whole_run(config: Any, device: torch.device, stop_after: int | None = None) -> list[float]:
+def whole_run(config: Any, ranks: Ranks, stop_after: int | None = None) -> list[float]:
     """`Trainer.run`, or its first iterations and the checkpoint there, as a killed run leaves them."""
     from fastgrpo.reporting.runlog import RunLog, read_lines
 
-    trainer = Trainer(config, 1, device)
+    trainer = Trainer(config, ranks)
     if stop_after is None:
         trainer.run()
     else:
@@ -81,21 +81,21 @@ def whole_run(config: Any, device: torch.device, stop_after: int | None = None) 
 
 def main() -> None:
     name, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    device, result = start(), {}
+    ranks, result = start(), {}
     for form in ("lora", "full"):
         settings = [f"model.train={form}", f"update.learning_rate={'3e-2' if form == 'lora' else '3e-3'}"]
         config = configuration(name, folder, output / form, *settings)
-        found, spread, deviation = rewards(config, ITERATIONS, device)
+        found, spread, deviation = rewards(config, ITERATIONS, ranks)
         checkpointed = configuration(name, folder, output / f"{form}_ckpt", *settings, "update.gradient_checkpointing=true")
-        again, *_ = rewards(checkpointed, 2, device)
+        again, *_ = rewards(checkpointed, 2, ranks)
         result[form] = {
             "rewards": found, "spread": spread, "first_ratio_deviation": deviation, "checkpointed": again
         }  # fmt: skip
         if form == "lora":
             stopped = configuration(name, folder, output / "stopped", *settings)
-            whole_run(stopped, device, stop_after=4)
-            result[form]["resumed"] = whole_run(stopped, device)
-    _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, device)
+            whole_run(stopped, ranks, stop_after=4)
+            result[form]["resumed"] = whole_run(stopped, ranks)
+    _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, ranks)
     print(json.dumps(result))
     finish()
 
