@@ -88,7 +88,7 @@ class Inputs:
         self.sigmas = SIGMAS.to(DEVICE)
         self.timesteps, self.step = self.sigmas[:-1] * 1000, torch.tensor([3], device=DEVICE)
         self.t = self.timesteps[3].expand(batch)
-        self.table = sde.coefficient_table("flow_sde", SIGMAS, NOISE_LEVEL).float().to(DEVICE)
+        self.table = sde.coefficient_table(sde.sampler_steps("flow_sde", SIGMAS, NOISE_LEVEL)).float().to(DEVICE)
         self.rows = self.table[3].expand(batch, 4).contiguous()
         self.x, self.x_next = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
         self.v, self.v_old, self.v_uncond = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.runlog import RunLog, write_atomically
-from fastgrpo.validation import check_folder, dump_config
+from fastgrpo.validation import dump_config
 
 if TYPE_CHECKING:
     from fastgrpo.trainer import Trainer

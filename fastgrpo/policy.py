@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,13 @@ Network = Callable[[Tensor, Tensor, tuple], Tensor]
 GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 
 
+Model = Any
+
+
 class Policy(nn.Module):
     """A model's network as a module, with what a rollout needs to know of it."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.transformer = model.transformer
         self.velocity = model.velocity

@@ -92,6 +92,17 @@ def differences(before: Config, after: Config, but: typing.Sequence[str] = ()) -
     return [f"{key}: {before} -> {after}" for key, (before, after) in rows.items() if before != after]
 
 
+def check_folder(config: Config) -> None:
+    """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
+    path = config.output / "config.yaml"
+    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
+    if changed:
+        raise ConfigError(
+            f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
+            "choose another folder with --set output=... or remove it"
+        )
+
+
 def check(config: Config) -> None:
     """Refuse what each key allows but the whole cannot run; the number of processes enters in `check_ranks`."""
     rollout = config.rollout

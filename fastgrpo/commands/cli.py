@@ -42,6 +42,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Scores of a saved run: a line of JSON for each prompt file, or one table, a row a file and category."""
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.data.prompts import INPUT, load_prompts
+    from fastgrpo.engine.ranks import OneRank
     from fastgrpo.evaluation import Evaluator
     from fastgrpo.policy import Policy
     from fastgrpo.reporting.text import Row, scores_by_reward, table
@@ -59,6 +60,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,
+            ranks=OneRank(device=model.device),
         )  # fmt: skip
         row = {"prompts": str(path), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
         rows += scores_by_reward(path.stem, row, rewards.names)
@@ -76,7 +78,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.data.prompts import ImagePrompt
     from fastgrpo.policy import Policy
-    from fastgrpo.records import SAMPLE
+    from fastgrpo.records import SAMPLE, noise_address
     from fastgrpo.reporting.runlog import as_pictures, save_grid
     from fastgrpo.sampling.generate import generate
 
@@ -86,11 +88,11 @@ def sample(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{config.model.name} edits images: give one with --input")
     asked = [ImagePrompt(p, arguments.input) if model.image_conditioned else p for p in arguments.prompt]
     prompts = [prompt for prompt in asked for _ in range(arguments.images)]
-    images = generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE,
-        seed=arguments.seed, num_steps=arguments.steps or settings.num_steps,
-        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
-    )  # fmt: skip
+    guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
+    prompted = Embeddings(model).prompted(prompts, guidance_scale)
+    num_steps = arguments.steps or settings.num_steps
+    images = generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
     save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())
     print(arguments.output)
     return 0

@@ -11,9 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.reporting.runlog import write_atomically
 from fastgrpo.reporting.text import are_shares
-from fastgrpo.validation import Config, ConfigError, describe, differences, dump_config, load_config
+from fastgrpo.validation import ConfigError, check_folder, describe, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +43,12 @@ def train(arguments: argparse.Namespace) -> int:
 
     ranks = start()
     try:
-        trainer = Trainer(config, ranks)
+        trainer = Trainer(config, ranks=ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RewardUnavailable as error:
         return stopped(error, "nothing was begun")
-    if ranks.rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.output / "config.yaml", dump_config(config))
     try:
         summary, status = trainer.run(), 0
     except RewardUnavailable as error:
@@ -60,7 +56,7 @@ def train(arguments: argparse.Namespace) -> int:
     if summary:
         print(table(summary))
         print(f"report: {config.output / 'report.html'}")
-    trainer.engine.close()
+    trainer.close()
     del trainer
     finish()
     return status
@@ -70,17 +66,6 @@ def stopped(error: Exception, state: str) -> int:
     """Say why a run stopped that can go on; its exit status, "try again later" by the convention of sysexits.h."""
     print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
     return 75
-
-
-def check_folder(config: Config) -> None:
-    """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
-    path = config.output / "config.yaml"
-    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
-    if changed:
-        raise ConfigError(
-            f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
-            "choose another folder with --set output=... or remove it"
-        )
 
 
 def table(summary: dict) -> str:

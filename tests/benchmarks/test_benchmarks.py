@@ -52,7 +52,7 @@ def test_excess_noise_is_that_of_samples(sampler: str, noise_level: float) -> No
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400_000, generator=generator, dtype=torch.float64)
     sigmas = SIGMAS.double()
-    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sampler, sigmas, noise_level, mask), strict=False):
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask), strict=False):
         x0 = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * x  # E[data | x]
         x1 = sigma / ((1 - sigma) ** 2 + sigma**2) * x  # E[noise | x]
         x = c_x * x + c_v * (x1 - x0) + s * torch.randn(len(x), generator=generator, dtype=torch.float64)
@@ -255,8 +255,8 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):
 
     sigmas = model.sigmas(4)
     start = torch.zeros(len(prompts), dtype=torch.int64)
-    table = sde.window_tables("flow_sde", sigmas, 0.7, start, 3)
-    steps = Steps(sigmas, table, start, 3, sde.kl_weights("flow_sde", sigmas, 0.7, "reference").float())
+    table = sde.window_tables(sde.sampler_steps("flow_sde", sigmas, 0.7), start, 3)
+    steps = Steps(sigmas, table, start, 3, sde.kl_weights(sde.sampler_steps("flow_sde", sigmas, 0.7), "reference").float())
     conditioning = Embeddings(model)(prompts, guidance_scale=guidance_scale)
     result = rollout(
         Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(len(prompts))), conditioning,

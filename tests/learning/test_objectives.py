@@ -19,7 +19,7 @@ from fastgrpo.learning.objectives import (
     guard,
     settings_of,
 )
-from fastgrpo.sampling.tables import coefficient_table, kl_weights
+from fastgrpo.sampling.tables import sampler_steps, coefficient_table, kl_weights
 from fastgrpo_kernels.transition import transition_ref
 
 B, SHAPE = 6, (3, 7, 23)
@@ -43,7 +43,7 @@ def transition(sampler, move, seed=0):
     x, v_old, v_ref, step, eps = torch.randn(5, B, D, generator=generator, dtype=torch.float64)
     v = (v_old + move * step).requires_grad_()
     v_ref = v_old + move * v_ref
-    c_x, c_v, s, w = coefficient_table(sampler, SIGMAS, NOISE[sampler])[STEP].T[:, :, None]  # (B, 1) each
+    c_x, c_v, s, w = coefficient_table(sampler_steps(sampler, SIGMAS, NOISE[sampler]))[STEP].T[:, :, None]  # (B, 1) each
     mu_old, mu, mu_ref = (c_x * x + c_v * each for each in (v_old, v, v_ref))
     return v, mu_old + s * eps, mu_old, mu, mu_ref, s, w[:, 0]
 
@@ -53,7 +53,7 @@ def kernel_moments(sampler, move, seed=0):
     v, x_next, mu_old, mu, mu_ref, s, w = transition(sampler, move, seed)
     generator = torch.Generator().manual_seed(seed)
     x, v_old, v_ref, _, _ = torch.randn(5, B, D, generator=generator, dtype=torch.float64)
-    rows = coefficient_table(sampler, SIGMAS, NOISE[sampler])[STEP]
+    rows = coefficient_table(sampler_steps(sampler, SIGMAS, NOISE[sampler]))[STEP]
     image = (B, *SHAPE)
     moments = transition_ref(
         x_next.view(image), x.view(image), v.view(image), v_old.view(image), rows,
@@ -68,7 +68,7 @@ def moments_of(x_next, mu_old, mu, mu_ref):
 
 
 def rows(sampler, s, w, kl="paper"):
-    return StepRows(s[:, 0], w, kl_weights(sampler, SIGMAS, NOISE[sampler], kl)[STEP], torch.ones(B))
+    return StepRows(s[:, 0], w, kl_weights(sampler_steps(sampler, SIGMAS, NOISE[sampler]), kl)[STEP], torch.ones(B))
 
 
 def direct_loss(x_next, mu_old, mu, mu_ref, s, advantages, weight, clip_range, beta):
@@ -124,7 +124,7 @@ def test_reference_kl_is_that_of_the_released_code():
 def test_weight_of_the_released_cps_code():
     """Its log-prob is -(x' - mu)^2, without the variance."""
     _, x_next, mu_old, mu, mu_ref, s, _ = transition("cps", 1e-2)
-    w = coefficient_table("cps", SIGMAS, 0.8, log_prob_weight="cps_reference")[STEP, 3]
+    w = coefficient_table(sampler_steps("cps", SIGMAS, 0.8), log_prob_weight="cps_reference")[STEP, 3]
     loss = clip(moments_of(x_next, mu_old, mu, mu_ref), rows("cps", s, w), ADVANTAGES, ALL, clip_range=1e-4, beta=0.0)
     log_ratio = (-((x_next - mu) ** 2) + (x_next - mu_old) ** 2).mean(dim=1)
     torch.testing.assert_close(loss.ratio_mean, log_ratio.exp().mean().detach(), rtol=1e-12, atol=0)

@@ -143,7 +143,7 @@ def test_a_rollout_has_no_host_in_it(kind: str, guidance_scale: float) -> None:
     model, prompts = adapter(kind), KINDS[kind][2].prompts
     conditioning = Embeddings(model)(prompts, guidance_scale=guidance_scale)
     start, sigmas = torch.zeros(2, dtype=torch.int64), model.sigmas(STEPS)
-    steps = Steps(sigmas, sde.window_tables("cps", sigmas, 0.8, start, 2), start, 2, torch.zeros(STEPS))
+    steps = Steps(sigmas, sde.window_tables(sde.sampler_steps("cps", sigmas, 0.8), start, 2), start, 2, torch.zeros(STEPS))
     address = noise_address(TRAIN, 0, 0, torch.arange(2))
     with NoSync():
         rollout(

@@ -205,7 +205,7 @@ def test_the_loop_has_no_host(load, name: str, scale: float) -> None:
     model = load(name)
     conditioning = Embeddings(model)(load_family(name).prompts, guidance_scale=scale)
     mask = torch.arange(4) < 2
-    table = sde.coefficient_table("cps", model.sigmas(4), 0.8, mask).float()
+    table = sde.coefficient_table(sde.sampler_steps("cps", model.sigmas(4), 0.8), mask).float()
     steps = Steps(model.sigmas(4), table.expand(2, -1, -1), torch.zeros(2, dtype=torch.int64), 2, torch.zeros(4))
     policy, address = Policy(model), noise_address(TRAIN, 0, 0, torch.arange(2))
     with NoSync():

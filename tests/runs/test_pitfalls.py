@@ -28,7 +28,7 @@ from fastgrpo.records import TRAIN, Steps, noise_address
 from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.windows import window_starts
-from fastgrpo.testing.ranks import OneRank
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
@@ -296,7 +296,7 @@ def test_latents_rounded_after_they_are_scored() -> None:
             return super().forward(x.float(), sigma, conditioning).bfloat16()
 
     sigmas, start, shape = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1]), (16, 15, 17)
-    steps = Steps(sigmas, sde.window_tables("flow_sde", sigmas, 0.7, start, 3), start, 3, torch.zeros(STEPS))
+    steps = Steps(sigmas, sde.window_tables(sde.sampler_steps("flow_sde", sigmas, 0.7), start, 3), start, 3, torch.zeros(STEPS))
     result = rollout(
         Half(), steps, noise_address(TRAIN, 5, 3, torch.arange(2)), Toy(torch.zeros(2, 1, 1, 1)),
         guidance_scale=1.0, latent_shape=shape, model_dtype=torch.bfloat16,

@@ -28,7 +28,7 @@ def arguments(batch: int = 3, iteration: int = 1, offset: float = 0.3, guidance_
     """A rollout's arguments of the same shapes for any iteration: windows, noise and prompts of its own."""
     start = torch.arange(batch) % (NUM_STEPS - SIZE - 1) + iteration % 2
     sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
-    table = sde.window_tables("flow_sde", sigmas, 0.7, start, SIZE)
+    table = sde.window_tables(sde.sampler_steps("flow_sde", sigmas, 0.7), start, SIZE)
     conditioning = Toy(torch.linspace(-offset, offset, batch).view(-1, 1, 1, 1).to(DEVICE))
     unconditional = Toy(torch.zeros(1, 1, 1, 1, device=DEVICE)) if guidance_scale != 1 else None
     steps = Steps(sigmas.to(DEVICE), table.to(DEVICE), start.to(DEVICE), SIZE, torch.zeros(NUM_STEPS, device=DEVICE))

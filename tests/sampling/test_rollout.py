@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 def steps_of(start: Tensor, sampler: str = "flow_sde", size: int = SIZE) -> Steps:
     sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
-    table = sde.window_tables(sampler, sigmas, 0.7, start, size)
+    table = sde.window_tables(sde.sampler_steps(sampler, sigmas, 0.7), start, size)
     return Steps(sigmas, table, start, size, torch.zeros(NUM_STEPS)).to(DEVICE)
 
 
@@ -89,7 +89,7 @@ def test_no_window_is_an_ode() -> None:
     """With nothing to train the records are empty, and only the starting noise is drawn."""
     start = torch.zeros(2, dtype=torch.int64)
     sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
-    table = sde.coefficient_table("ode", sigmas, 0.0).float().to(DEVICE)
+    table = sde.coefficient_table(sde.sampler_steps("ode", sigmas, 0.0)).float().to(DEVICE)
     steps = Steps(sigmas, table.expand(2, -1, -1), start, 0, torch.zeros(NUM_STEPS)).to(DEVICE)
     address = noise_address(EVALUATION, 0, 0, torch.arange(2, device=DEVICE))
     conditioning = toy(1.0, 1.0)

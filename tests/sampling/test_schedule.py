@@ -29,9 +29,9 @@ def test_plain_settings_are_the_tables_of_each_group() -> None:
     steps = steps_of(window=window)
     start = window_starts(window, 10, 5, torch.arange(6), 3)
     assert torch.equal(steps.start, start) and start.unique().numel() > 1
-    assert torch.equal(steps.table, sde.window_tables("cps", SIGMAS, 0.8, start, 3))
+    assert torch.equal(steps.table, sde.window_tables(sde.sampler_steps("cps", SIGMAS, 0.8), start, 3))
     assert torch.equal(steps.sigmas, SIGMAS) and steps.size == 3
-    assert torch.equal(steps.kl_weight, sde.kl_weights("cps", SIGMAS, 0.8, "reference").float())
+    assert torch.equal(steps.kl_weight, sde.kl_weights(sde.sampler_steps("cps", SIGMAS, 0.8), "reference").float())
     assert steps.history is None and (steps.siblings, steps.prefix) == (1, 0) and steps.forwards(8) == 80
     inside = steps.table[..., 2] > 0
     assert torch.equal(steps.loss_weight, inside.float())
@@ -51,7 +51,7 @@ def test_rows_of_groups_become_rows_of_samples() -> None:
 def test_step_weights_are_each_groups_own(name: str) -> None:
     steps = steps_of(objective=ObjectiveConfig(step_weight=name), window=Window(kind="random", size=3))
     for row, table in zip(steps.loss_weight, steps.table, strict=True):
-        expected = sde.step_weights(name, "cps", SIGMAS, 0.8, table[:, 2] > 0).float()
+        expected = sde.step_weights(sde.sampler_steps("cps", SIGMAS, 0.8), table[:, 2] > 0, name).float()
         torch.testing.assert_close(row, expected, rtol=1e-6, atol=0)
 
 

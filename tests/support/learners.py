@@ -40,8 +40,8 @@ class PlainEngine:
 
 def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:
     sigmas = model.sigmas(10)
-    table = sde.window_tables(sampler, sigmas, 0.7, start, size)
-    return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float()).to(model.device)
+    table = sde.window_tables(sde.sampler_steps(sampler, sigmas, 0.7), start, size)
+    return Steps(sigmas, table, start, size, sde.kl_weights(sde.sampler_steps(sampler, sigmas, 0.7)).float()).to(model.device)
 
 
 def rollout_arguments(
