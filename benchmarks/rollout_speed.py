@@ -40,7 +40,7 @@ from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
-from fastgrpo_kernels import sde_step
+from fastgrpo_kernels import NoiseAddress, sde_step
 
 WINDOW = 3
 WARM_UPS = 2  # compile, capture, and once as it will be

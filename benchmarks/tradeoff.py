@@ -76,7 +76,8 @@ def excess_noise(sampler: str, sigmas: torch.Tensor, noise_level: float, spread:
     mask[first : first + size] = True
     variance = torch.tensor(1.0, dtype=torch.float64)
     sigmas = sigmas.double()
-    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask), strict=False):
+    table = sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask)
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, table, strict=False):
         data = (1 - sigma) * spread
         k = (sigma - data * spread) / (data**2 + sigma**2)
         variance = (c_x + c_v * k) ** 2 * variance + s**2

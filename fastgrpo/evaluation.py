@@ -42,7 +42,7 @@ class Evaluator:
         A reward that is gone on one rank is `RewardUnavailable` on every rank. Collective.
         """
         began = time.perf_counter()
-        order = self._order(images)  # prompt of each sample
+        order = self.order(images)  # prompt of each sample
         # Whole batches only, the same number on every rank: past the end the samples start over, and are not counted.
         share = -(-images // (self.batch_size * self.ranks.world_size)) * self.batch_size  # samples a rank
         first, scores = self.ranks.rank * share, []
@@ -59,16 +59,14 @@ class Evaluator:
         """scores: (images, R); tags: each image's."""
         columns = {"overall": self.reward.total(scores), **dict(zip(self.reward.names, scores.unbind(1), strict=True))}
         names = list(dict.fromkeys(tags.tolist()))
-        means = {
-            name: {tag: float(column.numpy()[tags == tag].mean()) for tag in names} for name, column in columns.items()
-        }
+        means = {name: {tag: float(column.numpy()[tags == tag].mean()) for tag in names} for name, column in columns.items()}
         overall = {name: float(np.mean(list(row.values()))) for name, row in means.items()}
         if len(self.reward.names) == 1:
             return {"accuracy": {"overall": overall["overall"], **means["overall"]}}
         categories = {tag: {name: means[name][tag] for name in self.reward.names} for tag in names}
         return {"accuracy": overall, "categories": categories}
 
-    def _order(self, images: int) -> np.ndarray:
+    def order(self, images: int) -> np.ndarray:
         """The prompts' indices (images,): categories in turn, and in each its prompts in turn, evenly spaced if not all."""
         by_tag: dict[str, list[int]] = {}
         for i, record in enumerate(self.prompts.metadata):
@@ -89,7 +87,7 @@ class Evaluator:
 
     def samples(self, policy: Policy, count: int) -> tuple[Tensor, list[dict]]:
         """Images (count, 3, H, W) uint8, or videos (count, T, 3, H, W), to look at, and their records."""
-        metadata = [self.prompts.metadata[i] for i in self._order(count)]
+        metadata = [self.prompts.metadata[i] for i in self.order(count)]
         return self._draw(policy, metadata, torch.arange(count), SAMPLE), metadata
 
     def _draw(self, policy: Policy, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import DATA
 from fastgrpo.data.prompts import INPUT, PromptSet, check_held_out, load_prompts
-from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
+from fastgrpo.reporting.runlog import write_atomically
 from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
@@ -106,10 +106,9 @@ def _records(prompts: Prompts) -> list[dict]:
 
 def _rewards(config: Config, device: torch.device, objects: Objects) -> tuple[RewardSum, RewardSum]:
     """For training and for evaluation; what stands in both is loaded once."""
-    named = {name: reward for reward in (objects.reward, objects.held_out_reward) if reward is not None
-             for name in (reward_name(reward),)}  # fmt: skip
+    given = {reward_name(reward): reward for reward in (objects.reward, objects.held_out_reward) if reward is not None}
     section = config.reward
     train, held_out = load_rewards(
-        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=named
+        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given
     )
     return train, held_out

@@ -1,6 +1,6 @@
 """A model as a policy: what an engine wraps, a rollout samples from, and an update trains.
 
-    v = network(x, sigma, conditioning)          under guidance one pass over both conditionings of each sample
+v = network(x, sigma, conditioning)          under guidance one pass over both conditionings of each sample
 """
 
 from collections.abc import Callable

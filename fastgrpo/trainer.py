@@ -77,9 +77,7 @@ class Trainer:
         self.ranks = ranks or start()
         check_ranks(config, self.ranks.world_size)
         torch.manual_seed(config.seed)
-        objects = Objects(
-            model=model, reward=reward, held_out_reward=held_out_reward, prompts=prompts, held_out=held_out
-        )
+        objects = Objects(model=model, reward=reward, held_out_reward=held_out_reward, prompts=prompts, held_out=held_out)
         self.config, self.objects = objects.recorded(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
@@ -310,7 +308,7 @@ class Trainer:
         return self.iteration
 
     def save(self) -> Path:
-        """Write a checkpoint and the averaged weights, as they are after the last iteration; returns the folder. Collective."""
+        """Write a checkpoint, and the averaged weights into the run's folder, which is returned. Collective."""
         # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
         state = {"seconds": self.seconds, **{name: average.state_dict() for name, average in self._averages.items()}}
         folder, keep = self.config.output, self.config.checkpoint.keep

@@ -29,7 +29,7 @@ class Embeddings:
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self._known: OrderedDict[str, tuple] = OrderedDict()
+        self.in_memory: OrderedDict[str, tuple] = OrderedDict()
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
@@ -48,12 +48,12 @@ class Embeddings:
                 self._write(self._file(prompt), self._model.encode([prompt]))
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
-        if prompt not in self._known:
-            self._known[prompt] = self._read(prompt)
-            if len(self._known) > IN_MEMORY and self._folder is not None:
-                self._known.popitem(last=False)
-        self._known.move_to_end(prompt)
-        return self._known[prompt]
+        if prompt not in self.in_memory:
+            self.in_memory[prompt] = self._read(prompt)
+            if len(self.in_memory) > IN_MEMORY and self._folder is not None:
+                self.in_memory.popitem(last=False)
+        self.in_memory.move_to_end(prompt)
+        return self.in_memory[prompt]
 
     def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
@@ -65,11 +65,11 @@ class Embeddings:
 
     def _file(self, prompt: str | ImagePrompt) -> Path:
         text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
-        name = hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
         return self._folder / name[:2] / f"{name}.safetensors"
 
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
         # An input image goes through the autoencoder.

@@ -1,6 +1,6 @@
 """From what an iteration sampled to optimiser steps: what is learned from, from what policy, and in how many batches.
 
-    batches, advantages -> experiences -> those worth running -> with v_old -> optimiser steps
+batches, advantages -> experiences -> those worth running -> with v_old -> optimiser steps
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -59,9 +59,7 @@ class Updater:
         """Puts the policy that samples in the network's place, where it is not the trained one."""
         return nullcontext() if self.old is None else self.engine.swapped(self.old.weights)
 
-    def update(
-        self, iteration: int, batches: list[Batch], advantages: Advantages, pairs: Pairs | None
-    ) -> dict[str, Tensor]:
+    def update(self, iteration: int, batches: list[Batch], advantages: Advantages, pairs: Pairs | None) -> dict[str, Tensor]:
         """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
         experiences = [self._experience(iteration, batch, advantages, pairs) for batch in batches]
         if not self._micro_batch_known:

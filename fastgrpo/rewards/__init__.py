@@ -76,7 +76,13 @@ def load_reward(
     _check_settings(name, reward, settings or {})
     if inspect.isclass(reward):
         reward = reward(device=torch.device(device), **(settings or {}))
-    return reward if frames == "clip" else _mean_over_frames(reward)
+    return _seen_by(reward, frames)
+
+
+def reward_name(reward: Reward) -> str:
+    """The name `module:attribute` of a function or of an object's class, as a configuration would spell it out."""
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _check_settings(name: str, reward: Any, settings: Mapping[str, Any]) -> None:
@@ -145,12 +151,21 @@ class RewardSum:
 
 
 def load_rewards(
-    *asked: Weights, device: torch.device | str, settings: Mapping[str, Mapping[str, Any]], frames: str
+    *asked: Weights,
+    device: torch.device | str,
+    settings: Mapping[str, Mapping[str, Any]],
+    frames: str,
+    given: Mapping[str, Reward] | None = None,
 ) -> list[RewardSum]:
-    """A `RewardSum` for each of what a configuration asks for; a reward that stands in several is loaded once."""
+    """A `RewardSum` for each of what a configuration asks for; a reward that stands in several is loaded once.
+
+    given: rewards that are there already, by `reward_name`.
+    """
     weights = [weights_of(one) for one in asked]
     rewards = {
-        name: load_reward(name, device=device, settings=settings.get(name), frames=frames)
+        name: _seen_by(given[name], frames)
+        if given and name in given
+        else load_reward(name, device=device, settings=settings.get(name), frames=frames)
         for name in dict.fromkeys(name for one in weights for name in one)
     }
     return [RewardSum(rewards=rewards, weights=one) for one in weights]
@@ -158,6 +173,11 @@ def load_rewards(
 
 def weights_of(asked: Weights) -> dict[str, float]:
     return {asked: 1.0} if isinstance(asked, str) else dict(asked)
+
+
+def _seen_by(reward: Reward, frames: str) -> Reward:
+    """The reward as it is given videos: whole, or frame by frame."""
+    return reward if frames == "clip" else _mean_over_frames(reward)
 
 
 def _mean_over_frames(reward: Reward) -> Reward:

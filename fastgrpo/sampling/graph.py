@@ -60,7 +60,7 @@ class CapturedRollout:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._graphs: dict[tuple, _Captured] = {}
+        self.graphs: dict[tuple, _Captured] = {}
 
     def __call__(
         self, policy: Policy, schedule: Schedule, address: NoiseAddress, prompted: Prompted, guidance_scale: float
@@ -68,9 +68,9 @@ class CapturedRollout:
         values = _flat(schedule, address, prompted)
         # Numbers of the schedule count as they are: another length of the window or of the prefix is another loop.
         key = (id(policy), type(prompted.cond), prompted.guided, guidance_scale, *(_shape(value) for value in values))
-        if key not in self._graphs:
-            self._graphs[key] = self._record(policy, schedule, address, prompted, guidance_scale)
-        graph = self._graphs[key]
+        if key not in self.graphs:
+            self.graphs[key] = self._record(policy, schedule, address, prompted, guidance_scale)
+        graph = self.graphs[key]
         for place, tensor in zip(graph.inputs, _tensors(values), strict=True):
             place.copy_(tensor)
         graph.replay()

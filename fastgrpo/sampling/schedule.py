@@ -1,6 +1,6 @@
 """Every schedule of a rollout: the model's sigmas, the sampler, the window and what follows it, for every group.
 
-    sigmas -> fewer after the window -> sampler in the window, ODE outside -> second order after it
+sigmas -> fewer after the window -> sampler in the window, ODE outside -> second order after it
 """
 
 from dataclasses import dataclass

@@ -5,9 +5,9 @@ Every denoising transition of Flow-GRPO and its successors is affine in what the
     x' = c_x[i] x + c_v[i] v + s[i] eps            i = step, eps ~ N(0, I), v = noise - data
 
 so a sampler is a pure function `(sigmas, noise_level) -> (c_x, c_v, s)` of three numbers a step. `sampler_steps`
-computes them once, and everything else here is a view of them: the table that the kernels read, the weight of a
-step's KL, the weight of its loss. Sigma falls from 1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the predicted data and
-noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
+computes them once; the table that kernels read, the weight of a step's KL and the weight of its loss are views of
+them. Sigma falls from 1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the
+predicted data and noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
 
     flow_sde    mu = x + [v + g^2 / (2 sigma) x1] dt,  s = g sqrt(-dt),  g = a sqrt(sigma / (1 - sigma))
     dance_sde   the same with g = eta

@@ -19,7 +19,7 @@ from fastgrpo.learning.objectives import (
     guard,
     settings_of,
 )
-from fastgrpo.sampling.tables import sampler_steps, coefficient_table, kl_weights
+from fastgrpo.sampling.tables import coefficient_table, kl_weights, sampler_steps
 from fastgrpo_kernels.transition import transition_ref
 
 B, SHAPE = 6, (3, 7, 23)
@@ -323,10 +323,10 @@ def test_dppo_bounds_the_move_whatever_the_size_of_the_latent():
             assert loss.clip_fraction.item() == pytest.approx(0.5 * (far > 1), abs=0.2)
 
 
-def random_moments(forward, seed=3):
+def random_moments(on_final_images, seed=3):
     m1, m2, m3, m0, plus, minus = torch.rand(6, B, generator=torch.Generator().manual_seed(seed))
     moments = Moments(2e-3 * m1 - 1e-3, 1e-3 * m2, 1e-3 * m3)
-    return TargetMoments(*moments, 1 + m0, 0.5 + plus, 0.5 + minus) if forward else moments
+    return TargetMoments(*moments, 1 + m0, 0.5 + plus, 0.5 + minus) if on_final_images else moments
 
 
 def evaluate(name, moments, step=ROWS, advantages=ADVANTAGES, weight=ALL, clip_range=1.0, beta=0.04):
@@ -344,7 +344,7 @@ def test_weight_zero_is_exactly_nothing(name, bad):
     """Also where the sample that is out has moments that would overflow."""
     objective = OBJECTIVES[name]
     out = [2, 3] if objective.pairs else [2]
-    moments = random_moments(objective.forward)
+    moments = random_moments(objective.on_final_images)
     for moment in moments:
         moment[2] = bad
         moment.requires_grad_()
@@ -357,13 +357,13 @@ def test_weight_zero_is_exactly_nothing(name, bad):
         if moment.grad is not None:
             assert (moment.grad[out] == 0).all()
     assert (moments.m1.grad[live] != 0).all() and (moments.m3.grad[live] != 0).all()
-    ordinary = evaluate(name, random_moments(objective.forward), weight=weight)
+    ordinary = evaluate(name, random_moments(objective.on_final_images), weight=weight)
     assert torch.equal(loss.loss, ordinary.loss)
 
 
 @EVERY
 def test_the_mean_does_not_depend_on_how_the_batch_is_split(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     weight = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
 
     def part(rows):
@@ -378,7 +378,7 @@ def test_the_mean_does_not_depend_on_how_the_batch_is_split(name):
 
 @EVERY
 def test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     loss = evaluate(name, moments, beta=0.5)
     heavy = evaluate(name, moments, ROWS._replace(loss_weight=torch.full((B,), 3.0)), beta=0.5)
     torch.testing.assert_close(heavy.policy, 3 * loss.policy)
@@ -392,7 +392,7 @@ def test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own(name):
 
 @EVERY
 def test_on_policy_every_ratio_is_exactly_one(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     still = moments._replace(m1=torch.zeros(B), m2=torch.zeros(B))
     loss = evaluate(name, still, clip_range=1e-12)
     assert loss.ratio_mean == loss.ratio_min == loss.ratio_max == 1
@@ -401,7 +401,7 @@ def test_on_policy_every_ratio_is_exactly_one(name):
 
 @EVERY
 def test_record(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     loss = evaluate(name, type(moments)(*(m.requires_grad_() for m in moments)))
     assert isinstance(loss, Loss) and loss.loss.dtype == torch.float32
     assert all(value.ndim == 0 for value in loss)
@@ -415,7 +415,7 @@ def test_settings_are_completed_and_counted():
     assert settings_of("awm", {"ema_beta": 0, "time_power": 0.0})["ema_beta"] == 0.0
     assert settings_of("sft", {"advantage": "none"}) == {"advantage": "none", "temperature": 1.0}
     for name, objective in OBJECTIVES.items():
-        moments = random_moments(objective.forward)
+        moments = random_moments(objective.on_final_images)
         objective.loss(moments, ROWS, ADVANTAGES, ALL, clip_range=1.0, beta=0.1, **settings_of(name, {}))
 
 

@@ -11,7 +11,7 @@ from support.helpers import ROOT, environment
 from support.objective_worker import ITERATIONS, RUNS
 
 from fastgrpo.validation import load_config
-from fastgrpo.learning.iteration import learning_rate
+from fastgrpo.learning.updater import learning_rate
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.testing import load_family
 

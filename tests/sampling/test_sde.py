@@ -10,10 +10,10 @@ import torch
 from support.schedules import MU, SD3, SPREAD, marginal, schedule, velocity
 
 from fastgrpo.sampling.tables import (
-    sampler_steps,
     SAMPLERS,
     coefficient_table,
     kl_weights,
+    sampler_steps,
     step_weights,
     window_tables,
 )
@@ -77,7 +77,9 @@ def test_sd3_coefficients():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_without_noise_every_sampler_is_the_ode(sampler):
-    torch.testing.assert_close(coefficient_table(sampler_steps(sampler, SD3, 0.0)), coefficient_table(sampler_steps("ode", SD3, 0.0)))
+    torch.testing.assert_close(
+        coefficient_table(sampler_steps(sampler, SD3, 0.0)), coefficient_table(sampler_steps("ode", SD3, 0.0))
+    )
 
 
 # The marginals. For data N(MU, SPREAD^2) the exact velocity E[x1 - x0 | x_t] is affine in x_t, so each step
@@ -205,7 +207,7 @@ def test_outside_the_window_the_step_is_the_ode():
 def test_log_prob_weight_of_the_released_cps_code():
     w = coefficient_table(sampler_steps("cps", SD3, 0.8), log_prob_weight="cps_reference")[:, 3]
     assert w.tolist() == [1.0] * 9 + [0.0]
-    with pytest.raises(ValueError, match="'cps_reference' is of sampler 'cps', not 'flow_sde'"):
+    with pytest.raises(ValueError, match="'cps_reference' belongs to sampler 'cps', not 'flow_sde'"):
         coefficient_table(sampler_steps("flow_sde", SD3, 0.7), log_prob_weight="cps_reference")
     with pytest.raises(ValueError, match="'other' is unknown"):
         coefficient_table(sampler_steps("cps", SD3, 0.8), log_prob_weight="other")

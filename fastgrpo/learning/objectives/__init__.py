@@ -26,8 +26,8 @@ from fastgrpo.learning.objectives.policy_gradient import clip, dppo, guard
 from fastgrpo.sampling.schedule import Weighting
 
 __all__ = [
-    "OBJECTIVES", "Loss", "Moments", "Objective", "StepRows", "TargetMoments", "effective_clip_range", "settings_of", "weighting",
-    "clip", "guard", "dppo", "nft", "awm", "dpo", "sft",
+    "OBJECTIVES", "Loss", "Moments", "Objective", "StepRows", "TargetMoments", "effective_clip_range", "settings_of",
+    "weighting", "clip", "guard", "dppo", "nft", "awm", "dpo", "sft",
 ]  # fmt: skip
 
 
