@@ -36,7 +36,7 @@ from fastgrpo.rewards import load_reward
 from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.rollout import rollout, velocities
 from fastgrpo.validation import Config, load_config
-from fastgrpo_kernels import transition
+from fastgrpo_kernels import Guided, transition
 
 
 class Probe:
@@ -79,10 +79,8 @@ class Probe:
             x = result.latents[j].to(model.dtype)
             v, v_uncond = velocities(self.policy, x, steps.sigmas[j].expand(total), conditioning)
             rows = steps.table[:, j].contiguous()
-            moments = transition(
-                result.latents[j + 1], result.latents[j], v, result.v_old[j], rows,
-                v_uncond=v_uncond, guidance_scale=config.guidance_scale,
-            )  # fmt: skip
+            velocity = Guided(v, v_uncond, config.guidance_scale)
+            moments = transition(result.latents[j + 1], result.latents[j], velocity, result.v_old[j], rows)
             log_ratio = rows[:, 3] * (2 * moments.m1 - moments.m2)
             found = torch.autograd.grad((advantages * log_ratio).mean(), list(self.named.values()), allow_unused=True)
             gradients.append([

@@ -22,7 +22,7 @@ from fastgrpo.learning.forward_process import target_moments
 from fastgrpo.learning.objectives import Loss, StepRows
 from fastgrpo.records import STEPS_FIRST, Experience, conditioning_rows, join, select
 from fastgrpo.sampling.rollout import GuidanceRule, velocities
-from fastgrpo_kernels import guided_velocity, transition
+from fastgrpo_kernels import Guided, guided_velocity, transition
 
 
 class Engine(Protocol):
@@ -131,12 +131,10 @@ def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
     x_model = x.to(learner.model_dtype)
     v_ref = reference_velocity(learner, x_model, sigma, conditioning)
     v, v_uncond = velocities(learner.engine, x_model, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
-    moments = transition(
-        x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
-    )
+    velocity = Guided(v, v_uncond, learner.guidance_scale)
+    moments = transition(x_next, x, velocity, v_old, coefficients, v_ref=v_ref)
     if learner.mix is not None:
-        guided = guided_velocity(v, v_uncond, learner.guidance_scale)
-        moments = target_moments(moments, x_next, guided, v_old, learner.mix)
+        moments = target_moments(moments, x_next, guided_velocity(velocity), v_old, learner.mix)
     step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight, loss_weight=loss_weight)
     return learner.objective(moments, step_rows, advantages, weight)
 
@@ -166,7 +164,7 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
 def _guided(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
     """The guided velocity, (B, *D) float32, without gradient."""
     v, v_uncond = velocities(learner.engine, x, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
-    return guided_velocity(v, v_uncond, learner.guidance_scale)
+    return guided_velocity(Guided(v, v_uncond, learner.guidance_scale))
 
 
 def largest_micro_batch(learner: Learner, experience: Experience) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.records import Rollout, Steps
-from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, sde_step
+from fastgrpo_kernels import INITIAL_STEP, Guided, NoiseAddress, normal, sde_step
 
 # (v, v_uncond, scale) -> v: guidance that is more than v_uncond + scale (v - v_uncond)
 GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
@@ -82,10 +82,8 @@ def rollout(
         v, v_uncond = velocities(policy, x_model, sigma, conditioning, guidance_scale, guidance_rule)
         # c_x (x + c_p / c_x D_prev) = c_x x + c_p D_prev; exactly c_x x where c_p = 0, so in the window too.
         remembering = x if data is None else x + _column(steps.history, i, x) * data
-        step = sde_step(
-            remembering, v, steps.table, indices[i : i + 1], address,
-            v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype,
-        )  # fmt: skip
+        velocity = Guided(v, v_uncond, guidance_scale)
+        step = sde_step(remembering, velocity, steps.table, indices[i : i + 1], address, model_dtype=model_dtype)
         v_old[torch.where(trained, place, size), rows] = step.v
         log_prob[torch.where(trained, place, size), rows] = step.log_prob
         if data is not None:
