@@ -15,7 +15,7 @@ from fastgrpo.models import MODELS, load_model, model_class
 from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
 from fastgrpo.records import SAMPLE, concatenate, noise_address
 from fastgrpo.testing import FAMILIES, load_family
-from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
+from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
 
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
@@ -97,7 +97,7 @@ def guided(model, x, sigma, conditioning, without, scale, together):
         v_uncond, v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
     else:
         v_uncond, v = model.velocity(x, sigma, without), model.velocity(x, sigma, conditioning)
-    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(v, v_uncond, scale)
+    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(Guided(v, v_uncond, scale))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
