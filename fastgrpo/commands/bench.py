@@ -100,7 +100,7 @@ class Bench:
         began = time.perf_counter()
         self.trainer = Trainer(config, ranks=ranks)
         synchronize()
-        self._compiled: list[Any] = []  # the blocks' compiled calls, once there are any
+        self.compiled: list[Any] = []  # the blocks' compiled calls, once there are any
         say("model", seconds=round(time.perf_counter() - began, 1), parameters=self.counts.parameters,
             trained=self.counts.trained, peak_flops=self.peak, peak_from=self.peak_from, **memory())  # fmt: skip
 
@@ -157,7 +157,7 @@ class Bench:
 
         passes = schedule.forward_passes(batch) * (2 if prompted.guided else 1)
         work = passes * self.counts.forward_flops / self.peak
-        with self._blocks("compiled" in form):
+        with self.compiled_blocks("compiled" in form):
             return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 
     def _arguments(self, batch: int) -> tuple[Schedule, NoiseAddress, Prompted]:
@@ -171,15 +171,15 @@ class Bench:
         return schedule.of(torch.zeros(batch, dtype=torch.int64, device=device)), address, prompted
 
     @contextmanager
-    def _blocks(self, compiled: bool) -> Iterator[None]:
+    def compiled_blocks(self, compiled: bool) -> Iterator[None]:
         """The transformer's blocks compiled or not, whatever the configuration has them be."""
         blocks = self.model.blocks
         before = [block._compiled_call_impl for block in blocks]
-        if compiled and not self._compiled:
+        if compiled and not self.compiled:
             self.model.compile_blocks()
-            self._compiled = [block._compiled_call_impl for block in blocks]
+            self.compiled = [block._compiled_call_impl for block in blocks]
         try:
-            for block, call in zip(blocks, self._compiled if compiled else [None] * len(blocks), strict=True):
+            for block, call in zip(blocks, self.compiled if compiled else [None] * len(blocks), strict=True):
                 block._compiled_call_impl = call
             yield
         finally:
