@@ -7,7 +7,7 @@ A conditioning is a NamedTuple of tensors with the batch first, each model famil
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ class Schedule(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same on a device."""
-        return self._replace(**{name: v.to(device) for name, v in self._asdict().items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: v.to(device) for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved)
 
     def of(self, row: Tensor) -> "Schedule":
         """The rows `row` (B,): of groups, those of their samples."""

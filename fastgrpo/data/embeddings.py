@@ -29,7 +29,7 @@ class Embeddings:
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self.in_memory: OrderedDict[str, tuple] = OrderedDict()
+        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""

@@ -28,7 +28,14 @@ def target_moments(moments: Moments, target: Tensor, v: Tensor, v_old: Tensor, m
     v, v_old, target: (B, *D), guided. mix: how far NFT's implicit policies lie from the old one.
     """
     e, d = (target - v_old).flatten(1), (v.float() - v_old).flatten(1)
-    return TargetMoments(*moments, e.square().mean(1), (e - mix * d).abs().mean(1), (e + mix * d).abs().mean(1))
+    return TargetMoments(
+        m1=moments.m1,
+        m2=moments.m2,
+        m3=moments.m3,
+        m0=e.square().mean(1),
+        abs_plus=(e - mix * d).abs().mean(1),
+        abs_minus=(e + mix * d).abs().mean(1),
+    )
 
 
 def noise_levels(samples: int, size: int, choices: range, iteration: int, seed: int) -> Tensor:

@@ -40,7 +40,7 @@ def rollout(
     for i in range(schedule.prefix, schedule.num_steps):
         v = velocity(x_model, schedule.sigmas[i].expand(len(x)))
         # c_x (x + c_p / c_x D_prev) = c_x x + c_p D_prev; exactly c_x x where c_p = 0, so in the window too.
-        remembering = x if data is None else x + _column(schedule.history, i, x) * data
+        remembering = x if data is None or schedule.history is None else x + _column(schedule.history, i, x) * data
         step = sde_step(remembering, v, schedule.table, indices[i : i + 1], address, model_dtype=policy.dtype)
         recorder.write(i, x, step)
         if data is not None:
