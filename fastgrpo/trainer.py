@@ -42,7 +42,8 @@ from fastgrpo.policy import Policy
 from fastgrpo.records import TRAIN, Batch, Rollout, Steps, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.report import write_report
-from fastgrpo.reporting.runlog import RunLog, read_lines
+from fastgrpo.reporting.run_folder import read_lines
+from fastgrpo.reporting.runlog import RunLog
 from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_steps

@@ -7,7 +7,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["fastgrpo_kernels"],
     [],  # everything that is named nowhere else
-    ["fastgrpo.trainer", "fastgrpo.commands", "fastgrpo.__main__", "fastgrpo.train", "fastgrpo.rewards.make_prompts"],
+    [
+        "fastgrpo.trainer",
+        "fastgrpo.commands",
+        "fastgrpo.__main__",
+        "fastgrpo.train",
+        "fastgrpo.report",
+        "fastgrpo.rewards.make_prompts",  # doors to commands
+    ],  # fmt: skip
 ]
 # Libraries that one place alone may know, so that the rest does not depend on them.
 HOMES = {

@@ -11,8 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.reporting.runlog import write_atomically
-from fastgrpo.reporting.text import are_shares
+from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.files import write_atomically
+from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.text import in_percent
 from fastgrpo.validation import Config, ConfigError, describe, differences, dump_config, load_config
 
 
@@ -28,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
 
 
-def train(arguments: argparse.Namespace) -> int:
-    """Run to the end and print the result; the exit status."""
+def run(arguments: argparse.Namespace) -> int:
+    """Trains to the end and prints the result."""
     try:
         overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
         config = load_config(arguments.config, overrides)
@@ -52,14 +54,14 @@ def train(arguments: argparse.Namespace) -> int:
         return stopped(error, "nothing was begun")
     if ranks.rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.output / "config.yaml", dump_config(config))
+        write_atomically(RunFolder(config.output).config, dump_config(config))
     try:
         summary, status = trainer.run(), 0
     except RewardUnavailable as error:
         summary, status = {}, stopped(error, f"the state after iteration {trainer.saved} is saved")
     if summary:
         print(table(summary))
-        print(f"report: {config.output / 'report.html'}")
+        print(f"report: {RunFolder(config.output).report}")
     trainer.engine.close()
     del trainer
     finish()
@@ -67,14 +69,14 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def stopped(error: Exception, state: str) -> int:
-    """Say why a run stopped that can go on; its exit status, "try again later" by the convention of sysexits.h."""
+    """Says why a run stopped that can go on; returns the exit status for that."""
     print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
-    return 75
+    return UNAVAILABLE
 
 
 def check_folder(config: Config) -> None:
-    """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
-    path = config.output / "config.yaml"
+    """Refuses a folder that holds a run of another configuration; only the number of iterations may have changed."""
+    path = RunFolder(config.output).config
     changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
     if changed:
         raise ConfigError(
@@ -84,12 +86,12 @@ def check_folder(config: Config) -> None:
 
 
 def table(summary: dict) -> str:
-    """Accuracy before and after, by category."""
+    """Lines of text: the accuracy before and after, by category, and what it took."""
     rows = [(tag, summary["base"][tag], summary["final"][tag]) for tag in summary["base"]]
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
     width = max(len(tag) for tag, *_ in rows)
     lines = [f"{'':{width}}     base  trained   change"]
-    style = ".1%" if are_shares(score for _, *scores in rows for score in scores) else ".4g"
+    style = ".1%" if in_percent(score for _, *scores in rows for score in scores) else ".4g"
     lines += [f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}" for tag, base, final in rows]
     seconds, images = summary["train_seconds"], summary["images"]
     lines.append(
@@ -101,4 +103,4 @@ def table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return train(parser.parse_args(argv))
+    return run(parser.parse_args(argv))

@@ -63,7 +63,8 @@ def rewards(config: Any, iterations: int, ranks: Ranks) -> tuple[list[float], fl
 
 def whole_run(config: Any, ranks: Ranks, stop_after: int | None = None) -> list[float]:
     """`Trainer.run`, or its first iterations and the checkpoint there, as a killed run leaves them."""
-    from fastgrpo.reporting.runlog import RunLog, read_lines
+    from fastgrpo.reporting.run_folder import read_lines
+    from fastgrpo.reporting.runlog import RunLog
 
     trainer = Trainer(config, ranks)
     if stop_after is None:
