@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fastgrpo.config.schema import apply_override, build, plain
 from fastgrpo.engine.ranks import start
+from fastgrpo.files import write_atomically
 from fastgrpo.measure import DEVICE, synchronize
-from fastgrpo.reporting.runlog import read_lines, write_atomically
+from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import Config, check, dump_config, load_config
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastgrpo.files import write_atomically
 from fastgrpo.reporting.report import write_report
-from fastgrpo.reporting.runlog import RunLog, write_atomically
+from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.runlog import RunLog
 from fastgrpo.validation import dump_config
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class FolderLog(Callback):
             return
         folder = trainer.config.output
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", dump_config(trainer.config))
+        write_atomically(RunFolder(folder).config, dump_config(trainer.config))
         trainer.objects.write_prompts(trainer.config)
         self.log = RunLog(folder, trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)

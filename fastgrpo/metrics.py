@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.learning.advantages import Advantages
 from fastgrpo.records import Batch
-from fastgrpo.reporting.runlog import read_lines
+from fastgrpo.reporting.run_folder import RunFolder, read_lines
 from fastgrpo.rewards import RewardSum
 
 
@@ -42,9 +42,9 @@ def reward_metrics(reward: RewardSum, scores: Tensor, advantages: Advantages, gr
 
 def run_summary(folder: Path, **about: object) -> dict:
     """The first evaluation against the last, from a run's files, and `about` the run."""
-    rows = read_lines(folder / "evaluations.jsonl")
+    rows = read_lines(RunFolder(folder).evaluations)
     base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
-    last = read_lines(folder / "metrics.jsonl")[-1]
+    last = read_lines(RunFolder(folder).metrics)[-1]
     return {
         "base_accuracy": base["overall"],
         "final_accuracy": final["overall"],

@@ -14,9 +14,9 @@ import torch
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import DATA
 from fastgrpo.data.prompts import INPUT, PromptSet, check_held_out, load_prompts
+from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
-from fastgrpo.reporting.runlog import write_atomically
 from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}

@@ -39,7 +39,7 @@ from fastgrpo.parts import Objects, Parts, Prompts
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
-from fastgrpo.reporting.runlog import read_lines
+from fastgrpo.reporting.run_folder import RunFolder, read_lines
 from fastgrpo.rewards import Reward, RewardUnavailable
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_schedule
@@ -280,7 +280,7 @@ class Trainer:
         if not (iteration == 0 or last or (settings.every and iteration % settings.every == 0)):
             return
         # Rank 0 looks for all: the others could see the file appear.
-        rows = read_lines(self.config.output / "evaluations.jsonl")
+        rows = read_lines(RunFolder(self.config.output).evaluations)
         if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
             self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between)
 
@@ -299,7 +299,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Go on from the last checkpoint in the run's folder, if there is one; returns the iterations done. Collective."""
-        loaded = load_checkpoint(self.engine, self.config.output / "checkpoints")
+        loaded = load_checkpoint(self.engine, RunFolder(self.config.output).checkpoints)
         if loaded is not None:
             self.iteration, state = loaded
             self.saved, self.seconds = self.iteration, state["seconds"]
@@ -312,7 +312,7 @@ class Trainer:
         # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
         state = {"seconds": self.seconds, **{name: average.state_dict() for name, average in self._averages.items()}}
         folder, keep = self.config.output, self.config.checkpoint.keep
-        save_checkpoint(self.engine, folder / "checkpoints", self.iteration, state, keep=keep)
+        save_checkpoint(self.engine, RunFolder(folder).checkpoints, self.iteration, state, keep=keep)
         self.saved = self.iteration
         if self.ranks.rank == 0:
             weights = {name.removeprefix("transformer."): value for name, value in self.ema.weights.items()}

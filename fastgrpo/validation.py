@@ -33,6 +33,7 @@ from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import DATA
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
+from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.tables import SAMPLERS
@@ -94,7 +95,7 @@ def differences(before: Config, after: Config, but: typing.Sequence[str] = ()) -
 
 def check_folder(config: Config) -> None:
     """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
-    path = config.output / "config.yaml"
+    path = RunFolder(config.output).config
     changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
     if changed:
         raise ConfigError(

@@ -33,11 +33,11 @@ from fastgrpo.commands import plan
 from fastgrpo.config import schema
 from fastgrpo.data.prompts import asked
 from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.files import write_atomically
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
 from fastgrpo.records import TRAIN, Prompted, Schedule, noise_address
-from fastgrpo.reporting.runlog import write_atomically
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import group_schedule
@@ -239,7 +239,23 @@ def checked_forms(asked: Sequence[str] | None) -> Sequence[str]:
     return (FORMS if gpu else FORMS[:1]) if asked is None else asked
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML configuration, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    parser.add_argument("--random-weights", action="store_true", help="no checkpoint: the architecture with random weights")
+    parser.add_argument("--iterations", type=int, default=3, help="whole iterations, the first warms up; 0: none")
+    parser.add_argument(
+        "--forms", nargs="*", metavar="FORM", help="of rollouts alone: eager, captured, compiled, 'captured, compiled'"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", help="images of such a rollout; else the configuration's, and 1")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="else bench_CONFIGURATION_DEVICE.json, here")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    """Measures whole iterations, then rollouts alone."""
     forms = checked_forms(arguments.forms)
     if arguments.iterations < 0 or arguments.rounds < 1 or min(arguments.batches or [1]) < 1:
         given = f"--iterations {arguments.iterations} --rounds {arguments.rounds} --batches {arguments.batches}"

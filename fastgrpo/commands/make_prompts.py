@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgrpo.data.prompts import load_prompts
+from fastgrpo.files import write_atomically
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, RELATIONS, TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
 
@@ -185,23 +186,25 @@ def parse_mix(text: str) -> dict[str, float]:
     return mix
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
     parser.add_argument("kind", choices=["geneval", "ocr"])
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="prompt files to stay clear of")
     parser.add_argument("--count", type=int, required=True, help="lines to write")
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mix", default=MIX, help="of geneval: shares of the tags (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    try:
-        if args.count < 1:
-            raise ValueError(f"--count {args.count}: at least 1")
-        excluded = [record for path in args.exclude for record in load_prompts(path).metadata]
-        if args.kind == "geneval":
-            records = geneval_records(excluded, args.count, args.seed, parse_mix(args.mix))
-        else:
-            records = ocr_records(excluded, args.count, args.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    args.output.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the prompt file."""
+    if arguments.count < 1:
+        raise ValueError(f"--count {arguments.count}: at least 1")
+    excluded = [record for path in arguments.exclude for record in load_prompts(path).metadata]
+    if arguments.kind == "geneval":
+        records = geneval_records(excluded, arguments.count, arguments.seed, parse_mix(arguments.mix))
+    else:
+        records = ocr_records(excluded, arguments.count, arguments.seed)
+    write_atomically(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return 0

@@ -28,7 +28,7 @@ from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import SETTINGS, model_class
 from fastgrpo.sampling.schedule import group_schedule
-from fastgrpo.validation import Config, ConfigError, recomputes_old, trained_steps
+from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
@@ -252,7 +252,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
 
 
-def run(arguments: argparse.Namespace, config: Config) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the plan."""
+    config = load_config(arguments.config, arguments.set)
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or arguments.peak <= 0:
         given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
         raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")

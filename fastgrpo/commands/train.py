@@ -11,7 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.reporting.text import are_shares
+from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.text import in_percent
 from fastgrpo.validation import ConfigError, check_folder, describe, load_config
 
 
@@ -27,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
 
 
-def train(arguments: argparse.Namespace) -> int:
-    """Run to the end and print the result; the exit status."""
+def run(arguments: argparse.Namespace) -> int:
+    """Trains to the end and prints the result."""
     try:
         overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
         config = load_config(arguments.config, overrides)
@@ -55,7 +57,7 @@ def train(arguments: argparse.Namespace) -> int:
         summary, status = {}, stopped(error, f"the state after iteration {trainer.saved} is saved")
     if summary:
         print(table(summary))
-        print(f"report: {config.output / 'report.html'}")
+        print(f"report: {RunFolder(config.output).report}")
     trainer.close()
     del trainer
     finish()
@@ -63,18 +65,18 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def stopped(error: Exception, state: str) -> int:
-    """Say why a run stopped that can go on; its exit status, "try again later" by the convention of sysexits.h."""
+    """Says why a run stopped that can go on; returns the exit status for that."""
     print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
-    return 75
+    return UNAVAILABLE
 
 
 def table(summary: dict) -> str:
-    """Accuracy before and after, by category."""
+    """Lines of text: the accuracy before and after, by category, and what it took."""
     rows = [(tag, summary["base"][tag], summary["final"][tag]) for tag in summary["base"]]
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
     width = max(len(tag) for tag, *_ in rows)
     lines = [f"{'':{width}}     base  trained   change"]
-    style = ".1%" if are_shares(score for _, *scores in rows for score in scores) else ".4g"
+    style = ".1%" if in_percent(score for _, *scores in rows for score in scores) else ".4g"
     lines += [f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}" for tag, base, final in rows]
     seconds, images = summary["train_seconds"], summary["images"]
     lines.append(
@@ -86,4 +88,4 @@ def table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return train(parser.parse_args(argv))
+    return run(parser.parse_args(argv))

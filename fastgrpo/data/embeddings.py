@@ -2,8 +2,6 @@
 
 import functools
 import hashlib
-import os
-import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.files import atomic_file
 from fastgrpo.policy import Model
 from fastgrpo.records import Prompted, concatenate
 
@@ -83,11 +82,9 @@ class Embeddings:
 
     @staticmethod
     def _write(path: Path, conditioning: tuple) -> None:
-        """Whole or not at all: another process may be reading or writing the same prompt."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
-        os.replace(partial, path)
+        with atomic_file(path) as partial:  # another process may be reading or writing the same prompt
+            save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
 
 
 def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:

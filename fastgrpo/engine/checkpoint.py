@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from fastgrpo.engine.ranks import Ranks
+from fastgrpo.files import flush, move_into_place
 
 MARKER = "COMPLETE"
 STATE = "state.pt"
@@ -118,21 +119,10 @@ def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> No
         "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
     }
     (partial / MARKER).write_text(json.dumps(record, indent=1))
-    for path in (*files, partial / MARKER, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _flush(path)
-    if final.exists():  # of a run that went on from an older one
+    if final.exists():  # of a run that went on from an older one; it goes when this one is safe
+        flush(partial)
         _remove(final)
-    os.replace(partial, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    """fsync; of a folder, its list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    move_into_place(partial, final)
 
 
 def _complete_ones(root: Path) -> list[Path]:

@@ -255,7 +255,7 @@ def _check(zero_stage: int, dtype: torch.dtype, trained: dict[str, nn.Parameter]
 
 def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
     """Frozen weights that a network of diffusers keeps in float32 whatever it is loaded in, and DeepSpeed would cast."""
-    networks = [m for m in policy.modules() if getattr(m, "_keep_in_fp32_modules", None)]
+    networks: list[Any] = [m for m in policy.modules() if getattr(m, "_keep_in_fp32_modules", None)]
     return [
         p for network in networks for name, p in network.named_parameters()
         if p.dtype == torch.float32 and not p.requires_grad

@@ -21,7 +21,7 @@ from fastgrpo.models import load_model
 from fastgrpo.models.wan import Wan
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
-from fastgrpo.reporting.runlog import as_pictures
+from fastgrpo.reporting.pictures import as_pictures
 from fastgrpo.rewards import load_reward
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family

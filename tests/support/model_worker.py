@@ -15,7 +15,7 @@ import yaml
 
 from fastgrpo.callbacks import Callback
 from fastgrpo.engine.ranks import Ranks, finish, start
-from fastgrpo.reporting.runlog import read_lines
+from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.testing import load_family
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
