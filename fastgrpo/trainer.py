@@ -286,11 +286,13 @@ class Trainer:
         bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.engine.rank != 0, dynamic_ncols=True)
         with self._averaged(base), self.engine.rollout_policy() as policy:
             row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
-            samples = self.evaluator.samples(policy, self.config.evaluation.samples)
+            count = self.config.evaluation.samples
+            samples = self.evaluator.samples(policy, count) if count else None
         bar.close()
         if self.log:
             self.log.evaluation(row)
-            self.log.samples(iteration, *samples)
+            if samples is not None:
+                self.log.samples(iteration, *samples)
             tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
 
     @contextmanager
