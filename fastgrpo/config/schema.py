@@ -190,7 +190,8 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
             continue
     mappings = [hint for hint in hints if typing.get_origin(hint) is dict and isinstance(value, dict)]
     names = [hint for hint in hints if typing.get_origin(hint) is Literal and isinstance(value, str)]
-    return _convert(value, (*mappings, *names, *hints)[0], path)
+    single = [hint for hint in hints if typing.get_origin(hint) is not dict]
+    return _convert(value, (*mappings, *names, *single, *hints)[0], path)
 
 
 def plain(value: Any) -> Any:
