@@ -23,6 +23,8 @@ from fastgrpo.validation import dump_config
 if TYPE_CHECKING:
     from fastgrpo.trainer import Trainer
 
+Samples = tuple[Tensor, list[dict]]
+
 
 class Callback:
     """Does nothing; a subclass overrides what it wants to hear of."""
@@ -33,8 +35,11 @@ class Callback:
     def on_iteration(self, trainer: "Trainer", metrics: dict) -> None:
         """After an iteration, with its line of metrics.jsonl."""
 
-    def on_evaluation(self, trainer: "Trainer", row: dict, samples: tuple[Tensor, list[dict]]) -> None:
-        """After an evaluation: its line of evaluations.jsonl; images (n, 3, H, W) uint8 to look at, and their records."""
+    def on_evaluation(self, trainer: "Trainer", row: dict, samples: Samples | None) -> None:
+        """After an evaluation: its line of evaluations.jsonl; images (n, 3, H, W) uint8 to look at, and their records.
+
+        samples: None where `evaluation.samples` is 0.
+        """
 
     def on_checkpoint(self, trainer: "Trainer", folder: Path) -> None:
         """After a checkpoint and the averaged weights were written into the run's folder."""
@@ -63,10 +68,11 @@ class FolderLog(Callback):
         if self.log:
             self.log.metrics(metrics)
 
-    def on_evaluation(self, trainer: "Trainer", row: dict, samples: tuple[Tensor, list[dict]]) -> None:
+    def on_evaluation(self, trainer: "Trainer", row: dict, samples: Samples | None) -> None:
         if self.log:
             self.log.evaluation(row)
-            self.log.samples(row["iteration"], *samples)
+            if samples is not None:
+                self.log.samples(row["iteration"], *samples)
 
     def on_checkpoint(self, trainer: "Trainer", folder: Path) -> None:
         if self.log:

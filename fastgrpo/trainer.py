@@ -266,7 +266,7 @@ class Trainer:
         bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.ranks.rank != 0, dynamic_ncols=True)
         with self._averaged(base=iteration == 0), self.engine.rollout_policy() as policy:
             row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
-            samples = self.evaluator.samples(policy, settings.samples)
+            samples = self.evaluator.samples(policy, settings.samples) if settings.samples else None
         bar.close()
         if self.ranks.rank == 0:
             tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")

@@ -10,16 +10,14 @@ objective is a function and a row of `OBJECTIVES`; its keyword parameters beside
 Letters: B samples, D elements a sample.
 """
 
-import dataclasses
 import inspect
-import math
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastgrpo.config import schema
 from fastgrpo.config.keys import ObjectiveConfig, StepWeight
+from fastgrpo.config.settings import settings_from_signature
 from fastgrpo.learning.objectives.loss import Loss, Moments, StepRows, TargetMoments, effective_clip_range
 from fastgrpo.learning.objectives.matching import awm, dpo, nft, sft
 from fastgrpo.learning.objectives.policy_gradient import clip, dppo, guard
@@ -67,17 +65,14 @@ def weighting(config: ObjectiveConfig) -> Weighting | None:
     return Weighting(log_prob=config.log_prob_weight, kl=config.kl, step=config.step_weight or objective.step_weight)
 
 
-def settings_of(name: str, settings: Mapping[str, Any], prefix: str = "objective.settings.") -> dict[str, Any]:
+def settings_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The objective's own settings, those left out at their defaults; refuses what it does not take."""
-    objective = OBJECTIVES[name]
-    hints, parameters = typing.get_type_hints(objective.loss), inspect.signature(objective.loss).parameters
-    own = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in ("clip_range", "beta")]
-    for key in settings if not own else ():
-        raise schema.ConfigError(f"{prefix}{key}: objective {name!r} has no settings of its own; leave it out")
-    fields = [(p.name, hints[p.name], dataclasses.field(default=p.default)) for p in own]
-    values = vars(schema.build(dataclasses.make_dataclass(name, fields), dict(settings), prefix))
+    objective, path = OBJECTIVES[name], "objective.settings"
+    parameters = inspect.signature(objective.loss).parameters.values()
+    passed = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] + ["clip_range", "beta"]
+    values = settings_from_signature(objective.loss, settings, path, owner=f"objective {name!r}", passed=passed)
     for key, value in values.items():
         zero = key in objective.may_be_zero
-        if isinstance(value, float) and not (math.isfinite(value) and (value > 0 or zero and value == 0)):
-            schema.refuse(prefix + key, value, f"it must be finite and {'at least' if zero else 'above'} 0")
-    return dict(values)
+        if isinstance(value, float) and not (value > 0 or zero and value == 0):
+            schema.refuse(f"{path}.{key}", value, f"must be {'at least' if zero else 'above'} 0")
+    return values
