@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import PromptSet, asked
+from fastgrpo.data.prompts import PromptSet, as_prompt
 from fastgrpo.records import EVALUATION, SAMPLE
 from fastgrpo.rewards import RewardSum
 from fastgrpo.sampling.generate import generate
@@ -95,6 +95,6 @@ class Evaluator:
 
     def _generate(self, policy: nn.Module, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
         return generate(
-            self.model, policy, self.embeddings, [asked(r, self.model.image_conditioned) for r in metadata], sample_id,
+            self.model, policy, self.embeddings, [as_prompt(r, self.model.image_conditioned) for r in metadata], sample_id,
             stream=stream, seed=self.seed, num_steps=self.num_steps, guidance_scale=self.guidance_scale,
         )  # fmt: skip

@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.data.embeddings import Embeddings, without_text
-from fastgrpo.data.images import DATA, image_records, pictures
+from fastgrpo.data.images import TARGET_FIELDS, image_records, load_targets
 from fastgrpo.data.prompts import (
-    INPUT,
+    IMAGE_FIELD,
     ImagePrompt,
     PromptSet,
-    asked,
+    as_prompt,
     check_held_out,
     load_prompts,
+    prompt_probabilities,
     prompts_of_iteration,
-    shares,
 )
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.engine.zero import Engine
@@ -58,13 +58,13 @@ class Trainer:
         family = model_class(config.model.name)
         images = family.image_conditioned
         # Of training on images that are there already: what they are called in the prompts' lines.
-        self.keys = DATA[config.objective.name] if config.objective.offline else ()
+        self.keys = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if self.keys and (images or "num_frames" in family.takes):
             raise ValueError(f"objective.offline: {config.model.name} is of input images or videos; train it on rollouts")
-        self.prompts = load_prompts(config.prompts.train, self.keys or (INPUT if images else ()))
-        held_out = load_prompts(config.prompts.eval, INPUT if images else ())
+        self.prompts = load_prompts(config.prompts.train, self.keys or ((IMAGE_FIELD,) if images else ()))
+        held_out = load_prompts(config.prompts.eval, (IMAGE_FIELD,) if images else ())
         check_held_out(self.prompts, held_out)
-        self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
+        self.probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         reward = config.reward
         self.reward, held_out_reward = load_rewards(
             reward.train, reward.eval, device=device, settings=reward.settings, frames=reward.frames
@@ -88,7 +88,7 @@ class Trainer:
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
         self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
-        self._embed([asked(record, images) for record in (*self.prompts.metadata, *held_out.metadata)])
+        self._embed([as_prompt(record, images) for record in (*self.prompts.metadata, *held_out.metadata)])
         self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.scorer = ThreadPoolExecutor(1, "reward")
         self.learning = Learning(config, self.model, self.engine)
@@ -173,7 +173,7 @@ class Trainer:
         """This rank's batches, and the scores of all ranks' images (N, R)."""
         config = self.config
         groups, size = config.rollout.groups, config.rollout.group_size
-        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
+        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.probabilities)
         groups_steps = self._groups_steps(iteration)
         batches, waiting = [], []
         for sample_id in self._sample_ids():
@@ -181,7 +181,7 @@ class Trainer:
             records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
             prompts = [record["prompt"] for record in records]
             with clock("rollout"):
-                asking = [asked(record, self.model.image_conditioned) for record in records]
+                asking = [as_prompt(record, self.model.image_conditioned) for record in records]
                 conditioning = self.embeddings(asking, guidance_scale=config.rollout.guidance_scale)
                 steps = groups_steps.of(group.to(self.model.device))
                 result = self._rollout(iteration, sample_id, steps, conditioning)
@@ -204,7 +204,7 @@ class Trainer:
         for sample_id in self._sample_ids():
             mine = [records[i] for i in sample_id]
             with clock("data"):
-                x0 = self.model.encode_images(pictures(mine, self.model.size))
+                x0 = self.model.encode_images(load_targets(mine, self.model.size))
                 conditioning = self.embeddings([record["prompt"] for record in mine], guidance_scale=guidance)
             batches.append(Batch(sample_id, conditioning, None, only_final(x0)))
         return batches

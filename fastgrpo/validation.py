@@ -15,7 +15,7 @@ from fastgrpo.config import schema
 from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, ModelConfig, RewardConfig
 from fastgrpo.config.reading import describe, differences, dump_config, read_config
 from fastgrpo.config.schema import ConfigError
-from fastgrpo.data.images import DATA
+from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of
 from fastgrpo.models import MODELS
 from fastgrpo.rewards import REWARDS, weights_of
@@ -141,8 +141,8 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_offline(config: Config) -> None:
-    if config.objective.name not in DATA:
-        schema.refuse("objective.offline", True, f"only {' and '.join(DATA)} learn from existing images")
+    if config.objective.name not in TARGET_FIELDS:
+        schema.refuse("objective.offline", True, f"only {' and '.join(TARGET_FIELDS)} learn from existing images")
     if config.prompts.weights:
         schema.refuse("prompts.weights", config.prompts.weights, "existing images are drawn equally often: leave it out")
 

@@ -31,7 +31,7 @@ import torch
 
 from fastgrpo.commands import plan
 from fastgrpo.config import schema
-from fastgrpo.data.prompts import asked
+from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.zero import finish, start
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
@@ -165,7 +165,7 @@ class Bench:
         config, device = self.config, self.model.device
         steps = group_steps(config.rollout, config.objective, self.model.sigmas(config.rollout.num_steps), 1, config.seed)
         record = self.trainer.prompts.metadata[0]
-        prompt = asked(record, self.model.image_conditioned)
+        prompt = as_prompt(record, self.model.image_conditioned)
         conditioning = self.trainer.embeddings([prompt] * batch, guidance_scale=config.rollout.guidance_scale)
         address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))
         return steps.to(device).of(torch.zeros(batch, dtype=torch.int64, device=device)), address, conditioning

@@ -41,7 +41,7 @@ def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Conf
 def evaluate(arguments: argparse.Namespace) -> int:
     """Scores of a saved run: a line of JSON for each prompt file, or one table, a row a file and category."""
     from fastgrpo.data.embeddings import Embeddings
-    from fastgrpo.data.prompts import INPUT, load_prompts
+    from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
     from fastgrpo.evaluation import Evaluator
     from fastgrpo.policy import Policy
     from fastgrpo.reporting.text import Row, scores_by_reward, table
@@ -52,9 +52,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     settings, reward = config.evaluation, config.reward
     (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
     rows: list[Row] = []
+    image_fields = (IMAGE_FIELD,) if model.image_conditioned else ()
     for path in arguments.prompts or [config.prompts.eval]:
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, INPUT if model.image_conditioned else ()),
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, image_fields),
             reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
