@@ -41,9 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     settings, reward = config.evaluation, config.reward
     (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
     rows: list[Row] = []
+    image_fields = (IMAGE_FIELD,) if model.image_conditioned else ()
     for path in arguments.prompts or [config.prompts.eval]:
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, (IMAGE_FIELD,) if model.image_conditioned else ()),
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, image_fields),
             reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
