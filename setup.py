@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", OCR, *SERVE],
+        "docs": ["mkdocs-material>=9"],
         "ocr": [OCR],
         "judge": [HTTP],
         "serve": SERVE,
