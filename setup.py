@@ -42,7 +42,6 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", OCR, *SERVE],
-        "docs": ["mkdocs-material>=9"],
         "ocr": [OCR],
         "judge": [HTTP],
         "serve": SERVE,

@@ -182,9 +182,9 @@ def check_command(line: str) -> None:
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
     elif program == "pip":
-        extra = arguments[-1].partition("[")[2].rstrip("]")
         packaging = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
-        assert re.search(rf'^\s*"?{extra}"?\s*[:=] *\[|^\s*"{extra}":', packaging, flags=re.MULTILINE), line
+        for extra in re.findall(r"\[([\w,]+)\]", line):
+            assert re.search(rf'^\s*"?{extra}"?\s*[:=]', packaging, flags=re.MULTILINE), line
     elif program == "bash":
         assert (ROOT / arguments[0]).is_file(), line
     else:
