@@ -34,13 +34,6 @@ SMALL = [
     "update.steps_per_rollout=1", "evaluation.images=5", "evaluation.batch_size=5", "evaluation.num_steps=2",
     "evaluation.samples=2", "evaluation.guidance_scale=1.0", "prompts.weights={}",
 ]  # fmt: skip
-# What the pages name before the code has it. A test of one of these that passes fails here: take its line away then.
-PENDING_NAMES = {
-    f"fastgrpo.{name}"
-    for name in ("Callback", "Trainer", "load_config", "load_model", "load_reward", "policy.Model", "rollout")
-}
-PENDING_COMMANDS = ("make check", "fastgrpo make-prompts")
-pending = pytest.mark.xfail(strict=True, reason="the code does not have it yet")
 # Runs a page's blocks in one namespace, every run in them cut down to a second or two.
 PRELUDE = """
 import json, sys
@@ -122,7 +115,7 @@ def dotted_names() -> list[str]:
     return sorted(name for name in found if not name.endswith((".py", ".md", ".yaml")))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pending if n in PENDING_NAMES else ()) for n in dotted_names()])
+@pytest.mark.parametrize("name", dotted_names())
 def test_dotted_names_exist(name: str) -> None:
     assert resolved(name) is not None
 
@@ -226,9 +219,7 @@ def main(module: str, arguments: list[str]) -> None:
     importlib.import_module(module).main(arguments)
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(n, marks=pending if n.startswith(PENDING_COMMANDS) else ()) for n in commands()]
-)
+@pytest.mark.parametrize("line", commands())
 def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program = line.split()[0]
@@ -270,7 +261,6 @@ def code_of(content: str, folder: Path) -> list[str]:
     return code
 
 
-@pending
 @pytest.mark.parametrize("heading", ["A reward", "A model", "A sampler", "An objective"])
 def test_extensions_work(heading: str, workshop: Path) -> None:
     with mock.patch.dict(MODELS), mock.patch.dict(SAMPLERS), mock.patch.dict(OBJECTIVES):
@@ -281,7 +271,6 @@ def test_extensions_work(heading: str, workshop: Path) -> None:
         sys.modules.pop(name, None)
 
 
-@pending
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["README.md: Your own model and reward", "docs/extending.md: The Python API"])
