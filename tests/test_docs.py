@@ -27,8 +27,9 @@ from fastgrpo.validation import read_config
 
 PRINTED = ROOT / "docs" / "configuration.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [path for path in [ROOT / "kernels" / "README.md"] if path.exists()]
-LONGEST = 150  # characters of a line that a person wrote
+PAGES += [page for folder in ("benchmarks", "kernels") if (page := ROOT / folder / "README.md").exists()]
+LONGEST = 150  # characters of a line
+LONG_LINES = (PRINTED, ROOT / "benchmarks" / "README.md")
 SMALL = [
     "iterations=1", "rollout.groups=2", "rollout.group_size=2", "rollout.batch_size=2", "rollout.num_steps=3",
     "update.steps_per_rollout=1", "evaluation.images=5", "evaluation.batch_size=5", "evaluation.num_steps=2",
@@ -219,7 +220,7 @@ def main(module: str, arguments: list[str]) -> None:
     importlib.import_module(module).main(arguments)
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", commands(), ids=lambda line: line[:60])
 def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program = line.split()[0]
@@ -237,6 +238,12 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_wrong_commands_are_found(line: str) -> None:
     with pytest.raises((AssertionError, SystemExit)):
         check_command(line)
+
+
+@each_page
+def test_python_is_python(page: Path) -> None:
+    for _, block in blocks(text(page), "python"):
+        compile(block, str(page), "exec")
 
 
 @pytest.fixture
@@ -303,7 +310,7 @@ def test_the_readme_is_read_at_once() -> None:
 
 @each_page
 def test_lines_are_short(page: Path) -> None:
-    if page != PRINTED:
+    if page not in LONG_LINES:
         assert [line for line in text(page).splitlines() if len(line) > LONGEST] == []
 
 
