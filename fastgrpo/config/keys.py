@@ -160,7 +160,7 @@ class AdvantageConfig:
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     name: str = "clip"
-    """Objective, see fastgrpo/learning/objectives/."""
+    """Objective, see fastgrpo/objectives/."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The objective's own, say {delta: 1e-6} of dppo: the keyword parameters of its function."""
     offline: bool = False
