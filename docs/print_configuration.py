@@ -21,6 +21,8 @@ from fastgrpo.validation import describe
 
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 ENTRY = re.compile(r"  (?P<path>[\w.]+) \((?P<kind>.+), (?P<default>required|default .*)\)\n +(?P<meaning>.*)", re.DOTALL)
+NUMBER = r"-?[\d.]+(?:e[+-]?\d+)?"
+BOUNDS = re.compile(rf" (?:at least|at most|above|below) {NUMBER}(?: and (?:at most|below) {NUMBER})?")
 
 HEAD = """\
 # Configuration
@@ -64,7 +66,7 @@ class Key(NamedTuple):
     """One key as `describe` prints it."""
 
     path: str
-    kind: str  # type, and range where there is one
+    kind: str  # type, with the bounds of its numbers
     default: str  # "required", or "default ..."
     meaning: str
 
@@ -89,11 +91,18 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
-def row(key: Key) -> tuple[str, str, str, str]:
-    kind = re.sub(r"\s*\|\s*", " or ", key.kind).replace("pathlib.Path", "Path").replace(" or None", ", or none")
+def row(key: Key) -> tuple[str, str, str, str, str]:
+    kind = re.sub(r"\s*\|\s*", " or ", BOUNDS.sub("", key.kind)).replace("pathlib.Path", "Path").replace("None", "none")
+    ranges = ", ".join(dict.fromkeys(shortened(bounds.strip()) for bounds in BOUNDS.findall(key.kind)))
     default = key.default.removeprefix("default ")
     default = default if default in ("required", "None") else code(yaml_text(default))
-    return code(key.path), kind, default.lower() if default == "None" else default, key.meaning
+    return code(key.path), kind, ranges, default.lower() if default == "None" else default, key.meaning
+
+
+def shortened(bounds: str) -> str:
+    """`at least 1 and at most 10000` as `1 to 10,000`."""
+    bounds = re.sub(r"\d{4,}", lambda digits: f"{int(digits[0]):,}", bounds)
+    return re.sub(r"^at least (\S+) and at most (\S+)$", r"\1 to \2", bounds)
 
 
 def yaml_text(value: str) -> str:
@@ -108,7 +117,7 @@ def sections(keys: list[Key]) -> Iterator[str]:
         groups.setdefault(key.path.rpartition(".")[0], []).append(key)
     for name, members in groups.items():
         heading = "## The run" if not name else f"{'##' if '.' not in name else '###'} `{name}`"
-        yield f"{heading}\n\n" + table(("key", "type", "default", "meaning"), map(row, members))
+        yield f"{heading}\n\n" + table(("key", "type", "range", "default", "meaning"), map(row, members))
 
 
 def names() -> str:
