@@ -1,15 +1,12 @@
 """What the documentation says is true of the code: links, names, keys, commands and code blocks, read from the pages."""
 
-import argparse
 import importlib
 import json
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -17,6 +14,8 @@ from unittest import mock
 import pytest
 import yaml
 from support.helpers import ROOT, environment
+from support.pages import PAGES, anchor, blocks, prose, section, text
+from support.shell_lines import Parsed, check_command, commands
 
 from fastgrpo.config import schema
 from fastgrpo.config.keys import Config
@@ -26,8 +25,6 @@ from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.validation import read_config
 
 PRINTED = ROOT / "docs" / "configuration.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [page for folder in ("benchmarks", "kernels") if (page := ROOT / folder / "README.md").exists()]
 LONGEST = 150  # characters of a line
 LONG_LINES = (PRINTED, ROOT / "benchmarks" / "README.md")
 SMALL = [
@@ -43,32 +40,6 @@ load_config, small = fastgrpo.load_config, json.loads(sys.argv[1])
 fastgrpo.load_config = lambda path, overrides=(): load_config(path, [*overrides, *small])
 """
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-
-
-@cache
-def text(page: Path) -> str:
-    return page.read_text()
-
-
-def prose(page: Path) -> str:
-    """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", text(page), flags=re.DOTALL | re.MULTILINE)
-
-
-def blocks(content: str, language: str) -> list[tuple[str, str]]:
-    """The blocks of code in that language, each with its file's name, or without."""
-    found = re.findall(rf'^```{language}(?: title="([^"]*)")?\n(.*?)^```$', content, flags=re.DOTALL | re.MULTILINE)
-    return [(name, block) for name, block in found]
-
-
-def section(page: Path, heading: str) -> str:
-    """A page's part under a heading of the second level."""
-    return text(page).split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-
-
-def anchor(heading: str) -> str:
-    """What a heading is called in a link."""
-    return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
 
 @each_page
@@ -153,71 +124,6 @@ def test_there_is_something_to_check() -> None:
         "my_rewards.py",
         "",
     ]
-
-
-class Parsed(Exception):
-    """Its command's arguments are understood, so it need not go on."""
-
-
-def commands() -> Iterator[str]:
-    """The lines of all bash blocks, each once."""
-    seen: dict[str, None] = {}
-    for page in PAGES:
-        for _, block in blocks(text(page), "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                seen.setdefault(shlex.join(shlex.split(line, comments=True)))
-    return (line for line in seen if line)
-
-
-def check_command(line: str) -> None:
-    """Refuse a command whose program, options, files or extras are not there."""
-    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
-    program, *arguments = words
-    if program == "make":
-        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
-    elif program == "pip":
-        packaging = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
-        for extra in re.findall(r"\[([\w,]+)\]", line):
-            assert re.search(rf'^\s*"?{extra}"?\s*[:=]', packaging, flags=re.MULTILINE), line
-    elif program == "bash":
-        assert (ROOT / arguments[0]).is_file(), line
-    else:
-        parse(program, arguments)
-
-
-def parse(program: str, arguments: list[str]) -> None:
-    """Let the program's own parser read the arguments, and stop there."""
-    if "--config" in arguments:
-        assert (ROOT / arguments[arguments.index("--config") + 1]).is_file(), arguments
-    original = argparse.ArgumentParser.parse_args
-
-    def parse_args(parser: argparse.ArgumentParser, *given: object, **options: object) -> argparse.Namespace:
-        original(parser, *given, **options)
-        raise Parsed
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
-        if program in ("deepspeed", "torchrun"):
-            from torch.distributed.run import get_args_parser
-
-            script = arguments.index("fastgrpo/train.py")
-            assert program == "torchrun" or script == 0, f"options of the deepspeed launcher are not checked: {arguments}"
-            get_args_parser().parse_known_args(arguments[: script + 1])
-            main("fastgrpo.commands.train", arguments[script + 1 :])
-        elif program == "fastgrpo":
-            main("fastgrpo.commands.cli", arguments)
-        elif program == "python" and arguments[0] == "-m" and arguments[1] == "pytest":
-            assert all((ROOT / argument).exists() for argument in arguments[2:]), arguments
-            raise Parsed
-        elif program == "python" and (ROOT / arguments[0]).is_file():
-            script = ROOT / arguments[0]
-            with mock.patch.object(sys, "argv", [str(script), *arguments[1:]]):
-                runpy.run_path(str(script), run_name="__main__")
-        else:
-            raise AssertionError(f"no check for {program} {arguments}")
-
-
-def main(module: str, arguments: list[str]) -> None:
-    importlib.import_module(module).main(arguments)
 
 
 @pytest.mark.parametrize("line", commands(), ids=lambda line: line[:60])
