@@ -55,7 +55,7 @@ def captured(phase: Phase) -> None:
 
 def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
     """Each part of a step alone, captured and replayed."""
-    (steps, address, _), _ = rollout_arguments(model, BATCH, NUM_STEPS)
+    schedule, address, *_ = rollout_arguments(model, BATCH, NUM_STEPS)
     x, sigma, rows = transition_inputs(model, BATCH)
     latents, index, place = x.float(), torch.tensor([1], device=x.device), torch.arange(BATCH, device=x.device)
     kept, who = latents.new_zeros(3, *x.shape), torch.arange(BATCH, device=x.device)
@@ -67,7 +67,7 @@ def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
 
     parts = {
         "noise": lambda: normal(address, INITIAL_STEP, latents[0].numel()),
-        "sde_step": lambda: sde_step(latents, x, steps.table, index, address, model_dtype=model.dtype).x_next,
+        "sde_step": lambda: sde_step(latents, x, schedule.table, index, address, model_dtype=model.dtype).x_next,
         "keeping a step": keep,
         "network": lambda: policy(x, sigma, rows),
         "network, guided": lambda: policy(torch.cat([x, x]), torch.cat([sigma, sigma]), twice),
@@ -99,9 +99,9 @@ def whole(phase: Phase, model: Adapter, policy: Policy) -> None:
     same_bits(phase, "the first shape again", form, policy, rollout_arguments(model, BATCH, NUM_STEPS))
 
 
-def same_bits(phase: Phase, name: str, form: Callable[..., Any], policy: Any, arguments: tuple[tuple, dict]) -> Any:
+def same_bits(phase: Phase, name: str, form: Callable[..., Any], policy: Any, arguments: tuple) -> Any:
     """A replay against an eager rollout; returns the former."""
-    found, wanted = form(policy, *arguments[0], **arguments[1]), rollout(policy, *arguments[0], **arguments[1])
+    found, wanted = form(policy, *arguments), rollout(policy, *arguments)
     unequal = differences(found, wanted)
     phase.check(name, not unequal, equal=not unequal, **unequal)
     return found
@@ -144,7 +144,7 @@ def under_deepspeed(phase: Phase, model: Adapter) -> None:
         after = same_bits(phase, "engine: replay after updates", form, policy, arguments)
         phase.check("engine: updates show in a replay", not torch.equal(before.final, after.final))
         with waits() as calls:
-            rollout(policy, *arguments[0], **arguments[1])
+            rollout(policy, *arguments)
         phase.check("engine: a rollout waits for nothing", not calls, waits=len(calls), steps=NUM_STEPS)
         with phase.step("engine: a new shape after updates"):
             other = rollout_arguments(model, BATCH, NUM_STEPS + 1)

@@ -93,7 +93,7 @@ def main() -> None:
             "straightforward, released recipe": released(first, drop_dead=False),
             "straightforward, dead samples left out": released(first, drop_dead=True),
         }
-        forms |= {name: Trainer(config(settings), ranks) for name, settings in LADDER.items()}
+        forms |= {name: Trainer(config(settings), ranks=ranks) for name, settings in LADDER.items()}
         times: dict[str, list[float]] = {name: [] for name in forms}
         phases: dict[str, dict[str, float]] = {}
         for n in tqdm(range(arguments.rounds + 1), desc="rounds"):

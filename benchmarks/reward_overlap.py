@@ -102,9 +102,9 @@ def main() -> None:
         smaller = ["rollout.batch_size=32", *arguments.set, f"output={folder}"]
         config = load_config(arguments.config, smaller)
         batches = config.rollout.groups * config.rollout.group_size // config.rollout.batch_size
-        trainer = Trainer(config, ranks)
+        trainer = Trainer(config, ranks=ranks)
         pause, found = measure(trainer, Slow(), batches, arguments.rounds)
-        trainer.engine.close()
+        trainer.close()
     rows = []
     for form, iterations in found.items():
         phases = {phase: statistics.median(one[phase] for one in iterations) for phase in iterations[0]}

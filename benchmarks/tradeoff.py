@@ -76,7 +76,8 @@ def excess_noise(sampler: str, sigmas: torch.Tensor, noise_level: float, spread:
     mask[first : first + size] = True
     variance = torch.tensor(1.0, dtype=torch.float64)
     sigmas = sigmas.double()
-    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sampler, sigmas, noise_level, mask), strict=False):
+    table = sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask)
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, table, strict=False):
         data = (1 - sigma) * spread
         k = (sigma - data * spread) / (data**2 + sigma**2)
         variance = (c_x + c_v * k) ** 2 * variance + s**2
@@ -90,7 +91,7 @@ def trainer_of(arguments: argparse.Namespace, folder: str, ranks: Ranks, point: 
         f"rollout.noise_level={point.noise_level}", f"rollout.window={{kind: fixed, start: {first}, size: {size}}}",
         *arguments.set,
     ]  # fmt: skip
-    return Trainer(load_config(arguments.config, settings), ranks)
+    return Trainer(load_config(arguments.config, settings), ranks=ranks)
 
 
 def iteration_seconds(trainer: Trainer, timed: int = 3) -> float:
@@ -101,7 +102,7 @@ def iteration_seconds(trainer: Trainer, timed: int = 3) -> float:
         trainer.iterate(iteration + 1)
         synchronize()
         seconds.append(time.perf_counter() - began)
-    trainer.engine.close()
+    trainer.close()
     return min(seconds[1:])
 
 
@@ -112,7 +113,7 @@ def train(trainer: Trainer, iterations: int, images: int) -> tuple[list[float], 
         rewards.append(round(trainer.iterate(iteration)["reward"], 4))
     with trainer.engine.swapped(trainer.ema.weights), trainer.engine.rollout_policy() as policy:
         accuracy = trainer.evaluator.accuracy(policy, images)["accuracy"]["overall"]
-    trainer.engine.close()
+    trainer.close()
     return rewards, accuracy
 
 

@@ -46,14 +46,14 @@ def main() -> None:
         config = load_config(arguments.config, common)
         table = forms(config.rollout.batch_size, config.rollout.window.size or config.rollout.num_steps - 1)
         for name, settings in tqdm(table.items(), desc="forms"):
-            trainer = Trainer(load_config(arguments.config, [*common, *settings]), ranks)
+            trainer = Trainer(load_config(arguments.config, [*common, *settings]), ranks=ranks)
             times = []
             for n in range(arguments.rounds + 1):
                 metrics = trainer.iterate(n + 1)
                 synchronize()
                 if n:
                     times.append(metrics["seconds"]["update"])
-            trainer.engine.close()
+            trainer.close()
             rows.append({"form": name, "seconds": round(statistics.median(times), 4), "settings": settings})
             del trainer
     images = config.rollout.groups * config.rollout.group_size

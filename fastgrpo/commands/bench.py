@@ -34,12 +34,13 @@ from fastgrpo.config import schema
 from fastgrpo.data.prompts import asked
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.files import write_atomically
+from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
-from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.records import TRAIN, Prompted, Schedule, noise_address
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import Config, ConfigError, load_config, read_config
 from fastgrpo_kernels import NoiseAddress
@@ -97,9 +98,9 @@ class Bench:
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)
         began = time.perf_counter()
-        self.trainer = Trainer(config, ranks)
+        self.trainer = Trainer(config, ranks=ranks)
         synchronize()
-        self._compiled: list[Any] = []  # the blocks' compiled calls, once there are any
+        self.compiled: list[Any] = []  # the blocks' compiled calls, once there are any
         say("model", seconds=round(time.perf_counter() - began, 1), parameters=self.counts.parameters,
             trained=self.counts.trained, peak_flops=self.peak, peak_from=self.peak_from, **memory())  # fmt: skip
 
@@ -147,39 +148,38 @@ class Bench:
                 self.say(f"rollout, {form}, batch {batch}", form=form, batch=batch, **row)
 
     def _rollout(self, form: str, batch: int, rounds: int) -> dict[str, Any]:
-        steps, address, conditioning = self._arguments(batch)
+        schedule, address, prompted = self._arguments(batch)
         run = CapturedRollout(CudaCapture()) if "captured" in form else rollout
-        model, guidance = self.model, self.config.rollout.guidance_scale
 
         def draw() -> None:
-            with self.trainer.engine.rollout_policy() as policy, model.drafting():
-                run(policy, steps, address, conditioning, guidance_scale=guidance, latent_shape=model.latent_shape,
-                    model_dtype=model.dtype, guidance_rule=model.guide)  # fmt: skip
+            with self.trainer.engine.rollout_policy() as policy, self.model.drafting():
+                run(policy, schedule, address, prompted, self.config.rollout.guidance_scale)
 
-        work = steps.forwards(len(conditioning[0])) * self.counts.forward_flops / self.peak
-        with self._blocks("compiled" in form):
+        passes = schedule.forward_passes(batch) * (2 if prompted.guided else 1)
+        work = passes * self.counts.forward_flops / self.peak
+        with self.compiled_blocks("compiled" in form):
             return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 
-    def _arguments(self, batch: int) -> tuple[Steps, NoiseAddress, tuple]:
+    def _arguments(self, batch: int) -> tuple[Schedule, NoiseAddress, Prompted]:
         """As the trainer would hand them to a rollout of `batch` images of one group."""
         config, device = self.config, self.model.device
-        steps = group_steps(config.rollout, config.objective, self.model.sigmas(config.rollout.num_steps), 1, config.seed)
-        record = self.trainer.prompts.metadata[0]
-        prompt = asked(record, self.model.image_conditioned)
-        conditioning = self.trainer.embeddings([prompt] * batch, guidance_scale=config.rollout.guidance_scale)
+        sigmas = self.model.sigmas(config.rollout.num_steps)
+        schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective)).to(device)
+        prompt = asked(self.trainer.prompts.metadata[0], self.model.image_conditioned)
+        prompted = self.trainer.embeddings.prompted([prompt] * batch, config.rollout.guidance_scale)
         address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))
-        return steps.to(device).of(torch.zeros(batch, dtype=torch.int64, device=device)), address, conditioning
+        return schedule.of(torch.zeros(batch, dtype=torch.int64, device=device)), address, prompted
 
     @contextmanager
-    def _blocks(self, compiled: bool) -> Iterator[None]:
+    def compiled_blocks(self, compiled: bool) -> Iterator[None]:
         """The transformer's blocks compiled or not, whatever the configuration has them be."""
         blocks = self.model.blocks
         before = [block._compiled_call_impl for block in blocks]
-        if compiled and not self._compiled:
+        if compiled and not self.compiled:
             self.model.compile_blocks()
-            self._compiled = [block._compiled_call_impl for block in blocks]
+            self.compiled = [block._compiled_call_impl for block in blocks]
         try:
-            for block, call in zip(blocks, self._compiled if compiled else [None] * len(blocks), strict=True):
+            for block, call in zip(blocks, self.compiled if compiled else [None] * len(blocks), strict=True):
                 block._compiled_call_impl = call
             yield
         finally:
@@ -188,7 +188,7 @@ class Bench:
 
     def close(self) -> None:
         """Frees the model and the engine."""
-        self.trainer.engine.close()
+        self.trainer.close()
         del self.trainer
         memory(reset=True)
 

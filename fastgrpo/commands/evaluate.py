@@ -11,6 +11,7 @@ from pathlib import Path
 from fastgrpo.commands.saved_run import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import INPUT, load_prompts
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, scores_by_reward, table
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,
+            ranks=OneRank(device=model.device),
         )  # fmt: skip
         row = {"prompts": str(path), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
         rows += scores_by_reward(path.stem, row, rewards.names)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.learning.objectives import OBJECTIVES
+from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import SETTINGS, model_class
-from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
 META = torch.device("meta")
@@ -141,7 +141,7 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     rollout, forward = config.rollout, counts.forward_flops
     guided = 2 if rollout.guidance_scale != 1 else 1
     objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
-    rescored = objective.old != "zero" if objective.forward else recomputes_old(config)
+    rescored = objective.old != "zero" if objective.on_final_images else recomputes_old(config)
     epochs = config.update.inner_epochs
     return {
         "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
@@ -157,10 +157,10 @@ def rollout_forwards(config: Config) -> float:
     rollout, iterations = config.rollout, config.iterations
     sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
     schedules = (
-        group_steps(rollout, config.objective, sigmas, iteration, config.seed)
+        group_schedule(rollout, sigmas, iteration, config.seed, weighting(config.objective))
         for iteration in range(1, iterations + 1, max(1, iterations // 100))
     )
-    return statistics.fmean(steps.forwards(rollout.group_size) for steps in schedules) / rollout.group_size
+    return statistics.fmean(schedule.forward_passes(rollout.group_size) for schedule in schedules) / rollout.group_size
 
 
 def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, float]:

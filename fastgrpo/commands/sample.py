@@ -12,7 +12,7 @@ from fastgrpo.commands.saved_run import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE
+from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
 from fastgrpo.sampling.generate import generate
 
@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{config.model.name} edits images: give one with --input")
     asked = [ImagePrompt(p, arguments.input) if model.image_conditioned else p for p in arguments.prompt]
     prompts = [prompt for prompt in asked for _ in range(arguments.images)]
-    images = generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE,
-        seed=arguments.seed, num_steps=arguments.steps or settings.num_steps,
-        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
-    )  # fmt: skip
+    guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
+    prompted = Embeddings(model).prompted(prompts, guidance_scale)
+    num_steps = arguments.steps or settings.num_steps
+    images = generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
     save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())
     print(arguments.output)
     return 0

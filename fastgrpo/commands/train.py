@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from fastgrpo.commands import UNAVAILABLE
-from fastgrpo.files import write_atomically
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.text import in_percent
-from fastgrpo.validation import Config, ConfigError, describe, differences, dump_config, load_config
+from fastgrpo.validation import ConfigError, check_folder, describe, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     ranks = start()
     try:
-        trainer = Trainer(config, ranks)
+        trainer = Trainer(config, ranks=ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RewardUnavailable as error:
         return stopped(error, "nothing was begun")
-    if ranks.rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(RunFolder(config.output).config, dump_config(config))
     try:
         summary, status = trainer.run(), 0
     except RewardUnavailable as error:
@@ -62,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if summary:
         print(table(summary))
         print(f"report: {RunFolder(config.output).report}")
-    trainer.engine.close()
+    trainer.close()
     del trainer
     finish()
     return status
@@ -72,17 +68,6 @@ def stopped(error: Exception, state: str) -> int:
     """Says why a run stopped that can go on; returns the exit status for that."""
     print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
     return UNAVAILABLE
-
-
-def check_folder(config: Config) -> None:
-    """Refuses a folder that holds a run of another configuration; only the number of iterations may have changed."""
-    path = RunFolder(config.output).config
-    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
-    if changed:
-        raise ConfigError(
-            f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
-            "choose another folder with --set output=... or remove it"
-        )
 
 
 def table(summary: dict) -> str:

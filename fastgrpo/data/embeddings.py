@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.files import atomic_file
-from fastgrpo.records import concatenate, with_unconditional
+from fastgrpo.policy import Model
+from fastgrpo.records import Prompted, concatenate
 
 IN_MEMORY = 1024  # prompts whose embeddings are kept in memory when they are also on disk: a few GB for SD3
 
@@ -25,18 +26,19 @@ class Embeddings:
     resume.
     """
 
-    def __init__(self, model, folder: Path | None = None) -> None:
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self._known: OrderedDict[str, tuple] = OrderedDict()
+        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str | ImagePrompt], *, guidance_scale: float) -> tuple:
-        """Rows for `rollout`: the prompts', and under guidance those of the empty prompt before them."""
-        conditioning = concatenate([self._one(prompt) for prompt in prompts])
+    def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
+        """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
+        cond = concatenate([self._one(prompt) for prompt in prompts])
         if guidance_scale == 1:
-            return conditioning
-        if isinstance(prompts[0], str):
-            return with_unconditional(conditioning, self._one(""))
-        return concatenate([*(self._one(without_text(prompt)) for prompt in prompts), conditioning])
+            return Prompted(cond)
+        if not isinstance(prompts[0], str):
+            return Prompted(cond, concatenate([self._one(without_text(prompt)) for prompt in prompts]))
+        empty = self._one("")
+        return Prompted(cond, type(cond)(*(tensor.expand(len(prompts), *tensor.shape[1:]) for tensor in empty)))
 
     def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
         """Puts the embeddings of all prompts on disk, so that the text encoders are not asked again."""
@@ -45,12 +47,12 @@ class Embeddings:
                 self._write(self._file(prompt), self._model.encode([prompt]))
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
-        if prompt not in self._known:
-            self._known[prompt] = self._read(prompt)
-            if len(self._known) > IN_MEMORY and self._folder is not None:
-                self._known.popitem(last=False)
-        self._known.move_to_end(prompt)
-        return self._known[prompt]
+        if prompt not in self.in_memory:
+            self.in_memory[prompt] = self._read(prompt)
+            if len(self.in_memory) > IN_MEMORY and self._folder is not None:
+                self.in_memory.popitem(last=False)
+        self.in_memory.move_to_end(prompt)
+        return self.in_memory[prompt]
 
     def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
@@ -62,11 +64,11 @@ class Embeddings:
 
     def _file(self, prompt: str | ImagePrompt) -> Path:
         text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
-        name = hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
         return self._folder / name[:2] / f"{name}.safetensors"
 
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
         # An input image goes through the autoencoder.

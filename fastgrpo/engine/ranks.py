@@ -42,7 +42,7 @@ def load_deepspeed() -> ModuleType:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, as one of them sees them. Made by `start`; a test takes `fastgrpo.testing.ranks.OneRank`."""
+    """The processes of a run, as one of them sees them. Made by `start`; see also `OneRank`."""
 
     rank: int  # number of this process, from 0
     world_size: int  # how many processes there are
@@ -92,6 +92,34 @@ class Ranks:
     def barrier(self) -> None:
         """Waits until all ranks are here. Collective."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+@dataclass(frozen=True)
+class OneRank(Ranks):
+    """`Ranks` without a process group: the only process of a run, or in a test one of several.
+
+    Every other rank is taken to hold and to say just what this one does.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.detach()] * self.world_size)
+
+    def all_reduce(self, tensor: Tensor, op: Literal["mean", "sum", "min", "max"] = "mean") -> Tensor:
+        return tensor.detach() * self.world_size if op == "sum" else tensor.detach().clone()
+
+    def broadcast_object(self, value: Any = None) -> Any:
+        return value
+
+    @contextmanager
+    def together(self, exception_type: type[Exception]) -> Iterator[None]:
+        yield
+
+    def barrier(self) -> None:
+        pass
 
 
 def start() -> Ranks:

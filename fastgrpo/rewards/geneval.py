@@ -12,6 +12,7 @@ The checks are `geneval_rules`; here are the models that see, from local folders
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
+from fastgrpo.config.bounds import AtLeast
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, THRESHOLD, Detection, check_record, judge, whose_colors
 
 GREY = 0x99  # what surrounds an object whose colour is asked for
@@ -33,9 +35,14 @@ class GenEval:
     low, high = 0.0, 1.0
     score = "strict"
 
-    def __init__(self, device: torch.device, detector: Path, clip: Path, batch_size: int = 8) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: how many images the detector sees at once, at least 1")
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        detector: Path,  # folder of the detector
+        clip: Path,  # folder of CLIP
+        batch_size: Annotated[int, AtLeast(1)] = 8,  # images that the detector sees at once, and objects that CLIP does
+    ) -> None:
         self.detector, self.colors, self.batch_size = Detector(detector, device), Colors(clip, device), batch_size
 
     @staticmethod
@@ -49,10 +56,10 @@ class GenEval:
         self.check(metadata)
         seen = [found for batch in images.split(self.batch_size) for found in self.detector(batch)]
         pairs = list(zip(seen, metadata, strict=True))
-        asked = [(image, item) for image, pair in zip(images, pairs, strict=True) for item in whose_colors(*pair)]
+        objects = [(image, item) for image, pair in zip(images, pairs, strict=True) for item in whose_colors(*pair)]
         colors: dict[Detection, str] = {}
-        for start in range(0, len(asked), self.batch_size):
-            colors |= self.colors(asked[start : start + self.batch_size])
+        for start in range(0, len(objects), self.batch_size):
+            colors |= self.colors(objects[start : start + self.batch_size])
         verdicts = [judge(found, record, colors.__getitem__) for found, record in pairs]
         return torch.tensor([graded if self.score == "graded" else float(strict) for strict, graded, _ in verdicts])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastgrpo.data.pixels import as_arrays
 from fastgrpo.tiny import verify as shapes_verifier
 from fastgrpo.tiny.text import verify as text_verifier
 
@@ -39,5 +40,5 @@ for _reward in (shapes, shapes_graded, text, text_graded):
 
 def _scores(score: Callable, images: Tensor, metadata: list[dict]) -> Tensor:
     """(B, 2), strict and graded."""
-    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    arrays = as_arrays(images)
     return torch.tensor([score(image, record) for image, record in zip(arrays, metadata, strict=True)])

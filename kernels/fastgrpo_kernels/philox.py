@@ -12,7 +12,7 @@ Noise has an address instead of a history: a sample gets the same noise in any b
 resume and inside a replayed CUDA graph. The integers are exact everywhere; the normals of two platforms
 differ by the last bits of log, cos and sin.
 
-B samples, D elements a sample, Q = ceil(D / 4) quads, S = ceil(D / BLOCK) blocks.
+B samples, D elements a sample, Q = ceil(D / 4) quads, BLOCKS = ceil(D / BLOCK).
 """
 
 import math
@@ -24,14 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import check_tensor
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS
 
 INITIAL_STEP = 2**32 - 1  # addresses the noise that a rollout starts from; transitions count from 0
-
-# Four elements a thread: the four normals of one Philox call stay in the thread that stores them, and fp32
-# moves in 128-bit accesses. Any other ratio makes Triton pass the noise through shared memory.
-BLOCK = 1024
-THREADS = BLOCK // 4
-NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -133,9 +128,9 @@ def normal_fwd_kernel(
     D,
     BLOCK: tl.constexpr,
 ):
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_x = i_s * BLOCK + tl.arange(0, BLOCK)
-    o_quad = i_s * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_x = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_quad = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, tl.load(step), tl.load(sample_id + i_b), tl.load(iteration))
     tl.store(out + i_b * D + o_x, interleave4(n0, n1, n2, n3, BLOCK), mask=o_x < D)
 

@@ -11,7 +11,7 @@ log_prob_old.
 
     dL/dv = g c_v / D (g1 e + 2 g2 d + 2 g3 k)       gi = dL/dmi;  1 - g in place of g for v_uncond
 
-B samples, D elements a sample, S = ceil(D / BLOCK) blocks.
+B samples, D elements a sample, BLOCKS = ceil(D / BLOCK).
 """
 
 from typing import Any, NamedTuple
@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
-from fastgrpo_kernels.guidance import guided_velocity_ref, load_velocity
-from fastgrpo_kernels.philox import BLOCK, NUM_WARPS
-from fastgrpo_kernels.sde_step import columns, sum_row
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, columns, sum_row
+from fastgrpo_kernels.guidance import Guided, check_velocity, guided_velocity_ref, load_velocity
 
 
 class Moments(NamedTuple):
@@ -38,18 +37,16 @@ class Moments(NamedTuple):
 def transition_ref(
     x_next: Tensor,
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     v_old: Tensor,
     coefficients: Tensor,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     v_ref: Tensor | None = None,
 ) -> Moments:
     """The definition of `transition` in torch, differentiable, in the dtype of x."""
     x_next, x, v_old, coefficients = (t.detach() for t in (x_next, x, v_old, coefficients))
     c_x, c_v, _ = columns(coefficients, x)
-    v = guided_velocity_ref(v, v_uncond, guidance_scale, x.dtype)
+    v = guided_velocity_ref(velocity, x.dtype)
     e = x_next - (c_x * x + c_v * v_old)
     d = c_v * (v - v_old)
     k = torch.zeros_like(d) if v_ref is None else c_v * (v - v_ref.detach())
@@ -59,9 +56,9 @@ def transition_ref(
 @triton.jit
 def load_differences(x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK: tl.constexpr):
     """The block's offsets and mask, c_v, and e, d, k, which are 0 outside the row."""
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c_x, c_v = tl.load(coefficients + i_b * 4), tl.load(coefficients + i_b * 4 + 1)
-    o_d = i_s * BLOCK + tl.arange(0, BLOCK)
+    o_d = i_block * BLOCK + tl.arange(0, BLOCK)
     m_x = o_d < D
     o_x = i_b * D + o_d
     b_v = load_velocity(v, v_uncond, guidance_scale, o_x, m_x)
@@ -86,29 +83,29 @@ def transition_fwd_kernel(
     coefficients,  # (B, 4) fp32
     v_uncond,  # (B, D) any float, or None
     v_ref,  # (B, D) any float, or None
-    partial,  # (3, B, S) fp32, sums of e d, d d, k k
+    partial,  # (3, B, BLOCKS) fp32, sums of e d, d d, k k
     guidance_scale,
     D,
     BLOCK: tl.constexpr,
 ):
     _, _, _, b_e, b_d, b_k = load_differences(x_next, x, v, v_old, coefficients, v_uncond, v_ref, guidance_scale, D, BLOCK)
-    S, B = tl.num_programs(0), tl.num_programs(1)
-    p_partial = partial + tl.program_id(1).to(tl.int64) * S + tl.program_id(0)
+    BLOCKS, B = tl.num_programs(0), tl.num_programs(1)
+    p_partial = partial + tl.program_id(1).to(tl.int64) * BLOCKS + tl.program_id(0)
     tl.store(p_partial, tl.sum(b_e * b_d))
-    tl.store(p_partial + B * S, tl.sum(b_d * b_d))
-    tl.store(p_partial + 2 * B * S, tl.sum(b_k * b_k))
+    tl.store(p_partial + B * BLOCKS, tl.sum(b_d * b_d))
+    tl.store(p_partial + 2 * B * BLOCKS, tl.sum(b_k * b_k))
 
 
 @triton.jit
 def moments_fwd_kernel(
-    partial,  # (3 B, S) fp32
+    partial,  # (3 B, BLOCKS) fp32
     moments,  # (3 B,) fp32
-    S,
+    BLOCKS,
     D,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    tl.store(moments + i_row, sum_row(partial + i_row * S, S, BLOCK) / D)
+    tl.store(moments + i_row, sum_row(partial + i_row * BLOCKS, BLOCKS, BLOCK) / D)
 
 
 @triton.jit
@@ -192,41 +189,40 @@ class Transition(torch.autograd.Function):
 def transition_triton(
     x_next: Tensor,
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     v_old: Tensor,
     coefficients: Tensor,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     v_ref: Tensor | None = None,
 ) -> Moments:
     """`transition_ref` as two kernels forward and one backward."""
-    moments = Transition.apply(x_next, x, v, v_old, coefficients, v_uncond, v_ref, float(guidance_scale))
+    v, v_uncond, scale = Guided.of(velocity)
+    moments = Transition.apply(x_next, x, v, v_old, coefficients, v_uncond, v_ref, float(scale))
     return Moments(*moments.unbind(0))
 
 
 def transition(
     x_next: Tensor,
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     v_old: Tensor,
     coefficients: Tensor,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     v_ref: Tensor | None = None,
 ) -> Moments:
-    """The moments m1, m2, m3 of a stored transition; gradients flow to `v` and `v_uncond` only.
+    """The moments m1, m2, m3 of a stored transition; gradients flow to `velocity` only.
 
-    x_next, x: (B, *D) fp32. v, v_uncond: (B, *D) fp32, bf16 or fp16. v_old, v_ref: the same, already guided.
+    x_next, x: (B, *D) fp32. velocity: (B, *D) fp32, bf16 or fp16, or a `Guided` of two such. v_old, v_ref: (B, *D) in
+    one of these dtypes, already guided.
     coefficients: (B, 4) fp32, the row (c_x, c_v, s, w) of each sample. Log-ratio = w (2 m1 - m2).
     """
-    shape = tuple(x.shape)
+    velocity, shape = Guided.of(velocity), tuple(x.shape)
     check_latents("x", x)
     check_tensor("x_next", x_next, x, shape, torch.float32)
     check_tensor("coefficients", coefficients, x, (shape[0], 4), torch.float32)
-    for name, velocity in (("v", v), ("v_old", v_old), ("v_uncond", v_uncond), ("v_ref", v_ref)):
-        if velocity is not None:
-            check_tensor(name, velocity, x, shape, *VELOCITY_DTYPES)
+    check_velocity(velocity, x)
+    check_tensor("v_old", v_old, x, shape, *VELOCITY_DTYPES)
+    if v_ref is not None:
+        check_tensor("v_ref", v_ref, x, shape, *VELOCITY_DTYPES)
     run = transition_triton if x.is_cuda else transition_ref
-    return run(x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=guidance_scale, v_ref=v_ref)
+    return run(x_next, x, velocity, v_old, coefficients, v_ref=v_ref)

@@ -85,7 +85,7 @@ def bench_of(blocks: list[nn.Module]) -> tuple[Bench, list[tuple[str, dict]]]:
     """One without a trainer, and what it says."""
     said: list[tuple[str, dict]] = []
     bench = object.__new__(Bench)
-    bench.say, bench._compiled = lambda name, **values: said.append((name, values)), []
+    bench.say, bench.compiled = lambda name, **values: said.append((name, values)), []
     model = SimpleNamespace(blocks=blocks, compile_blocks=lambda: [block.compile(backend="eager") for block in blocks])
     bench.trainer = SimpleNamespace(model=model)
     return bench, said
@@ -100,9 +100,9 @@ def test_a_form_has_its_blocks_compiled_or_not_whatever_the_configuration_says(c
     before = [block._compiled_call_impl for block in blocks]
     kept = []
     for _ in range(2):
-        with bench._blocks(compiled=True):
+        with bench.compiled_blocks(compiled=True):
             kept.append([block._compiled_call_impl for block in blocks])
-        with bench._blocks(compiled=False):
+        with bench.compiled_blocks(compiled=False):
             assert [block._compiled_call_impl for block in blocks] == [None, None]
     assert kept[0] == kept[1] and None not in kept[0], "compiled once, and kept"
     assert [block._compiled_call_impl for block in blocks] == before

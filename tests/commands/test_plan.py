@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.drawing import drawn
 from support.helpers import ROOT, environment
 from torch import nn
 
@@ -196,16 +197,11 @@ def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str, c
 
 
 def test_random_weights_need_no_checkpoint(tiny_architecture: None) -> None:
-    from fastgrpo.data.embeddings import Embeddings
-    from fastgrpo.policy import Policy
-    from fastgrpo.sampling.generate import generate
 
     torch.manual_seed(0)
     model = model_class("sd3").random("tiny", dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=4)
     prompts = ["anything", "at all"]
-    images = generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(2), stream=2, seed=0, num_steps=2, guidance_scale=3.0
-    )
+    images = drawn(model, prompts, num_steps=2, guidance_scale=3.0)
     assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
 
 

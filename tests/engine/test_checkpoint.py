@@ -14,7 +14,7 @@ import torch
 
 from fastgrpo.engine import checkpoint
 from fastgrpo.engine.checkpoint import MARKER, check_files, latest_checkpoint, load_checkpoint, save_checkpoint
-from fastgrpo.testing.ranks import OneRank
+from fastgrpo.engine.ranks import OneRank
 
 STATE = {
     "ema": {"w": torch.arange(3.0)},

@@ -16,9 +16,9 @@ from torch import nn
 from fastgrpo.engine import ranks as ranks_module
 from fastgrpo.engine import zero as engine_module
 from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
-from fastgrpo.testing.ranks import OneRank
 
 # Relative: of a loss, of a norm of the gradient, of the distance that the weights went in all updates.
 # bfloat16: half a batch sums in another order, and a rounding error in one weight of a block feeds the next.

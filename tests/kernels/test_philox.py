@@ -11,7 +11,8 @@ from scipy import stats
 from support.helpers import DEVICE, REAL_SHAPES, NoSync, needs_gpu
 
 from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal, normal_ref, normal_triton
-from fastgrpo_kernels.philox import BLOCK, _box_muller_ref, box_muller, philox_ref
+from fastgrpo_kernels.common import BLOCK
+from fastgrpo_kernels.philox import _box_muller_ref, box_muller, philox_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.drawing import ode_arguments
 from support.helpers import NoSync
 from transformers import Qwen3Config, Qwen3Model
 
@@ -16,8 +17,7 @@ from fastgrpo.models.bagel import Bagel, Conditioning
 from fastgrpo.models.bagel_folder import published_name, read_autoencoder
 from fastgrpo.models.bagel_network import GEN, BagelTransformer, PositionTable
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, concatenate, noise_address
-from fastgrpo.sampling.generate import ode_steps
+from fastgrpo.records import concatenate
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.bagel import original_names, tiny_autoencoder, velocity_ref
@@ -163,13 +163,9 @@ def test_guidance_is_the_published_one_for_each_sample() -> None:
 
 
 def test_a_guided_rollout_never_waits_for_the_device(model: Bagel) -> None:
-    steps, address = ode_steps(model, 3, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
-    conditioning = Embeddings(model)(PROMPTS[:2], guidance_scale=4.0)
+    arguments = ode_arguments(model, PROMPTS[:2], 3, 4.0)
     with NoSync():
-        result = rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=4.0, latent_shape=model.latent_shape,
-            model_dtype=model.dtype, guidance_rule=model.guide,
-        )  # fmt: skip
+        result = rollout(Policy(model), *arguments)
     assert result.final.isfinite().all()
 
 
@@ -195,7 +191,7 @@ def test_a_long_prompt_keeps_both_marks(model: Bagel) -> None:
 def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
     """So what is kept of it never goes stale, on disk neither."""
     model = load(folder)
-    before, name = model.encode(PROMPTS), Embeddings(model)._fingerprint
+    before, name = model.encode(PROMPTS), Embeddings(model).fingerprint
     model.add_lora(rank=4, alpha=8)
     with torch.no_grad():
         for n, parameter in model.transformer.named_parameters():
@@ -203,7 +199,7 @@ def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
             if "lora" in n:
                 parameter.normal_()
     assert all(torch.equal(a, b) for a, b in zip(model.encode(PROMPTS), before, strict=True))
-    assert Embeddings(model)._fingerprint == name
+    assert Embeddings(model).fingerprint == name
 
 
 def test_full_training_copies_only_what_it_trains(folder: Path) -> None:
@@ -240,8 +236,8 @@ def test_blocks_compile_without_a_break(folder: Path) -> None:
 
 
 def test_embeddings_on_disk_are_read_back(model: Bagel, tmp_path: Path) -> None:
-    first = Embeddings(model, tmp_path)(PROMPTS[:2], guidance_scale=4.0)
-    again = Embeddings(model, tmp_path)(PROMPTS[:2], guidance_scale=4.0)
+    first = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
+    again = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
     expected = concatenate([model.encode([p]) for p in ("", "", *PROMPTS[:2])])
     for a, b, c in zip(first, again, expected, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)

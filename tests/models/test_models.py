@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.drawing import drawn
 from support.helpers import ROOT, environment
 
-from fastgrpo.data.embeddings import Embeddings, without_text
+from fastgrpo.data.embeddings import without_text
 from fastgrpo.models import MODELS, load_model, model_class
 from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
-from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, concatenate, noise_address
-from fastgrpo.sampling.generate import generate
 from fastgrpo.testing import FAMILIES, load_family
-from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
+from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
 
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
@@ -44,10 +43,7 @@ def noise(model, count: int) -> torch.Tensor:
 
 def own_images(name: str, model, scale: float) -> torch.Tensor:
     prompts = load_family(name).prompts
-    return generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
-        num_steps=STEPS, guidance_scale=scale,
-    )  # fmt: skip
+    return drawn(model, prompts, num_steps=STEPS, guidance_scale=scale)
 
 
 def test_every_model_has_a_tiny_family() -> None:
@@ -101,7 +97,7 @@ def guided(model, x, sigma, conditioning, without, scale, together):
         v_uncond, v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
     else:
         v_uncond, v = model.velocity(x, sigma, without), model.velocity(x, sigma, conditioning)
-    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(v, v_uncond, scale)
+    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(Guided(v, v_uncond, scale))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)

@@ -11,19 +11,18 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.models import WanTransformer3DModel
 from PIL import Image
+from support.drawing import drawn, ode_arguments
 from support.helpers import NoSync
 from support.model_worker import configuration
 from support.runs import run
 
 from fastgrpo.commands.cli import main
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.wan import Wan
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures
 from fastgrpo.rewards import load_reward
-from fastgrpo.sampling.generate import generate, ode_steps
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.wan import TEXT_TOKENS
@@ -51,10 +50,7 @@ def noise(model, count: int = 1) -> torch.Tensor:
 
 
 def own_videos(model, prompts: list[str], num_steps: int = 3, scale: float = 1.0) -> torch.Tensor:
-    return generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
-        num_steps=num_steps, guidance_scale=scale,
-    )  # fmt: skip
+    return drawn(model, prompts, num_steps=num_steps, guidance_scale=scale)
 
 
 def stock_videos(pipeline: WanPipeline, model, num_steps: int = 3) -> torch.Tensor:
@@ -197,13 +193,9 @@ def test_a_timestep_a_token_is_one_a_sample_without_an_input_frame() -> None:
 def test_a_rollout_has_no_host(folder: Path, scale: float, dtype: torch.dtype) -> None:
     model = load(folder, dtype)
     model.add_lora(rank=4, alpha=8)
-    conditioning, steps = Embeddings(model)(PROMPTS, guidance_scale=scale), ode_steps(model, 3, 2)
-    address = noise_address(SAMPLE, 0, 0, torch.arange(2))
+    arguments = ode_arguments(model, PROMPTS, 3, scale)
     with NoSync():
-        rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=scale, latent_shape=model.latent_shape,
-            model_dtype=dtype,
-        )  # fmt: skip
+        rollout(Policy(model), *arguments)
 
 
 def test_in_bfloat16_the_decoder_and_the_modulation_stay_float32(folder: Path) -> None:

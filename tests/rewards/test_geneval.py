@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fastgrpo.data.prompts import load_prompts
-from fastgrpo.rewards import REWARDS
+from fastgrpo.rewards import REWARDS, load_reward
 from fastgrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalGraded, _cut_out, _detections
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, Detection, check_record, judge, kept, whose_colors
 from fastgrpo.testing.tokenizers import clip_tokenizer
@@ -263,8 +263,8 @@ def test_wrong_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> No
         GenEval(device=CPU, detector=Path("nowhere"), clip=folders["clip"])
     with pytest.raises(ValueError, match=f"clip = {tmp_path}: cannot be loaded"):
         GenEval(device=CPU, detector=folders["detector"], clip=tmp_path)
-    with pytest.raises(ValueError, match="batch_size = 0"):
-        GenEval(device=CPU, **folders, batch_size=0)
+    with pytest.raises(ValueError, match=r"reward\.settings\.geneval\.batch_size = 0: must be at least 1"):
+        load_reward("geneval", settings={**{key: str(path) for key, path in folders.items()}, "batch_size": 0})
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folders["detector"])
     model.config.id2label = {**model.config.id2label, 79: "sky"}
     model.save_pretrained(tmp_path)

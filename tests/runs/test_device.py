@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.policy import Policy
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.records import Rollout
-from fastgrpo.learning.update import Learner, micro_batches, recompute_old, transition_loss, update
+from fastgrpo.records import Trajectory
+from fastgrpo.learning.batches import micro_batches
+from fastgrpo.learning.update import Learner, optimizer_step, recompute_old, transition_loss
 from fastgrpo_kernels import Moments
 
 pytestmark = pytest.mark.gpu
@@ -43,10 +45,10 @@ def move(model) -> None:
                 parameter.mul_(1.5)
 
 
-def sampled(model, guidance_scale: float, run=rollout) -> tuple[Rollout, tuple]:
+def sampled(model, guidance_scale: float, run=rollout) -> tuple[Trajectory, tuple]:
     """A rollout, and the arguments that it was of."""
-    arguments, options = rollout_arguments(model, guidance_scale)
-    return run(Policy(model), *arguments, **options), arguments
+    arguments = rollout_arguments(model, guidance_scale)
+    return run(Policy(model), *arguments), arguments
 
 
 def watched(learner: Learner) -> tuple[Learner, list[Moments]]:
@@ -57,7 +59,7 @@ def watched(learner: Learner) -> tuple[Learner, list[Moments]]:
         seen.append(moments)
         return learner.objective(moments, *rest)
 
-    return learner._replace(objective=objective), seen
+    return replace(learner, objective=objective), seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,11 +87,11 @@ def test_a_replay_is_the_eager_rollout(dtype: str, guidance_scale: float) -> Non
     model = tuned(dtype)
     policy, captured, found = Policy(model), CapturedRollout(capture()), []
     for seed in (0, 0, 1):
-        arguments, options = rollout_arguments(model, guidance_scale, seed=seed)
-        found.append(captured(policy, *arguments, **options))
-        assert equal(found[-1], rollout(policy, *arguments, **options))
+        arguments = rollout_arguments(model, guidance_scale, seed=seed)
+        found.append(captured(policy, *arguments))
+        assert equal(found[-1], rollout(policy, *arguments))
         move(model)
-    assert len(captured._graphs) == 1 and all(result.final.isfinite().all() for result in found)
+    assert len(captured.graphs) == 1 and all(result.final.isfinite().all() for result in found)
     assert not equal(found[0], found[1]) and not equal(found[1], found[2])
 
 
@@ -102,7 +104,7 @@ def test_gradients_are_finite_and_repeat(dtype: str, guidance_scale: float) -> N
 
     def gradients() -> dict[str, Tensor]:
         model.transformer.zero_grad()
-        update(learner_of(model, guidance_scale), [experience])
+        optimizer_step(learner_of(model, guidance_scale), [experience])
         return {name: p.grad.clone() for name, p in model.transformer.named_parameters() if p.grad is not None}
 
     first, second = gradients(), gradients()

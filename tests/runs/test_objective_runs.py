@@ -11,7 +11,7 @@ from support.helpers import ROOT, environment
 from support.objective_worker import ITERATIONS, RUNS
 
 from fastgrpo.validation import load_config
-from fastgrpo.learning.iteration import learning_rate
+from fastgrpo.learning.updater import learning_rate
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.testing import load_family
 
@@ -71,7 +71,7 @@ def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
         (["objective.name=awm", *ODE, "forward.num_timesteps=4"], r"forward\.num_timesteps = 4: there are 2"),
         (["objective.name=awm", *ODE, "forward.range=[3, 12]"], r"forward\.range = \(3, 12\): must lie in \[0, 6\]"),
         (["objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
-        (["objective.name=sft", *ODE, "objective.offline=true"], r"prompts\.weights = .* given images are all taken alike"),
+        (["objective.name=sft", *ODE, "objective.offline=true"], r"weights = .* existing images are drawn equally often"),
         (["objective.name=nft", *ODE, "objective.offline=true"], r"objective\.offline = True: only sft and dpo learn"),
         (["objective.name=dpo", *ODE, "rollout.batch_size=8"], r"rollout\.batch_size = 8: dpo compares samples of a group"),
         (["forward.old_policy.limit=0.5"], r"forward\.old_policy\.limit = 0\.5: clip takes the transitions of the trained"),
@@ -80,7 +80,7 @@ def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
         (["objective.name=guard", "rollout.sampler=cps", "objective.log_prob_weight=cps_reference"], "guard normalises"),
         (["objective.name=nft", *ODE, "objective.settings={adv_clip_max: 1}"], r"set advantage\.adv_clip_max"),
         ([*ODE, "objective.name=nft", "rollout.shared_noise=true"], r"a group's images would all be the same"),
-        (["update.inner_epochs=0"], r"update\.inner_epochs = 0: must be positive"),
+        (["update.inner_epochs=0"], r"update\.inner_epochs = 0: must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(settings: list[str], message: str) -> None:

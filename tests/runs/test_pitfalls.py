@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import ROOT
-from support.toy import Toy, ToyPolicy
+from support.toy import Toy, ToyPolicy, toy_prompts
 from torch import Tensor, nn
 
 from fastgrpo.config.keys import Window
@@ -24,11 +24,13 @@ from fastgrpo.engine.ranks import Ranks
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import effective_clip_range
 from fastgrpo.models.adapter import to_pixels
-from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.records import TRAIN, noise_address
 from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.sampling.windows import window_starts
-from fastgrpo.testing.ranks import OneRank
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
@@ -197,38 +199,37 @@ def trainer_of(output: Path, *settings: str, rank: int = 0, ranks: int = 1) -> T
     config = load_config(CONFIG, [*SMALL, f"output={output}", *settings])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastgrpo.trainer.Engine", PlainEngine)
-        trainer = Trainer(config, OneRank(rank, ranks))
+        trainer = Trainer(config, ranks=OneRank(rank, ranks))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.engine.trained.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    trainer.log = None
     return trainer
 
 
 def rollouts_of(trainer: Trainer) -> list[tuple]:
-    """Of each rollout to come the steps, the noise's address and the result."""
-    found, run = [], trainer.rollout
+    """Of each rollout to come the schedule, the noise's address and the result."""
+    found, run = [], trainer.run_rollout
 
-    def record(policy, steps, address, conditioning, **options):
-        result = run(policy, steps, address, conditioning, **options)
-        found.append((steps, address, result))
+    def record(policy, schedule, address, prompted, guidance_scale):
+        result = run(policy, schedule, address, prompted, guidance_scale)
+        found.append((schedule, address, result))
         return result
 
-    trainer.rollout = record
+    trainer.run_rollout = record
     return found
 
 
 def losses_of(trainer: Trainer) -> list[tuple]:
     """Of each micro-batch to come the rows of its steps and its advantages."""
-    found, learner = [], trainer.learning.learner
+    found, learner = [], trainer.updater.learner
 
     def record(moments, step, advantages, weight):
         found.append((step, advantages))
         return learner.objective(moments, step, advantages, weight)
 
-    trainer.learning.learner = learner._replace(objective=record)
+    trainer.updater.learner = replace(learner, objective=record)
     return found
 
 
@@ -292,21 +293,20 @@ def test_latents_rounded_after_they_are_scored() -> None:
     """flow_grpo's FLUX and Qwen, verl-omni: bfloat16 latents move the mean log-prob by 1e-5 to 6e-5, so 12% are clipped."""
 
     class Half(ToyPolicy):
+        latent_shape, dtype = (16, 15, 17), torch.bfloat16
+
         def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
             return super().forward(x.float(), sigma, conditioning).bfloat16()
 
-    sigmas, start, shape = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1]), (16, 15, 17)
-    steps = Steps(sigmas, sde.window_tables("flow_sde", sigmas, 0.7, start, 3), start, 3, torch.zeros(STEPS))
-    result = rollout(
-        Half(), steps, noise_address(TRAIN, 5, 3, torch.arange(2)), Toy(torch.zeros(2, 1, 1, 1)),
-        guidance_scale=1.0, latent_shape=shape, model_dtype=torch.bfloat16,
-    )  # fmt: skip
+    sigmas, start = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1])
+    schedule, address = window_schedule(sampler_steps("flow_sde", sigmas, 0.7), start, 3), noise_address(TRAIN, 5, 3, torch.arange(2))
+    result = rollout(Half(), schedule, address, toy_prompts(torch.zeros(2, 1, 1, 1)), 1.0)
 
     def error(latents: Tensor) -> float:
         errors = []
         for b in range(2):
             for j in range(3):
-                c_x, c_v, s, _ = steps.table[b, start[b] + j].double()
+                c_x, c_v, s, _ = schedule.table[b, start[b] + j].double()
                 mean = c_x * latents[j, b].double() + c_v * result.v_old[j, b].double()
                 again = torch.distributions.Normal(mean, s).log_prob(latents[j + 1, b].double()).mean()
                 errors.append((again - result.log_prob[j, b]).abs().item())
@@ -326,7 +326,7 @@ def test_clip_of_another_size_of_latent(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "objective.clip_range=1e-4")
     elements = torch.Size(trainer.model.latent_shape).numel()
     assert elements != 65_536
-    assert trainer.learning.learner.objective.keywords["clip_range"] == effective_clip_range(1e-4, elements)
+    assert trainer.updater.learner.objective.keywords["clip_range"] == effective_clip_range(1e-4, elements)
 
 
 def test_update_in_another_batch_size(guided: tuple) -> None:
@@ -338,9 +338,9 @@ def test_update_in_another_batch_size(guided: tuple) -> None:
 def test_windows_within_a_prompt(ranks: tuple) -> None:
     """verl-omni: a window for each request gave rewards 4 times the spread, and BAGEL collapsed within 28 steps."""
     for rollouts in ranks:
-        start = torch.cat([steps.start for steps, _, _ in rollouts]).view(GROUPS, SIZE)
+        start = torch.cat([schedule.start for schedule, _, _ in rollouts]).view(GROUPS, SIZE)
         assert (start == start[:, :1]).all() and start.unique().numel() > 1
-        noisy = torch.cat([steps.table[..., 2] for steps, _, _ in rollouts]).view(GROUPS, SIZE, STEPS) > 0
+        noisy = torch.cat([schedule.table[..., 2] for schedule, _, _ in rollouts]).view(GROUPS, SIZE, STEPS) > 0
         assert (noisy == noisy[:, :1]).all()
 
 

@@ -5,13 +5,17 @@ python tests/support/model_worker.py NAME FOLDER OUTPUT
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
+from fastgrpo.callbacks import Callback
 from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.testing import load_family
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
@@ -55,28 +59,27 @@ def configuration(name: str, folder: Path, output: Path, *overrides: str) -> Any
 
 def rewards(config: Any, iterations: int, ranks: Ranks) -> tuple[list[float], float, float]:
     """The mean of each iteration, their spread within a group at first, and the largest |first ratio - 1|."""
-    trainer = Trainer(config, ranks)
+    trainer = Trainer(config, ranks=ranks)
     rows = [trainer.iterate(i) for i in range(1, iterations + 1)]
-    trainer.engine.close()
+    trainer.close()
     return [row["reward"] for row in rows], rows[0]["reward_std"], max(row["first_ratio_deviation"] for row in rows)
 
 
-def whole_run(config: Any, ranks: Ranks, stop_after: int | None = None) -> list[float]:
-    """`Trainer.run`, or its first iterations and the checkpoint there, as a killed run leaves them."""
-    from fastgrpo.reporting.run_folder import read_lines
-    from fastgrpo.reporting.runlog import RunLog
+class Killed(Exception):
+    pass
 
-    trainer = Trainer(config, ranks)
-    if stop_after is None:
+
+class KilledAtCheckpoint(Callback):
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        raise Killed
+
+
+def whole_run(config: Any, ranks: Ranks, killed: bool = False) -> list[float]:
+    """The rewards of `Trainer.run`, which may be killed right after its first checkpoint."""
+    trainer = Trainer(config, ranks=ranks, callbacks=[KilledAtCheckpoint()] if killed else [])
+    with pytest.raises(Killed) if killed else nullcontext():
         trainer.run()
-    else:
-        trainer.log = RunLog(config.output, 0)
-        trainer.evaluate(0, config.evaluation.images, base=True)
-        for i in range(1, stop_after + 1):
-            trainer.log.metrics(trainer.iterate(i))
-        trainer._save(stop_after, 0.0)
-        trainer.log.close()
-    trainer.engine.close()
+    trainer.close()
     return [row["reward"] for row in read_lines(config.output / "metrics.jsonl")]
 
 
@@ -94,7 +97,7 @@ def main() -> None:
         }  # fmt: skip
         if form == "lora":
             stopped = configuration(name, folder, output / "stopped", *settings)
-            whole_run(stopped, ranks, stop_after=4)
+            whole_run(stopped, ranks, killed=True)
             result[form]["resumed"] = whole_run(stopped, ranks)
     _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, ranks)
     print(json.dumps(result))

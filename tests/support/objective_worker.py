@@ -32,15 +32,15 @@ ITERATIONS = 8
 
 
 def train(config: Any, ranks: Ranks, iterations: int) -> dict[str, Any]:
-    trainer = Trainer(config, ranks)
+    trainer = Trainer(config, ranks=ranks)
     before = trainer.engine.trained_state()
     rows = [trainer.iterate(i) for i in range(1, iterations + 1)]
     after = trainer.engine.trained_state()
     moved = max((after[name] - before[name]).abs().max().item() for name in before)
     lag = None
-    if trainer.learning.old is not None:
-        lag = max((after[name] - old).abs().max().item() for name, old in trainer.learning.old.weights.items())
-    trainer.engine.close()
+    if trainer.updater.old is not None:
+        lag = max((after[name] - old).abs().max().item() for name, old in trainer.updater.old.weights.items())
+    trainer.close()
     return {"rows": rows, "moved": moved, "lag": lag}
 
 

@@ -14,7 +14,7 @@ w is 1 / (2 s^2), and all log-probs are means over D, not sums, as in the releas
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.objectives.loss import Loss, Moments, StepRows, alive, clipped_policy, log_ratio, summed
+from fastgrpo.learning.objectives.loss import Loss, Moments, StepRows, clipped_policy, live, log_ratio, weighted_loss
 
 
 def clip(
@@ -86,8 +86,8 @@ def dppo(
     moved = log_r.detach().exp()
     masked = (divergence > delta) & torch.where(a > 0, moved > 1, (a < 0) & (moved < 1))
     kept = (~masked).double()
-    policy = -a * kept * alive(log_r, weight * kept).exp()
-    return summed(policy, moments, step, weight, beta, ratio=moved, clipped=masked, drift=divergence)
+    policy = -a * kept * live(log_r, weight * kept).exp()
+    return weighted_loss(policy, moments, step, weight, beta, ratio=moved, clipped=masked, drift=divergence)
 
 
 def _clip(
@@ -99,10 +99,10 @@ def _clip(
     clip_range: float,
     beta: float,
 ) -> Loss:
-    policy = clipped_policy(alive(log_r, weight).exp(), advantages, clip_range)
+    policy = clipped_policy(live(log_r, weight).exp(), advantages, clip_range)
     moved = log_r.detach().exp()
     clipped = (moved - 1).abs() > clip_range
-    return summed(policy, moments, step, weight, beta, ratio=moved, clipped=clipped, drift=_drift(moments, step))
+    return weighted_loss(policy, moments, step, weight, beta, ratio=moved, clipped=clipped, drift=_drift(moments, step))
 
 
 def _drift(moments: Moments, step: StepRows) -> Tensor:

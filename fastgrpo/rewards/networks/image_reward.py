@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from fastgrpo.data.pixels import as_arrays
 from fastgrpo.rewards.networks.network import NetworkReward, load_network, mlp_head, renamed
 from fastgrpo.rewards.networks.pixels import cropped, shorter_side
 
@@ -67,8 +68,8 @@ class ImageReward(NetworkReward):
         """The published transform of torchvision: shorter side by PIL's bicubic, crop, floats, CLIP's mean and deviation."""
         size = self.vision.config.image_size
         height, width = shorter_side(*images.shape[-2:], size)
-        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
-        resized = [Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays]
+        pictures = [Image.fromarray(array) for array in as_arrays(images)]
+        resized = [np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
         return cropped(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device).float() / 255, size)
 
 

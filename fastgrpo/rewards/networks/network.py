@@ -6,14 +6,16 @@ Nothing is downloaded. `path` is a folder on disk; where a file is missing, the 
 import math
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastgrpo.config.bounds import AtLeast
 from fastgrpo.quiet import quiet
 
+BatchSize = Annotated[int, AtLeast(1)]
 TOKENIZER = "tokenizer.json or merges.txt"  # of CLIP: the whole tokenizer, or its merges beside vocab.json
 
 
@@ -25,8 +27,13 @@ class NetworkReward:
     name: ClassVar[str]
     needs: ClassVar[dict[str, str]]  # file, or "one or other", of the folder -> the Hugging Face repository that has it
 
-    def __init__(self, device: torch.device, *, path: str = "", batch_size: int = 32) -> None:
-        """path: the folder with the files of `needs`. batch_size: images that go through the network at once."""
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        path: str = "",  # the folder with the files of `needs`
+        batch_size: BatchSize = 32,  # images that go through the network at once
+    ) -> None:
         self.device, self.batch_size = device, batch_size
         self.build(checked_folder(self.name, path, self.needs))
 

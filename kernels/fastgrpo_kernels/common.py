@@ -1,0 +1,32 @@
+"""What the kernels share: the shape of a launch, the sum over a row's blocks, and a table's rows as columns.
+
+A launch has one program a block of BLOCK elements and a sample: the grid is (BLOCKS, B), BLOCKS = ceil(D / BLOCK).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Four elements a thread: the four normals of one Philox call stay in the thread that stores them, and fp32
+# moves in 128-bit accesses. Any other ratio makes Triton pass the noise through shared memory.
+BLOCK = 1024
+THREADS = BLOCK // 4
+NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
+
+
+def columns(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_x, c_v and s of rows (B, 4), shaped (B, 1, ...) to broadcast over x."""
+    c_x, c_v, s, _ = rows.view(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
+    return c_x, c_v, s
+
+
+@triton.jit
+def sum_row(row, BLOCKS, BLOCK: tl.constexpr):
+    """The sum of a row's partial sums, one a block, without atomics: its order depends on BLOCKS alone, so repeats are
+    bitwise."""
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, BLOCKS, BLOCK):
+        o_block = i + tl.arange(0, BLOCK)
+        b_sum += tl.load(row + o_block, mask=o_block < BLOCKS, other=0.0)
+    return tl.sum(b_sum)
