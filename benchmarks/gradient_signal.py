@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
+from fastgrpo.data.prompts import PromptSet, load_prompts, prompt_probabilities, prompts_of_iteration
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE
@@ -54,7 +54,7 @@ class Probe:
         self.named = dict(self.model.transformer.named_parameters())
         self.policy, self.embeddings = Policy(self.model), Embeddings(self.model)
         self.prompts: PromptSet = load_prompts(config.prompts.train)
-        self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
+        self.probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         self.reward = load_reward(config.reward.train)
         self.size = config.rollout.num_steps - 1  # trained steps
 
@@ -64,7 +64,7 @@ class Probe:
         total = config.groups * config.group_size
         sample_id = torch.arange(total)
         group = sample_id // config.group_size
-        chosen = prompts_of_iteration(len(self.prompts), config.groups, number, self.config.seed, self.shares)
+        chosen = prompts_of_iteration(len(self.prompts), config.groups, number, self.config.seed, self.probabilities)
         records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
         prompts = [record["prompt"] for record in records]
         schedule = self._schedule(total)

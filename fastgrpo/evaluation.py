@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import PromptSet, asked
+from fastgrpo.data.prompts import PromptSet, as_prompt
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import EVALUATION, SAMPLE, noise_address
@@ -91,7 +91,7 @@ class Evaluator:
         return self._draw(policy, metadata, torch.arange(count), SAMPLE), metadata
 
     def _draw(self, policy: Policy, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
-        prompts = [asked(record, self.model.image_conditioned) for record in metadata]
+        prompts = [as_prompt(record, self.model.image_conditioned) for record in metadata]
         return generate(
             self.model,
             policy,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fastgrpo.config.keys import Config
-from fastgrpo.data.images import DATA
-from fastgrpo.data.prompts import INPUT, PromptSet, check_held_out, load_prompts
+from fastgrpo.data.images import TARGET_FIELDS
+from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, load_prompts
 from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
@@ -70,12 +70,12 @@ class Parts:
         """Loads what is configured; refuses what does not go together, with the key's path."""
         family = model_class(config.model.name) if objects.model is None else objects.model
         image_conditioned = family.image_conditioned
-        image_fields = DATA[config.objective.name] if config.objective.offline else ()
+        image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in family.takes):
             raise ValueError(
                 f"objective.offline: {config.model.name} reads input images or makes videos; train it on rollouts"
             )
-        given = INPUT if image_conditioned else ()
+        given = (IMAGE_FIELD,) if image_conditioned else ()
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given)
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from fastgrpo.callbacks import Callback, FolderLog
 from fastgrpo.config.keys import Config
 from fastgrpo.data.embeddings import Embeddings, without_text
-from fastgrpo.data.images import image_records, pictures
-from fastgrpo.data.prompts import ImagePrompt, asked, prompts_of_iteration, shares
+from fastgrpo.data.images import image_records, load_targets
+from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
@@ -83,7 +83,7 @@ class Trainer:
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
         self.callbacks = [FolderLog(), *callbacks]
-        self.prompt_probabilities = shares(self.prompts, config.prompts.weights, config.rollout.groups)
+        self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         prepare(self.model, config)
         options = EngineOptions(
             zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
@@ -204,7 +204,7 @@ class Trainer:
 
     def _rollout(self, iteration: int, sample_id: Tensor, records: list[dict], schedule: Schedule) -> Batch:
         guidance_scale = self.config.rollout.guidance_scale
-        prompts = [asked(record, self.model.image_conditioned) for record in records]
+        prompts = [as_prompt(record, self.model.image_conditioned) for record in records]
         prompted = self.embeddings.prompted(prompts, guidance_scale)
         address = noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device))
         with self.updater.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
@@ -221,7 +221,7 @@ class Trainer:
         for sample_id in self._sample_ids():
             mine = [records[i] for i in sample_id]
             with clock("data"):
-                x0 = self.model.encode_images(pictures(mine, self.model.size))
+                x0 = self.model.encode_images(load_targets(mine, self.model.size))
                 prompted = self.embeddings.prompted([record["prompt"] for record in mine], settings.guidance_scale)
             batches.append(Batch(sample_id=sample_id, prompted=prompted, schedule=None, trajectory=only_final(x0)))
         return batches, None
@@ -328,7 +328,7 @@ class Trainer:
         if self.config.prompts.cache is None:
             return
         records = (*self.prompts.metadata, *self.parts.held_out.metadata)
-        asking: list[str | ImagePrompt] = [asked(record, self.model.image_conditioned) for record in records]
+        asking: list[str | ImagePrompt] = [as_prompt(record, self.model.image_conditioned) for record in records]
         prompts = [*asking, *dict.fromkeys(without_text(prompt) for prompt in asking)]
         self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
         self.ranks.barrier()

@@ -26,7 +26,8 @@ from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.sampling.windows import window_size
 
 __all__ = [
-    "Config", "ConfigError", "check", "check_folder", "check_ranks", "describe", "differences", "dump_config", "load_config", "read_config",
+    "Config", "ConfigError", "check", "check_folder", "check_ranks", "describe", "differences", "dump_config", "load_config",
+    "read_config",
     "recomputes_old", "trained_steps",
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ import torch
 
 from fastgrpo.commands import plan
 from fastgrpo.config import schema
-from fastgrpo.data.prompts import asked
+from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.files import write_atomically
 from fastgrpo.learning.objectives import weighting
@@ -165,7 +165,7 @@ class Bench:
         config, device = self.config, self.model.device
         sigmas = self.model.sigmas(config.rollout.num_steps)
         schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective)).to(device)
-        prompt = asked(self.trainer.prompts.metadata[0], self.model.image_conditioned)
+        prompt = as_prompt(self.trainer.prompts.metadata[0], self.model.image_conditioned)
         prompted = self.trainer.embeddings.prompted([prompt] * batch, config.rollout.guidance_scale)
         address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))
         return schedule.of(torch.zeros(batch, dtype=torch.int64, device=device)), address, prompted
@@ -228,15 +228,15 @@ def line(name: str, values: dict[str, Any]) -> str:
     )
 
 
-def checked_forms(asked: Sequence[str] | None) -> Sequence[str]:
+def checked_forms(wanted: Sequence[str] | None) -> Sequence[str]:
     """The forms to measure; left out: all that this device has, on a CPU without the minutes that compiling takes."""
     gpu = DEVICE.type == "cuda"
-    for form in asked or ():
+    for form in wanted or ():
         if form not in FORMS:
             raise ConfigError(f"--forms {form!r}: unknown; there are {', '.join(repr(known) for known in FORMS)}")
         if "captured" in form and not gpu:
             raise ConfigError(f"--forms {form!r}: a CUDA graph needs a GPU; take eager or compiled")
-    return (FORMS if gpu else FORMS[:1]) if asked is None else asked
+    return (FORMS if gpu else FORMS[:1]) if wanted is None else wanted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgrpo.commands.saved_run import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import INPUT, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     for path in arguments.prompts or [config.prompts.eval]:
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, INPUT if model.image_conditioned else ()),
+            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, (IMAGE_FIELD,) if model.image_conditioned else ()),
             reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,

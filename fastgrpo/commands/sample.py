@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = config.evaluation
     if model.image_conditioned and arguments.input is None:
         raise ValueError(f"{config.model.name} edits images: give one with --input")
-    asked = [ImagePrompt(p, arguments.input) if model.image_conditioned else p for p in arguments.prompt]
-    prompts = [prompt for prompt in asked for _ in range(arguments.images)]
+    texts = [text for text in arguments.prompt for _ in range(arguments.images)]
+    prompts = [ImagePrompt(text, arguments.input) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
     prompted = Embeddings(model).prompted(prompts, guidance_scale)

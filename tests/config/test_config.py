@@ -6,7 +6,7 @@ import yaml
 from support.helpers import ROOT
 
 from fastgrpo.config.keys import Window
-from fastgrpo.data.prompts import INPUT, check_held_out, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models import model_class
 from fastgrpo.models.adapter import read_architecture
@@ -28,8 +28,8 @@ TINY = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 def test_ready_configurations_are_valid(path: Path) -> None:
     config = load_config(path)
     assert isinstance(config, Config)
-    images = INPUT if model_class(config.model.name).image_conditioned else ()
-    check_held_out(load_prompts(config.prompts.train, images), load_prompts(config.prompts.eval, images))
+    fields = (IMAGE_FIELD,) if model_class(config.model.name).image_conditioned else ()
+    check_held_out(load_prompts(config.prompts.train, fields), load_prompts(config.prompts.eval, fields))
     if config.model.architecture is not None:
         assert read_architecture(config.model.architecture)["model"] == config.model.name
 
