@@ -45,7 +45,7 @@ PolicyType = TypeVar("PolicyType", bound=nn.Module)
 
 
 class Engine(Generic[PolicyType]):
-    """A policy under DeepSpeed: its forward pass, its update, its trained weights."""
+    """A policy under DeepSpeed: its forward pass, its update, its trained weights. `deepspeed` is DeepSpeed's own engine."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Engine(Generic[PolicyType]):
         # Stage 3 has shards of one dtype.
         kept = [(p, p.data) for p in _kept_in_float32(policy)] if self.zero_stage < 3 else []
         with redirect_stdout(io.StringIO()):  # it prints its memory
-            self._engine, *_ = load_deepspeed().initialize(
+            self.deepspeed, *_ = load_deepspeed().initialize(
                 model=policy,
                 optimizer=options.optimizer(parameters),
                 model_parameters=parameters,
@@ -74,7 +74,7 @@ class Engine(Generic[PolicyType]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the policy's forward pass for the update. Collective in stage 3."""
-        return self._engine(*args, **kwargs)
+        return self.deepspeed(*args, **kwargs)
 
     @contextmanager
     def rollout_policy(self) -> Iterator[PolicyType]:
@@ -83,10 +83,10 @@ class Engine(Generic[PolicyType]):
         Collective in stage 3, where every rank holds all the weights for as long as the context is open.
         """
         if self.zero_stage < 3:
-            yield self._engine.module
+            yield self.deepspeed.module
             return
         error = None
-        with load_deepspeed().zero.unwrap_model_for_generation(self._engine) as unwrapped:
+        with load_deepspeed().zero.unwrap_model_for_generation(self.deepspeed) as unwrapped:
             try:
                 yield unwrapped.module
             # An error is held back until DeepSpeed has put its hooks on again: it has no `finally` for that.
@@ -100,19 +100,19 @@ class Engine(Generic[PolicyType]):
 
         The caller has divided the loss by the number of micro-batches, which may differ between updates.
         """
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the learning rate of the next step and those after it."""
-        for group in self._engine.optimizer.param_groups:
+        for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def step(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before clipping, (). Collective."""
         if self.zero_stage > 0:
-            self._engine.step()
-            norm = self._engine.get_global_grad_norm()
+            self.deepspeed.step()
+            norm = self.deepspeed.get_global_grad_norm()
             return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
         # DeepSpeed has no norm for us in stage 0 and would step on a gradient that is not finite.
         parameters = self._trained.values()
@@ -121,18 +121,18 @@ class Engine(Generic[PolicyType]):
             norm = torch.full_like(norm, torch.inf)
             for p in parameters:
                 p.grad = None  # AdamW passes it over
-        self._engine.step()
+        self.deepspeed.step()
         return norm
 
     @property
     def loss_scale(self) -> float | None:
         """The factor that DeepSpeed multiplies float16 losses with; None for any other dtype."""
-        return float(self._engine.optimizer.loss_scale) if self.dtype == torch.float16 else None
+        return float(self.deepspeed.optimizer.loss_scale) if self.dtype == torch.float16 else None
 
     @property
     def skipped_steps(self) -> int:
         """The number of updates that were left out because a gradient was not finite."""
-        return self._engine.skipped_steps
+        return self.deepspeed.skipped_steps
 
     @torch.no_grad()
     def trained_state(self, device: torch.device | str | None = None) -> State:
@@ -156,7 +156,7 @@ class Engine(Generic[PolicyType]):
         graphs see them. To sample with them open `rollout_policy` inside: stage 3 cannot write a policy that is gathered.
         """
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        _check_same("the given weights", shapes, self._shapes)
+        check_shapes("the given weights", shapes, self._shapes)
         with self._gathered():
             saved = {name: p.detach().clone() for name, p in self._trained.items()}
         try:
@@ -186,7 +186,7 @@ class Engine(Generic[PolicyType]):
         if self.ranks.rank == 0:
             (folder / "engine.json").write_text(json.dumps(self._identity()))
         state = {"client": client_state or {}}
-        self._engine.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
+        self.deepspeed.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
         self.ranks.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -203,10 +203,10 @@ class Engine(Generic[PolicyType]):
         ):
             if saved[key] != own[key]:
                 raise ValueError(f"{folder} has {key} {saved[key]}, this run has {own[key]}; {fix}")
-        _check_same(str(folder), saved["trained"], own["trained"])
+        check_shapes(str(folder), saved["trained"], own["trained"])
         with redirect_stdout(io.StringIO()):  # it prints its keys
             # Not strict, because the frozen weights are not in it; the trained ones were just checked.
-            loaded, state = self._engine.load_checkpoint(str(folder), "deepspeed", load_module_strict=False)
+            loaded, state = self.deepspeed.load_checkpoint(str(folder), "deepspeed", load_module_strict=False)
         if loaded is None:
             raise FileNotFoundError(f"{folder} holds no checkpoint of DeepSpeed")
         return state["client"]
@@ -222,9 +222,9 @@ class Engine(Generic[PolicyType]):
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""
-        self._engine.destroy()
+        self.deepspeed.destroy()
         self._trained.clear()
-        del self._engine
+        del self.deepspeed
         gc.collect()
 
 
@@ -238,7 +238,8 @@ def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
     ]  # fmt: skip
 
 
-def _check_same(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+def check_shapes(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+    """Raises ValueError for the first name whose shape differs: `theirs` are those of `what`, `ours` the policy's."""
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(

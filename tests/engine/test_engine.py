@@ -156,14 +156,14 @@ def test_float16_is_refused_on_a_cpu() -> None:
 
 def test_a_deepspeed_without_the_switch_is_told() -> None:
     with pytest.warns(UserWarning, match="it may compile it now"):
-        ranks_module._refuse_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
+        ranks_module.disable_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
 
 
 def test_other_weights_are_told_by_name() -> None:
     with pytest.raises(ValueError, match=r"here: b has shape \[4\], that of the policy \[2\]; use the same"):
-        engine_module._check_same("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
     with pytest.raises(ValueError, match=r"b has shape None, that of the policy \[2\]"):
-        engine_module._check_same("here", {"a": [1]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1]}, {"a": [1], "b": [2]})
 
 
 def test_ema() -> None:

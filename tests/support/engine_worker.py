@@ -144,7 +144,7 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
     batch = {name: tensor.to(engine.ranks.device) for name, tensor in make_batch(99, 0).items()}
     through_engine = velocity(engine, batch, engine.dtype)
     # Without its hooks stage 3 computes the same, but keeps every weight that it has once gathered.
-    offload = getattr(engine._engine.optimizer, "parameter_offload", None)
+    offload = getattr(engine.deepspeed.optimizer, "parameter_offload", None)
     hooks = len(offload.forward_hooks) if offload else 0
     assert (hooks > 0) == (engine.zero_stage == 3)
 
