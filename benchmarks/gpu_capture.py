@@ -24,6 +24,7 @@ from rollout_speed import rollout_arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import finish, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.measure import memory
@@ -130,7 +131,8 @@ def first_ratio(phase: Phase, name: str, model: Adapter, policy: Policy, must_ho
 
 def under_deepspeed(phase: Phase, model: Adapter) -> None:
     """The policy that the engine hands out: captured before updates and after, replays that follow them, and no waiting."""
-    engine = Engine(Policy(model), start(), zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
+    options = EngineOptions(zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
+    engine = Engine(Policy(model), start(), options)
     arguments = rollout_arguments(model, BATCH, NUM_STEPS)
     form = CapturedRollout(capture())
     with engine.rollout_policy() as policy:

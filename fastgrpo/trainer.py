@@ -25,6 +25,7 @@ from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.data.images import image_records, load_targets
 from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
@@ -84,12 +85,13 @@ class Trainer:
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         prepare(self.model, config)
-        self.engine = Engine(
-            Policy(self.model), self.ranks, zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
+        options = EngineOptions(
+            zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
             learning_rate=config.update.learning_rate, betas=config.update.betas,
             weight_decay=config.update.weight_decay, max_grad_norm=config.update.max_grad_norm,
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
+        self.engine = Engine(Policy(self.model), self.ranks, options)
         self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
         self.updater = Updater(config, self.model, self.engine)
         self.embeddings = Embeddings(self.model, config.prompts.cache)

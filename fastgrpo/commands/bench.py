@@ -65,7 +65,7 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
 
 
 def counted(config: Config) -> plan.Counts:
-    """Of the architecture that is named, else of the model in the folder, which is loaded for that."""
+    """Counts the architecture that the configuration names, or else the model in its folder, which is loaded for that."""
     if config.model.architecture is not None:
         return plan.count(config)
     return plan.count_model(config, configured_model(config.model, torch.device("cpu")))
@@ -87,10 +87,10 @@ def rollout_row(draw: Callable[[], Any], batch: int, num_steps: int, work: float
 
 
 class Bench:
-    """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
+    """A configuration on this machine: the trainer of a run, and what was counted beforehand."""
 
     def __init__(self, config: Config, ranks: Ranks, say: Say, counts: plan.Counts | None = None) -> None:
-        """counts: of `counted`, where they were made before."""
+        """`counts` are those of `counted`, where they were made before."""
         self.config, self.say, self.counts = config, say, counts or counted(config)
         stage = config.engine.zero_stage
         self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
@@ -110,7 +110,7 @@ class Bench:
         return self.trainer.model
 
     def iterations(self, count: int = 2) -> None:
-        """Whole iterations, of which the first warms up."""
+        """Measures whole iterations, of which the first warms up."""
         for n in range(1, count + 1):
             memory(reset=True)
             began = time.perf_counter()
@@ -137,7 +137,7 @@ class Bench:
         }
 
     def rollouts(self, forms: Sequence[str] = FORMS, batches: Sequence[int] = (8, 1), rounds: int = 3) -> None:
-        """Rollouts alone, one form after the other, as a graph holds its memory. What fails is said and passed over."""
+        """Measures rollouts alone, one form after the other, as a graph holds its memory. Failures are reported."""
         for batch in batches:
             for form in forms:
                 memory(reset=True)
@@ -161,7 +161,7 @@ class Bench:
             return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 
     def _arguments(self, batch: int) -> tuple[Schedule, NoiseAddress, Prompted]:
-        """As the trainer would hand them to a rollout of `batch` images of one group."""
+        """What the trainer would hand to a rollout of `batch` images of one group."""
         config, device = self.config, self.model.device
         sigmas = self.model.sigmas(config.rollout.num_steps)
         schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective)).to(device)
@@ -172,7 +172,7 @@ class Bench:
 
     @contextmanager
     def compiled_blocks(self, compiled: bool) -> Iterator[None]:
-        """The transformer's blocks compiled or not, whatever the configuration has them be."""
+        """Inside, the transformer's blocks are compiled or not, whatever the configuration says."""
         blocks = self.model.blocks
         before = [block._compiled_call_impl for block in blocks]
         if compiled and not self.compiled:
@@ -194,7 +194,7 @@ class Bench:
 
 
 class Record:
-    """What was measured so far: a line on the terminal and a whole JSON file, at every measurement."""
+    """Prints every measurement as a line, and each time writes all of them so far as a JSON file."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.result = path, {"format": FORMAT, **about, "measurements": []}
@@ -209,7 +209,7 @@ HEADER = f"{'':34}{'images/s':>10}{'MFU':>8}{'ms/step':>10}{'launched':>10}{'GiB
 
 
 def line(name: str, values: dict[str, Any]) -> str:
-    """One measurement as a row below `HEADER`, and below an iteration's its phases."""
+    """One measurement as a row below `HEADER`; an iteration's phases follow on the next lines."""
     if "error" in values:
         return f"{name:34}{values['error'].splitlines()[0][:88]}"
     if name == "model":
@@ -229,7 +229,7 @@ def line(name: str, values: dict[str, Any]) -> str:
 
 
 def checked_forms(wanted: Sequence[str] | None) -> Sequence[str]:
-    """The forms to measure; left out: all that this device has, on a CPU without the minutes that compiling takes."""
+    """The forms to measure. The default is all of them; on a CPU only eager, as compiling takes minutes there."""
     gpu = DEVICE.type == "cuda"
     for form in wanted or ():
         if form not in FORMS:
@@ -243,15 +243,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    parser.add_argument("--random-weights", action="store_true", help="no checkpoint: the architecture with random weights")
-    parser.add_argument("--iterations", type=int, default=3, help="whole iterations, the first warms up; 0: none")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
     parser.add_argument(
-        "--forms", nargs="*", metavar="FORM", help="of rollouts alone: eager, captured, compiled, 'captured, compiled'"
+        "--random-weights", action="store_true", help="take the architecture with random weights, without a checkpoint"
     )
-    parser.add_argument("--batches", type=int, nargs="+", help="images of such a rollout; else the configuration's, and 1")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="else bench_CONFIGURATION_DEVICE.json, here")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=3,
+        help="whole iterations to measure, of which the first warms up (default: %(default)s); 0: none",
+    )
+    parser.add_argument(
+        "--forms",
+        nargs="*",
+        metavar="FORM",
+        help="forms of rollouts to measure: eager, captured, compiled, 'captured, compiled' (default: those of this device)",
+    )
+    parser.add_argument("--batches", type=int, nargs="+", help="images of a rollout (default: the configuration's, and 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write (default: bench_CONFIGURATION_DEVICE.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -279,7 +289,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def about(config: Config, path: Path, found: dict[str, Any]) -> str:
-    """What is measured, and on what."""
+    """Lines of text: what is measured, and on what."""
     rollout, packages = config.rollout, found["packages"]
     weights = "random weights" if config.model.random_weights else f"weights of {config.model.path}"
     return (

@@ -22,16 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     add_run_arguments(parser)
-    parser.add_argument("--prompts", type=Path, action="append", help="another prompt file; may be given more than once")
-    parser.add_argument("--reward", action="append", help="instead of the run's own; may be given more than once")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, say reward.settings.NAME.path=..."
+        "--prompts", type=Path, action="append", help="another prompt file than the run's own; may be given more than once"
+    )
+    parser.add_argument("--reward", action="append", help="another reward than the run's own; may be given more than once")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, for example reward.settings.NAME.path=...",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="a line for each prompt file (as without this)")
-    form.add_argument("--table", action="store_true", help="prompt files and their categories by reward")
-    parser.add_argument("--images", type=int, help="how many images, over all categories")
-    parser.add_argument("--seed", type=int, help="of the noise; else the run's own")
+    form.add_argument("--json", action="store_true", help="print a line of JSON for each prompt file (the default)")
+    form.add_argument("--table", action="store_true", help="print a table: prompt files and their categories by reward")
+    parser.add_argument("--images", type=int, help="number of images over all categories (default: the run's own)")
+    parser.add_argument("--seed", type=int, help="seed of the noise (default: the run's own)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,11 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     settings, reward = config.evaluation, config.reward
     (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
     rows: list[Row] = []
-    image_fields = (IMAGE_FIELD,) if model.image_conditioned else ()
     for path in arguments.prompts or [config.prompts.eval]:
+        prompts = load_prompts(path, (IMAGE_FIELD,) if model.image_conditioned else ())
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=load_prompts(path, image_fields),
-            reward=rewards,
+            model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,

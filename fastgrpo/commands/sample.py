@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     add_run_arguments(parser)
-    parser.add_argument("--prompt", action="append", required=True, help="may be given more than once")
-    parser.add_argument("--images", type=int, default=4, help="for each prompt")
-    parser.add_argument("--input", type=Path, help="the image to edit, for models that do")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the picture to write")
+    parser.add_argument("--prompt", action="append", required=True, help="a prompt to draw; may be given more than once")
+    parser.add_argument("--images", type=int, default=4, help="number of images for each prompt (default: %(default)s)")
+    parser.add_argument("--input", type=Path, help="the image to edit, for models that edit images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("samples.png"), help="the picture to write (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

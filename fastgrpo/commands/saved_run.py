@@ -13,10 +13,10 @@ from fastgrpo.validation import Config, load_config
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--base", action="store_true", help="without the trained LoRA")
-    parser.add_argument("--steps", type=int, help="ODE steps; else the run's own")
-    parser.add_argument("--guidance", type=float, help="guidance scale; else the run's own")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--base", action="store_true", help="take the model that the run started from")
+    parser.add_argument("--steps", type=int, help="number of ODE steps (default: the run's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's own)")
 
 
 def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Config, Adapter]:

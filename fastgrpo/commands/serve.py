@@ -16,13 +16,26 @@ from fastgrpo.config.schema import apply_override
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("--reward", required=True, help="a name, module:function or module:Class")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of the machine's")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--reward", required=True, help="a reward by name, module:function or module:Class")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: %(default)s); 0.0.0.0 means all addresses of the machine",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must send")
-    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="what the reward is made with")
-    parser.add_argument("--max-images", type=int, default=64, help="of a request, and of requests scored together")
-    parser.add_argument("--max-bytes", type=int, default=1 << 28, help="of a request's pixels")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings that the reward is made with"
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=64,
+        help="most images of a request, and of requests that are scored together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=1 << 28, help="most bytes of a request's pixels (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

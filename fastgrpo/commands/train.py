@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
     parser.add_argument(
-        "--random-weights", action="store_true", help="no checkpoint: the architecture with random weights, for speed"
+        "--random-weights",
+        action="store_true",
+        help="take the architecture with random weights, without a checkpoint, to measure speed",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
 

@@ -5,10 +5,9 @@
                       engine/       the engine's own files, a part from each rank
     checkpoints/00013.partial/      being written, or left over from a crash
 
-All ranks write into `00012.partial` and wait for each other; then rank 0 lists the files in COMPLETE, flushes
-everything to disk and renames the folder, in this order. So a crash at any point leaves a folder that is
-never picked up, and that the next save removes. The ranks load what rank 0 found, so they cannot disagree.
-Nodes must share the folder.
+All ranks write into `00012.partial` and wait for each other; then rank 0 lists the files in COMPLETE, flushes everything to
+the disk and renames the folder, in this order. So a crash at any point leaves a folder that is never loaded, and that the
+next save removes. The ranks load what rank 0 found, so they cannot disagree. Nodes must share the folder.
 """
 
 import json
@@ -29,7 +28,7 @@ ENGINE = "engine"
 
 
 class SavedEngine(Protocol):
-    """What is needed of `fastgrpo.engine.zero.Engine`."""
+    """The part of `fastgrpo.engine.zero.Engine` that checkpoints use."""
 
     ranks: Ranks
 
@@ -38,9 +37,10 @@ class SavedEngine(Protocol):
 
 
 def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Saves the engine and rank 0's `state`, then removes all complete checkpoints but `keep`. Collective.
+    """Saves the engine and rank 0's `state`, then removes all complete checkpoints but the last `keep`. Collective.
 
-    `state` holds tensors, numbers, strings, lists and dicts only, so that reading it runs no code.
+    `state` may hold tensors, numbers, strings, lists and dicts only, so that reading it runs no code: else TypeError.
+    Returns the checkpoint's folder.
     """
     if keep < 1:
         raise ValueError(f"keep {keep} must be at least 1")
@@ -56,7 +56,7 @@ def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict
     engine.ranks.barrier()  # every part is written
     if engine.ranks.rank == 0:
         _complete(partial, final, iteration, engine.ranks.world_size)
-        for old in _complete_ones(root)[:-keep]:
+        for old in complete_checkpoints(root)[:-keep]:
             _remove(old)
     engine.ranks.barrier()
     return final
@@ -67,13 +67,13 @@ def latest_checkpoint(root: Path) -> Path | None:
 
     A folder that only holds unfinished ones is a run that crashed before its first save: it starts afresh.
     """
-    return next(reversed(_complete_ones(root)), None)
+    return next(reversed(complete_checkpoints(root)), None)
 
 
 def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any]] | None:
-    """Loads the latest checkpoint; its iteration and state, or None if there is none. Collective.
+    """Loads the latest checkpoint and returns its iteration and state, or None if there is none. Collective.
 
-    The state's tensors are on the CPU. A complete checkpoint that was damaged later is an error.
+    The state's tensors are on the CPU. A complete checkpoint that was damaged later raises ValueError or FileNotFoundError.
     """
     # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
     folder = engine.ranks.broadcast_object(latest_checkpoint(root) if engine.ranks.rank == 0 else None)
@@ -85,7 +85,7 @@ def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any
 
 
 def check_files(folder: Path) -> int:
-    """Compares the files with the marker, by size; returns the iteration."""
+    """Compares the sizes of the files with the marker's; returns the iteration of a checkpoint that is whole."""
     way_out = f"restore it, or remove {folder} to go on from an older checkpoint"
     marker = folder / MARKER
     try:
@@ -104,7 +104,7 @@ def check_files(folder: Path) -> int:
 
 def _save_state(state: dict[str, Any], file: Path) -> None:
     torch.save(state, file)
-    # Now, rather than when it is needed.
+    # Checked now, rather than when a run has to go on from it.
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
         names = ", ".join(unsafe)
@@ -125,8 +125,8 @@ def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> No
     move_into_place(partial, final)
 
 
-def _complete_ones(root: Path) -> list[Path]:
-    """In rising order of iteration."""
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The folders of the complete checkpoints, in rising order of iteration."""
     if not root.is_dir():
         return []
     folders = (path for path in root.iterdir() if re.fullmatch(r"\d{5,}", path.name))
@@ -134,7 +134,7 @@ def _complete_ones(root: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: a crash in the middle must not leave a checkpoint that looks complete."""
+    """Removes a checkpoint, renamed first: a crash in the middle must not leave one that looks complete."""
     removed = folder.with_suffix(".removed")
     os.replace(folder, removed)
     shutil.rmtree(removed)

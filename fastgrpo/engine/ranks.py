@@ -135,12 +135,12 @@ def start() -> Ranks:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        _refuse_shm_op(deepspeed)
+        disable_shm_op(deepspeed)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
-def _refuse_shm_op(deepspeed: ModuleType) -> None:
+def disable_shm_op(deepspeed: ModuleType) -> None:
     """Keeps DeepSpeed from compiling its shared-memory all-reduce, which serves its inference only, at a CPU start.
 
     That takes ninja, a C++ compiler and a minute, and the lock of a killed build hangs the next start.

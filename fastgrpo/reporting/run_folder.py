@@ -1,6 +1,7 @@
 """The folder of a run: what its files are called and how they are read. Reading needs no torch.
 
 config.yaml                         the whole configuration, every path absolute
+prompts_{train,eval}.jsonl          only where prompts were given to the trainer as objects
 metrics.jsonl   tensorboard/        a line an iteration
 evaluations.jsonl                   a line an evaluation; the first is the base model
 samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image

@@ -68,10 +68,15 @@ def test_an_error_is_a_line_and_a_status(
     assert capsys.readouterr().err == text + "\n"
 
 
-def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "run", lambda _: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("another")])
+def test_a_fault_of_the_program_itself_is_not_hidden(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(report, "run", fail)
+    with pytest.raises(type(error)) as caught:
         cli.main(["report", "folder"])
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("door", DOORS)

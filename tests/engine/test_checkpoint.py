@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.engine import checkpoint
-from fastgrpo.engine.checkpoint import MARKER, check_files, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastgrpo.engine.checkpoint import (
+    MARKER,
+    check_files,
+    complete_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fastgrpo.engine.ranks import OneRank
 
 STATE = {
@@ -115,11 +121,10 @@ def test_a_crash_while_pruning(point: str, tmp_path: Path, monkeypatch: pytest.M
         if point == "delete":
             patch.setattr(shutil, "rmtree", lambda folder: (Path(folder) / "state.pt").unlink() or dying())
         else:
-            patch.setattr(checkpoint, "_remove", dying)
+            rename = os.replace
+            patch.setattr(os, "replace", lambda old, new: dying() if "removed" in str(new) else rename(old, new))
         save_checkpoint(FakeEngine(), tmp_path, 3, STATE)
-    assert [check_files(path) for path in checkpoint._complete_ones(tmp_path)] == (
-        [2, 3] if point == "delete" else [1, 2, 3]
-    )
+    assert [check_files(path) for path in complete_checkpoints(tmp_path)] == ([2, 3] if point == "delete" else [1, 2, 3])
     save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
     assert names(tmp_path) == ["00003", "00004"]
 

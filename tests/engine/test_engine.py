@@ -16,6 +16,7 @@ from torch import nn
 from fastgrpo.engine import ranks as ranks_module
 from fastgrpo.engine import zero as engine_module
 from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
@@ -125,7 +126,7 @@ def test_a_rank_killed_in_a_save(unfinished: Any, resumed: Any, folder: Path) ->
     assert check_files(root / killed) == UPDATES + 1
 
 
-SETTINGS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
+OPTIONS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize(
@@ -136,33 +137,33 @@ SETTINGS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
         ({"zero_stage": 0, "dtype": torch.bfloat16}, "not plain AdamW in DeepSpeed; use 1, or float32"),
     ],
 )
-def test_settings_are_refused(changed: dict[str, Any], message: str) -> None:
+def test_options_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine(nn.Linear(2, 2), OneRank(), **SETTINGS | changed)
+        Engine(nn.Linear(2, 2), OneRank(), EngineOptions(**OPTIONS | changed))
 
 
 def test_policies_are_refused() -> None:
     with pytest.raises(ValueError, match="no parameter of the policy requires a gradient"):
-        Engine(nn.Linear(2, 2).requires_grad_(False), OneRank(), **SETTINGS)
+        Engine(nn.Linear(2, 2).requires_grad_(False), OneRank(), EngineOptions(**OPTIONS))
     with pytest.raises(ValueError, match="weight is trained in torch.bfloat16.*make it float32"):
-        Engine(nn.Linear(2, 2).bfloat16(), OneRank(), **SETTINGS)
+        Engine(nn.Linear(2, 2).bfloat16(), OneRank(), EngineOptions(**OPTIONS))
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="float16 needs CUDA; on a CPU use float32 or bfloat16"):
-        Engine(nn.Linear(2, 2), OneRank(), **SETTINGS | {"dtype": torch.float16})
+        Engine(nn.Linear(2, 2), OneRank(), EngineOptions(**OPTIONS | {"dtype": torch.float16}))
 
 
 def test_a_deepspeed_without_the_switch_is_told() -> None:
     with pytest.warns(UserWarning, match="it may compile it now"):
-        ranks_module._refuse_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
+        ranks_module.disable_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
 
 
 def test_other_weights_are_told_by_name() -> None:
     with pytest.raises(ValueError, match=r"here: b has shape \[4\], that of the policy \[2\]; use the same"):
-        engine_module._check_same("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
     with pytest.raises(ValueError, match=r"b has shape None, that of the policy \[2\]"):
-        engine_module._check_same("here", {"a": [1]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1]}, {"a": [1], "b": [2]})
 
 
 def test_ema() -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgrpo.engine.ranks import Ranks
-from fastgrpo.testing.ranks import OneRank
+from fastgrpo.engine.ranks import OneRank, Ranks
 
 CPU = torch.device("cpu")
 

@@ -20,6 +20,7 @@ from support.toy import Toy, ToyPolicy, toy_prompts
 from torch import Tensor, nn
 
 from fastgrpo.config.keys import Window
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import effective_clip_range
@@ -30,6 +31,7 @@ from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.sampling.windows import window_starts
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
@@ -158,10 +160,10 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
 class PlainEngine:
     """An engine of plain torch in this process."""
 
-    def __init__(self, policy: nn.Module, ranks: Ranks, *, learning_rate: float, dtype: torch.dtype, **_: Any) -> None:
-        self.policy, self.ranks = policy.to(dtype), ranks
+    def __init__(self, policy: nn.Module, ranks: Ranks, options: EngineOptions) -> None:
+        self.policy, self.ranks = policy.to(options.dtype), ranks
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=options.learning_rate)
 
     def __call__(self, *arguments: Any) -> Tensor:
         return self.policy(*arguments)

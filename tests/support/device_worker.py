@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.update import optimizer_step
@@ -50,10 +51,10 @@ def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, fl
 
 def under_engine(dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
     model = load_tuned_model(device=str(ranks.device), dtype=dtype)
-    engine = Engine(
-        Policy(model), ranks, zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
-        max_grad_norm=MAX_GRAD_NORM,
-    )  # fmt: skip
+    options = EngineOptions(
+        zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM, max_grad_norm=MAX_GRAD_NORM
+    )
+    engine = Engine(Policy(model), ranks, options)
     before = engine.trained_state()
     captured, checks = CapturedRollout(capture()), {}
     arguments, guided = rollout_arguments(model, 1.0), rollout_arguments(model, 4.5)

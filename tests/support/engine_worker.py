@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
@@ -106,13 +107,13 @@ def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, S
         with torch.no_grad():
             for p in policy.parameters():
                 p.add_(1.0)
-    engine = Engine(
-        policy, ranks, zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
+    options = EngineOptions(
+        zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
         max_grad_norm=MAX_GRAD_NORM, micro_batch_size=BATCH // ranks.world_size,
         # The tiny model would not be split at all.
-        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else None,
+        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else {},
     )  # fmt: skip
-    return engine, policy
+    return Engine(policy, ranks, options), policy
 
 
 def run_updates(engine: Engine, updates: range) -> tuple[list[float], list[float]]:
@@ -143,7 +144,7 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
     batch = {name: tensor.to(engine.ranks.device) for name, tensor in make_batch(99, 0).items()}
     through_engine = velocity(engine, batch, engine.dtype)
     # Without its hooks stage 3 computes the same, but keeps every weight that it has once gathered.
-    offload = getattr(engine._engine.optimizer, "parameter_offload", None)
+    offload = getattr(engine.deepspeed.optimizer, "parameter_offload", None)
     hooks = len(offload.forward_hooks) if offload else 0
     assert (hooks > 0) == (engine.zero_stage == 3)
 
