@@ -73,11 +73,12 @@ def load_reward(
     if not colon:
         raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
     try:
-        reward = getattr(importlib.import_module(module), attribute)
+        reward: Any = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: {error}") from error
     path, owner = f"reward.settings.{name}", f"reward {name!r}"
-    if inspect.isclass(reward):
+    is_class = inspect.isclass(reward)
+    if is_class:
         arguments = settings_from_signature(reward, settings or {}, path, owner=owner, passed=["device"])
         reward = reward(device=torch.device(device), **arguments)
     elif settings:

@@ -65,7 +65,7 @@ class GenEval:
 
 
 class GenEvalGraded(GenEval):
-    """With credit for parts."""
+    """Images (B, 3, H, W) uint8 -> (B,), with credit for each part of the prompt that an image shows."""
 
     score = "graded"
 
@@ -93,13 +93,13 @@ class Detector:
         outputs = self.model(**inputs)
         # Images of a batch are of one size, so padding is the same for all: at the bottom and on the right.
         shown = inputs["pixel_mask"][0].sum(0).max().item(), inputs["pixel_mask"][0].sum(1).max().item()
-        sizes = tuple(inputs["pixel_values"].shape[-2:]), shown, tuple(images.shape[-2:])
+        padded, size = tuple(inputs["pixel_values"].shape[-2:]), tuple(images.shape[-2:])
         logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [_detections(classes, masks, *sizes) for classes, masks in logits]
+        return [_detections(classes, masks, padded, shown, size) for classes, masks in logits]
 
 
 def _detections(
-    classes: Tensor, masks: Tensor, padded: tuple[int, int], shown: tuple[int, int], size: tuple[int, int]
+    classes: Tensor, masks: Tensor, padded: tuple[int, ...], shown: tuple[int, ...], size: tuple[int, ...]
 ) -> list[Detection]:
     """From the logits of an image's queries: classes (Q, 81), the last for no object, and masks (Q, h, w).
 

@@ -57,7 +57,7 @@ ColorOf = Callable[[Detection], str]
 def kept(detections: list[Detection], tag: str) -> Objects:
     """By class, the most certain first, those that count for a prompt of this tag."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    objects = defaultdict(list)
+    objects: Objects = defaultdict(list)
     for detection in sorted(detections, key=lambda d: -d.score):
         if detection.score > threshold and len(objects[detection.name]) < MAX_OBJECTS:
             objects[detection.name].append(detection)
@@ -115,9 +115,9 @@ def _wrong(objects: Objects, record: dict, color_of: ColorOf) -> list[str]:
         groups.append([] if reason else found)
         reasons += [reason] if reason else []
     for clause in record.get("exclude", []):
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+        count = len(objects.get(clause["class"], []))
+        if count >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
     return reasons
 
 

@@ -133,7 +133,7 @@ class VLMJudge:
     ) -> None:
         self.question = checked_question(preset, {"prompt": prompt, "score": score, "low": low, "high": high})
         self.url, self.retries, self.backoff = url.rstrip("/") + "/chat/completions", retries, backoff
-        self.request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        self.request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         headers = {"Authorization": f"Bearer {key_from(api_key_env)}"} if api_key_env else {}
         limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)

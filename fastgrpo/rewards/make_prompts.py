@@ -1,8 +1,6 @@
 """`python -m fastgrpo.rewards.make_prompts`: the same as `fastgrpo make-prompts`."""
 
-import sys
-
 from fastgrpo.commands.make_prompts import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

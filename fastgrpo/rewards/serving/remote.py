@@ -69,9 +69,12 @@ class Remote:
         """images (B, 3, H, W) or (B, T, 3, H, W) uint8 -> (B,)."""
         size = max(1, min(self.max_images, self.max_bytes // max(1, images[0].numel())))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+
+        def scores(part: slice) -> list[float]:
+            return self._request(images[part], prompts[part], metadata[part])
+
         # Packed one by one when their turn comes. `map` keeps the order.
-        answers = self._threads.map(lambda part: self._request(images[part], prompts[part], metadata[part]), parts)
-        return torch.tensor([score for answer in answers for score in answer])
+        return torch.tensor([score for answer in self._threads.map(scores, parts) for score in answer])
 
     def _request(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
         data, first = pack(images, prompts, metadata, self.form), next(self._first)
