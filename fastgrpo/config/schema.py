@@ -130,7 +130,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, path)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):  # True == 1 == 1.0
             refuse(path, value, nearest(value, arguments))
         return value
     if origin in (tuple, list, Sequence):
@@ -167,7 +167,7 @@ def _finite(value: float, path: str) -> float:
 
 
 def _convert_list(value: Any, origin: Any, arguments: tuple[Any, ...], path: str) -> Any:
-    """A list as the tuple or the list that is asked for, each item as its type."""
+    """A list as the tuple or list of the type, each item converted to its own type."""
     if not isinstance(value, list | tuple):
         refuse(path, value, "expected a list")
     alike = origin is not tuple or arguments[-1] is Ellipsis

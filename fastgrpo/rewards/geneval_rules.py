@@ -67,12 +67,12 @@ def kept(detections: list[Detection], tag: str) -> Objects:
 def whose_colors(detections: list[Detection], record: dict) -> list[Detection]:
     """The detections whose colours `judge` may ask for, so that a model can look at all of them at once."""
     objects = kept(detections, record["tag"])
-    asked: dict[Detection, None] = {}
+    items: dict[Detection, None] = {}  # a set in the order of the clauses
     for clause in record["include"]:
         found = objects.get(clause["class"], [])[: clause["count"]]
         if "color" in clause and len(found) == clause["count"]:
-            asked |= dict.fromkeys(found)
-    return list(asked)
+            items |= dict.fromkeys(found)
+    return list(items)
 
 
 def judge(detections: list[Detection], record: dict, color_of: ColorOf) -> tuple[bool, float, str]:

@@ -64,6 +64,8 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("update.micro_batch_size=largst", r"update\.micro_batch_size = 'largst': did you mean 'largest'"),
         ("model.attention=xformer", r"model\.attention = 'xformer': did you mean 'xformers'"),
         ("engine.zero_stage=3", r"rollout\.cuda_graph = True: ZeRO-3 moves the weights.*rollout\.cuda_graph=false"),
+        ("engine.zero_stage=1.0", r"engine\.zero_stage = 1.0: .*choices: 0, 1, 2, 3"),
+        ("engine.zero_stage=true", r"engine\.zero_stage = True: choices: 0, 1, 2, 3"),
         ("engine.zero_stage=4", r"engine\.zero_stage = 4: choices: 0, 1, 2, 3"),
         ("model.dtype=bf16", r"model\.dtype = 'bf16': did you mean 'bfloat16'"),
         ("rollout.group_size=1", r"rollout\.group_size = 1: .* at least 2"),

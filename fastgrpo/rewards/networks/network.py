@@ -1,4 +1,4 @@
-"""What rewards by a published network share: a folder that is complete, weights that all fit, images in small batches.
+"""The common part of rewards by a published network: a complete folder, weights that all fit, images in small batches.
 
 Nothing is downloaded. `path` is a folder on disk; where a file is missing, the error says which repository holds it.
 """
