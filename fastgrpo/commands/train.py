@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastgrpo.config.reference import describe
 from fastgrpo.reporting.runlog import write_atomically
 from fastgrpo.reporting.text import are_shares
-from fastgrpo.validation import Config, ConfigError, describe, differences, dump_config, load_config
+from fastgrpo.validation import Config, ConfigError, differences, dump_config, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import yaml
 from support.helpers import ROOT
 
 from fastgrpo.config.keys import Window
+from fastgrpo.config.reference import describe
 from fastgrpo.data.prompts import IMAGE_FIELD, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models import model_class
@@ -14,7 +15,6 @@ from fastgrpo.validation import (
     Config,
     ConfigError,
     check_ranks,
-    describe,
     differences,
     dump_config,
     load_config,
