@@ -2,7 +2,7 @@
 
 python docs/print_configuration.py          writes docs/configuration.md; `make docs` does the same
 
-The keys come from `fastgrpo.validation.describe`, the text that `fastgrpo train --help` shows. The names that some keys
+The keys come from `fastgrpo.config.reference.describe`, the text that `fastgrpo train --help` shows. The names that some keys
 choose from come from the tables in which they are registered.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fastgrpo.config.reference import describe
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of
 from fastgrpo.models import MODELS
 from fastgrpo.rewards import REWARDS
 from fastgrpo.sampling.tables import SAMPLERS
-from fastgrpo.validation import describe
 
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 ENTRY = re.compile(r"  (?P<path>[\w.]+) \((?P<kind>.+), (?P<default>required|default .*)\)\n +(?P<meaning>.*)", re.DOTALL)
@@ -77,7 +77,9 @@ def parsed(text: str) -> list[Key]:
     found = [ENTRY.fullmatch(entry) for entry in entries]
     if not all(found):
         odd = next(entry for entry, match in zip(entries, found, strict=True) if match is None)
-        raise ValueError(f"fastgrpo.validation.describe printed {odd!r}; expected '  KEY (TYPE, DEFAULT)' and its meaning")
+        raise ValueError(
+            f"fastgrpo.config.reference.describe printed {odd!r}; expected '  KEY (TYPE, DEFAULT)' and its meaning"
+        )
     return [Key(*(" ".join(part.split()) for part in match.groups())) for match in found if match]
 
 
