@@ -2,8 +2,8 @@
 
 python docs/print_configuration.py          writes docs/configuration.md; `make docs` does the same
 
-The keys come from `fastgrpo.config.reference.describe`, the text that `fastgrpo train --help` shows. The names that some keys
-choose from come from the tables in which they are registered.
+The keys come from `fastgrpo.config.reference.describe`, which `fastgrpo train --help` shows. The names that some keys choose
+from come from the tables in which they are registered.
 """
 
 import importlib
