@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_model import load_tiny_model, load_tuned_model
-from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.capture import capture, equal
-from support.runs import command, rows
+from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.learners import experience_from, learner_of, rollout_arguments
+from support.runs import command, rows
+from support.tiny_model import load_tiny_model, load_tuned_model
 from torch import Tensor
 
-from fastgrpo.sampling.graph import CapturedRollout
-from fastgrpo.policy import Policy
-from fastgrpo.sampling.rollout import rollout
-from fastgrpo.records import Trajectory
 from fastgrpo.learning.batches import micro_batches
 from fastgrpo.learning.update import Learner, optimizer_step, recompute_old, transition_loss
+from fastgrpo.policy import Policy
+from fastgrpo.records import Trajectory
+from fastgrpo.sampling.graph import CapturedRollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import Moments
 
 pytestmark = pytest.mark.gpu

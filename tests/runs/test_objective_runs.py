@@ -10,10 +10,10 @@ import pytest
 from support.helpers import ROOT, environment
 from support.objective_worker import ITERATIONS, RUNS
 
-from fastgrpo.validation import load_config
-from fastgrpo.learning.updater import learning_rate
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.learning.updater import learning_rate
 from fastgrpo.testing import load_family
+from fastgrpo.validation import load_config
 
 CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 ODE = ["rollout.sampler=ode"]
@@ -23,7 +23,13 @@ ODE = ["rollout.sampler=ode"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("objectives")
     load_family("sd3").save(folder / "sd3")
-    command = [sys.executable, str(ROOT / "tests" / "support" / "objective_worker.py"), str(folder / "sd3"), str(folder / "out"), *RUNS]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "objective_worker.py"),
+        str(folder / "sd3"),
+        str(folder / "out"),
+        *RUNS,
+    ]
     env = environment(ROOT / "tests")
     child = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=500)
     assert child.returncode == 0, child.stderr[-3000:]

@@ -21,18 +21,15 @@ from torch import Tensor, nn
 
 from fastgrpo.config.keys import Window
 from fastgrpo.engine.options import EngineOptions
-from fastgrpo.engine.ranks import Ranks
+from fastgrpo.engine.ranks import OneRank, Ranks
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import effective_clip_range
 from fastgrpo.models.adapter import to_pixels
 from fastgrpo.records import TRAIN, noise_address
-from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.sampling.windows import window_starts
-from fastgrpo.engine.options import EngineOptions
-from fastgrpo.engine.ranks import OneRank
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
@@ -301,7 +298,10 @@ def test_latents_rounded_after_they_are_scored() -> None:
             return super().forward(x.float(), sigma, conditioning).bfloat16()
 
     sigmas, start = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1])
-    schedule, address = window_schedule(sampler_steps("flow_sde", sigmas, 0.7), start, 3), noise_address(TRAIN, 5, 3, torch.arange(2))
+    schedule, address = (
+        window_schedule(sampler_steps("flow_sde", sigmas, 0.7), start, 3),
+        noise_address(TRAIN, 5, 3, torch.arange(2)),
+    )
     result = rollout(Half(), schedule, address, toy_prompts(torch.zeros(2, 1, 1, 1)), 1.0)
 
     def error(latents: Tensor) -> float:
