@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastgrpo.commands.plan import add_arguments as add_plan_arguments
 from fastgrpo.commands.plan import run as run_plan
@@ -24,8 +24,11 @@ from fastgrpo.config.schema import apply_override
 from fastgrpo.rewards import RewardUnavailable
 from fastgrpo.validation import Config, ConfigError, load_config
 
+if TYPE_CHECKING:
+    from fastgrpo.policy import Model
 
-def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Config, Any]:
+
+def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> "tuple[Config, Model]":
     """A run's configuration and its model, with the trained LoRA unless `base`."""
     import torch
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.policy import Model
 from fastgrpo.records import concatenate, with_unconditional
 
 IN_MEMORY = 1024  # prompts whose embeddings are kept in memory when they are also on disk: a few GB for SD3
@@ -26,7 +27,7 @@ class Embeddings:
     resume.
     """
 
-    def __init__(self, model, folder: Path | None = None) -> None:
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
         self._known: OrderedDict[str, tuple] = OrderedDict()
 
@@ -70,9 +71,7 @@ class Embeddings:
     def _fingerprint(self) -> str:
         """Of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
-        # An input image goes through the autoencoder.
-        images = [self._model.pipeline.vae] if self._model.image_conditioned else []
-        for encoder in (*self._model.text_encoders, *images):
+        for encoder in self._model.encoders:
             for name, tensor in encoder.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 picked = tensor.flatten()[:: max(1, tensor.numel() // 256)]

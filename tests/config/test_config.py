@@ -9,7 +9,7 @@ from fastgrpo.config.keys import Window
 from fastgrpo.data.prompts import INPUT, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models import model_class
-from fastgrpo.models.adapter import read_architecture
+from fastgrpo.models.loading import read_architecture
 from fastgrpo.validation import (
     Config,
     ConfigError,
