@@ -35,7 +35,7 @@ class KontextConditioning(NamedTuple):
 
 
 class FluxFamily(Adapter):
-    """What FLUX.1 and Kontext share."""
+    """The network that FLUX.1 and Kontext share, and all that they do alike."""
 
     takes = frozenset({"distilled_guidance"})
     lora_targets: tuple[str, ...] = (

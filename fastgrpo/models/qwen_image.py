@@ -69,7 +69,7 @@ class ImageProcessor(Qwen2VLProcessor):
 
 
 class QwenFamily(Adapter):
-    """What Qwen-Image and Qwen-Image-Edit share."""
+    """The network that Qwen-Image and Qwen-Image-Edit share, and all that they do alike."""
 
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

@@ -1,4 +1,4 @@
-"""What makes a model faster, each asked for by a key of the configuration.
+"""Four ways to run a model faster, each asked for by a key of the configuration.
 
 model.attention          `use_attention`        other attention kernels, see `fastgrpo.models.attention`
 model.compile            `compile_blocks`       torch.compile of each transformer block

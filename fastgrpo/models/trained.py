@@ -40,6 +40,7 @@ class Trainable(LoadedPipeline):
 
     @property
     def has_lora(self) -> bool:
+        """Whether `add_lora` was called or a LoRA was read."""
         return hasattr(self.transformer, "peft_config")
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
