@@ -29,7 +29,8 @@ class Model(Protocol):
         """The dtype in which `velocity` takes x and returns v."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the transformer is and where `velocity` takes its arguments."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -158,7 +158,7 @@ class Bagel(Adapter):
         return super().vae_latents(image, decoder)
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
-        """Refuses targets among the understanding weights, because prompts are read once and their keys and values kept."""
+        """Refuse targets among the understanding weights, because prompts are read once and their keys and values kept."""
         reading = set(self.transformer.understanding())
         for name, module in self.transformer.named_modules():
             if module in reading and any(name == t or name.endswith("." + t) for t in targets or ()):

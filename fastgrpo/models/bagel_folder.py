@@ -1,4 +1,4 @@
-"""Reads BAGEL as it is published, which is not the diffusers format but one folder:
+"""BAGEL's folder as it is published, which is not in the diffusers format, and how it is read:
 
 ema.safetensors    the network; only the generation path is read of it, and not the vision tower or the text head
 ae.safetensors     FLUX's autoencoder under its original names

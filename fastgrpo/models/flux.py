@@ -111,7 +111,7 @@ class FluxFamily(Adapter):
         )[0]  # fmt: skip
 
     def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
-        """(B, N, K) as (B, C, H, W), at the scale of the decoder's data."""
+        """Latents (B, N, K) unpacked to (B, C, H, W), at the scale of the decoder's data."""
         return super().vae_latents(
             self.pipeline._unpack_latents(latents, *self.size, self.pipeline.vae_scale_factor), decoder
         )

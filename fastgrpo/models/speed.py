@@ -45,7 +45,7 @@ class Accelerated(LoadedPipeline):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
-            # Left to itself, the compiler would answer a second shape with one slower program for all shapes to come.
+            # Left to itself, the compiler would answer a second shape with one program for all shapes to come.
             block.compile(dynamic=False)
 
     def use_attention(self, name: str) -> None:

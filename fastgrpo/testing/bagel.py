@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _layer(w: dict[str, Tensor], config, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+def _layer(w: dict[str, Tensor], config: Any, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:
     """x (S, D) after a layer; made (S,) bool: by generation weights; seen (S, S) bool: row sees column."""
     eps, width = config.rms_norm_eps, config.hidden_size // config.num_attention_heads
 
