@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,10 +69,10 @@ class Parts:
     @classmethod
     def of(cls, config: Config, device: torch.device, objects: Objects) -> "Parts":
         """Loads what is configured; refuses what does not go together, with the key's path."""
-        family = model_class(config.model.name) if objects.model is None else objects.model
+        family: Any = model_class(config.model.name) if objects.model is None else objects.model
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
-        if image_fields and (image_conditioned or "num_frames" in family.takes):
+        if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
             raise ValueError(
                 f"objective.offline: {config.model.name} reads input images or makes videos; train it on rollouts"
             )

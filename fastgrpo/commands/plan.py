@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
-from fastgrpo.models import SETTINGS, model_class
+from fastgrpo.models import model_class
+from fastgrpo.models.settings import model_settings
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
@@ -53,9 +54,9 @@ def count(config: Config) -> Counts:
     """Counts the configuration's architecture, built on the meta device."""
     if config.model.architecture is None:
         raise ConfigError("model.architecture: name the published architecture to plan for, for example sd3.5-medium")
-    settings = {key: getattr(config.model, key) for key in SETTINGS}
     return count_model(config, model_class(config.model.name).random(
-        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META, **settings
+        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META,
+        **model_settings(config.model),
     ))  # fmt: skip
 
 

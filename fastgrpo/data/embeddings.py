@@ -74,9 +74,7 @@ class Embeddings:
     def fingerprint(self) -> str:
         """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
-        # An input image goes through the autoencoder.
-        images = [self._model.pipeline.vae] if self._model.image_conditioned else []
-        for encoder in (*self._model.text_encoders, *images):
+        for encoder in self._model.encoders:
             for name, tensor in encoder.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 picked = tensor.flatten()[:: max(1, tensor.numel() // 256)]

@@ -15,8 +15,8 @@ from torch import nn
 from fastgrpo.commands import plan as planning
 from fastgrpo.commands.cli import main
 from fastgrpo.commands.plan import Counts, activation_bytes, count, count_model, flops_per_image, memory, plan
-from fastgrpo.models import adapter, load_model, model_class
-from fastgrpo.models.adapter import read_architecture
+from fastgrpo.models import load_model, loading, model_class
+from fastgrpo.models.loading import read_architecture
 from fastgrpo.testing import FAMILIES, load_family
 from fastgrpo.validation import ConfigError, load_config
 
@@ -46,7 +46,7 @@ COUNTS = Counts(
 @pytest.fixture
 def tiny_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    monkeypatch.setattr(adapter, "ARCHITECTURES", tmp_path)
+    monkeypatch.setattr(loading, "ARCHITECTURES", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +214,8 @@ def test_a_whole_run_with_random_weights(tiny_architecture: None, tmp_path: Path
     ]  # fmt: skip
     options = ["--config", str(CONFIG), "--random-weights", *(part for one in settings for part in ("--set", one))]
     program = (
-        "import sys; from pathlib import Path; from fastgrpo.models import adapter; from fastgrpo.train import main; "
-        f"adapter.ARCHITECTURES = Path({str(adapter.ARCHITECTURES)!r}); sys.exit(main({options!r}))"
+        "import sys; from pathlib import Path; from fastgrpo.models import loading; from fastgrpo.train import main; "
+        f"loading.ARCHITECTURES = Path({str(loading.ARCHITECTURES)!r}); sys.exit(main({options!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from fastgrpo.config.reference import describe
 from fastgrpo.data.prompts import IMAGE_FIELD, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models import model_class
-from fastgrpo.models.adapter import read_architecture
+from fastgrpo.models.loading import read_architecture
 from fastgrpo.validation import (
     Config,
     ConfigError,

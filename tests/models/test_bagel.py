@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
-from fastgrpo.models.bagel import Bagel, Conditioning
+from fastgrpo.models.bagel import Bagel, BagelConditioning
 from fastgrpo.models.bagel_folder import published_name, read_autoencoder
 from fastgrpo.models.bagel_network import GEN, BagelTransformer, PositionTable
 from fastgrpo.policy import Policy
@@ -59,7 +59,7 @@ def tokens(model: Bagel, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def velocity(model: Bagel, x: torch.Tensor, conditioning: Conditioning, sigma: float = 0.7) -> torch.Tensor:
+def velocity(model: Bagel, x: torch.Tensor, conditioning: BagelConditioning, sigma: float = 0.7) -> torch.Tensor:
     return model.velocity(x, torch.full((len(x),), sigma), conditioning)
 
 
@@ -205,7 +205,7 @@ def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
 def test_full_training_copies_only_what_it_trains(folder: Path) -> None:
     model = load(folder)
     model.train_all(keep_reference=True)
-    copied = dict(model._frozen.named_parameters())
+    copied = dict(model._untrained.named_parameters())
     for name, parameter in model.transformer.named_parameters():
         assert parameter.requires_grad == (GEN in name)
         assert (copied[name] is parameter) == (GEN not in name) and not copied[name].requires_grad

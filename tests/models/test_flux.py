@@ -18,7 +18,7 @@ from fastgrpo.policy import Policy
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
-from fastgrpo.testing.flux import FAMILY, KONTEXT, SETTINGS, call, call_kontext, drawing, make
+from fastgrpo.testing.flux import FAMILY, KONTEXT, SETTINGS, call, call_kontext, disc, make
 
 STEPS = 3
 SHAPES = [(16, 16), (16, 24), (32, 8)]  # height and width
@@ -168,7 +168,7 @@ def test_input_images_of_any_shape_are_resized_to_the_output(tmp_path: Path) -> 
     """Also grey ones and those with transparency, so that all rows have as many tokens."""
     Image.new("L", (7, 40), 90).save(tmp_path / "grey.png")
     Image.new("RGBA", (50, 9), (10, 200, 30, 128)).save(tmp_path / "clear.png")
-    files = [tmp_path / "grey.png", tmp_path / "clear.png", drawing("exact", (24, 16), "white", "red")]
+    files = [tmp_path / "grey.png", tmp_path / "clear.png", disc("exact", (24, 16), "white", "red")]
     model = adapter("kontext", height=16, width=24)
     conditioning = model.encode([ImagePrompt("brighter", file) for file in files])
     assert conditioning.image.shape == (3, *model.latent_shape)

@@ -12,7 +12,8 @@ from support.helpers import ROOT, environment
 
 from fastgrpo.data.embeddings import without_text
 from fastgrpo.models import MODELS, load_model, model_class
-from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
+from fastgrpo.models.loading import ARCHITECTURES, read_architecture
+from fastgrpo.models.sd3 import SD3
 from fastgrpo.records import SAMPLE, concatenate, noise_address
 from fastgrpo.testing import FAMILIES, load_family
 from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
@@ -61,6 +62,19 @@ def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) ->
     encoded = model.encode_images(images)
     assert encoded.shape == latents.shape and encoded.dtype == torch.float32 and encoded.isfinite().all()
     assert not torch.equal(encoded[0], encoded[1])
+
+
+def test_a_family_whose_latents_are_mixed_is_told_that_images_cannot_be_encoded(folders) -> None:
+    """Adapter.from_vae inverts a reordering with a scale and a shift for each number. Here each number is a sum of two."""
+
+    class Mixing(SD3):
+        def vae_latents(self, latents, decoder):
+            return super().vae_latents(latents + 0.5 * latents.flip(-1), decoder)
+
+    model = Mixing.load(folders["sd3"], dtype=torch.float32, device=CPU, **load_family("sd3").settings)
+    images = torch.zeros(2, 3, *model.size, dtype=torch.uint8)
+    with pytest.raises(NotImplementedError, match=r"Mixing\.vae_latents .* a from_vae of its own"):
+        model.encode_images(images)
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
