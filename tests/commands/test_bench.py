@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, capsys: pytest.CaptureF
         (["--iterations", "-1"], "--iterations -1 --rounds 5 --batches None: iterations are 0 or more"),
         (["--rounds", "0"], "rounds and batches 1 or more"),
         (["--batches", "8", "0"], "--batches [8, 0]: iterations"),
-        (["--random-weights"], "model.random_weights = True: of what?"),
+        (["--random-weights"], "model.random_weights = True: name the model.architecture"),
         (["--set", "rollout.num_step=3"], "did you mean 'num_steps'"),
     ],
 )
