@@ -1,5 +1,6 @@
 # make train   from nothing to a trained tiny model and its report
 # make test    the same set-up, then all tests
+# make docs    the documentation as a site, into site/
 # Both need Python 3.11 or newer and, the first time, a package index.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: .venv/installed
 	$(BIN)/deepspeed fastgrpo/train.py --config $(CONFIG)
@@ -25,10 +26,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: .venv/installed
+	$(BIN)/python docs/print_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgrpo needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
 clean:

@@ -106,8 +106,6 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
         self.saved = 0  # iteration of the last checkpoint
 
-    # The run.
-
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
 
@@ -177,8 +175,6 @@ class Trainer:
         """Frees the engine and the model; the trainer is of no use afterwards."""
         self.scorer.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
-
-    # One iteration.
 
     def _sample(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
         """This rank's batches by rollouts, and the scores (N, R) of all ranks' images."""
@@ -254,8 +250,6 @@ class Trainer:
         )  # fmt: skip
         return advantages, pairs_of_groups(advantages.values, size, (keep or 2) // 2) if paired else None
 
-    # Evaluation.
-
     def evaluate(self, iteration: int | None = None, images: int | None = None) -> dict:
         """Accuracy on held-out prompts and samples to look at, with the averaged weights. Collective.
 
@@ -291,8 +285,6 @@ class Trainer:
         """The averaged weights in the network; before training they are the base's."""
         with self.model.reference() if base and self.model.has_lora else self.engine.swapped(self.ema.weights):
             yield
-
-    # Checkpoints.
 
     @property
     def _averages(self) -> dict[str, Ema]:

@@ -14,7 +14,7 @@ import torch
 from fastgrpo.config import schema
 from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, ModelConfig, RewardConfig
-from fastgrpo.config.reading import describe, differences, dump_config, read_config
+from fastgrpo.config.reading import differences, dump_config, read_config
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
@@ -26,7 +26,7 @@ from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.sampling.windows import window_size
 
 __all__ = [
-    "Config", "ConfigError", "check", "check_folder", "check_ranks", "describe", "differences", "dump_config", "load_config",
+    "Config", "ConfigError", "check", "check_folder", "check_ranks", "differences", "dump_config", "load_config",
     "read_config",
     "recomputes_old", "trained_steps",
 ]  # fmt: skip

@@ -175,6 +175,30 @@ def test_nobody_from_outside_uses_a_private_name(folder: str) -> None:
     assert {name: names for name, names in used.items() if names} == {}
 
 
+def test_long_lists_of_parameters_are_named_at_the_call_and_explained() -> None:
+    """More than seven: no call could be read without the names."""
+    astray = []
+    for name, path in modules().items():
+        if name.startswith("fastgrpo_kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            positional = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+            if len(positional) > 7 or (len(positional) + len(node.args.kwonlyargs) > 7 and not explained(path, node)):
+                astray.append(f"{name}:{node.lineno} {node.name}")
+    assert not astray
+
+
+def explained(path: Path, function: ast.FunctionDef) -> bool:
+    """It has a docstring, or is the `__init__` of a class that has one."""
+    if ast.get_docstring(function):
+        return True
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    owners = [node for node in classes if node.lineno < function.lineno <= (node.end_lineno or 0)]
+    return function.name == "__init__" and any(ast.get_docstring(node) for node in owners)
+
+
 def test_no_test_file_imports_another() -> None:
     names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"conftest"}
     astray = [

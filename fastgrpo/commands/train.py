@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.text import in_percent
-from fastgrpo.validation import ConfigError, check_folder, describe, load_config
+from fastgrpo.validation import ConfigError, check_folder, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

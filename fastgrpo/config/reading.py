@@ -67,9 +67,3 @@ def differences(before: Config, after: Config, but: Sequence[str] = ()) -> list[
     old, new = schema.flat(schema.plain(before)), schema.flat(schema.plain(after))
     rows = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new} if key not in but}
     return [f"{key}: {before} -> {after}" for key, (before, after) in rows.items() if before != after]
-
-
-def describe() -> str:
-    """Every key with its type, bounds, default and meaning, for `--help`."""
-    extends = "  extends (Path, default None)\n      Another file, relative to this one, on top of which these keys go."
-    return "\n".join([extends, *schema.describe(Config)])

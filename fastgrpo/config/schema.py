@@ -7,14 +7,10 @@ config = build(Config, data)                    every key known, every value of 
 A field's bounds stand beside its type: `every: Annotated[int, AtLeast(1), AtMost(1000)] = 20`. Numbers are always finite.
 """
 
-import ast
 import dataclasses
 import difflib
-import functools
-import inspect
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -130,14 +126,14 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, path)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):  # True == 1 == 1.0
             refuse(path, value, nearest(value, arguments))
         return value
     if origin in (tuple, list, Sequence):
         return _convert_list(value, origin, arguments, path)
     if origin is dict:
         if not isinstance(value, dict):
-            refuse(path, value, f"expected a mapping of names to {_type_name(arguments[1])}")
+            refuse(path, value, f"expected a mapping of names to {type_name(arguments[1])}")
         return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
     if hint is Any:
         return value
@@ -146,7 +142,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if type(value) is not hint:
-        refuse(path, value, f"expected {_type_name(hint)}, found {type(value).__name__}")
+        refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}")
     return value
 
 
@@ -167,7 +163,7 @@ def _finite(value: float, path: str) -> float:
 
 
 def _convert_list(value: Any, origin: Any, arguments: tuple[Any, ...], path: str) -> Any:
-    """A list as the tuple or the list that is asked for, each item as its type."""
+    """A list as the tuple or list of the type, each item converted to its own type."""
     if not isinstance(value, list | tuple):
         refuse(path, value, "expected a list")
     alike = origin is not tuple or arguments[-1] is Ellipsis
@@ -211,50 +207,19 @@ def flat(data: dict, prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def describe(cls: type, prefix: str = "") -> typing.Iterator[str]:
-    """Each key with its type, bounds, default and the docstring under its field."""
-    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            yield from describe(typing.cast(type, hint), f"{prefix}{f.name}.")
-        else:
-            default = "required"
-            if f.default is not dataclasses.MISSING:
-                default = f"default {f.default}"
-            elif f.default_factory is not dataclasses.MISSING:
-                default = f"default {f.default_factory()}"
-            yield f"  {prefix}{f.name} ({_type_name(hint)}, {default})\n      {docs.get(f.name, '')}"
-
-
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """A type as `--help` prints it, say `int at least 1 | None`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " | ".join(str(a) for a in arguments)
     if origin is Annotated:
-        return f"{_type_name(arguments[0])} {_in_words(arguments[1:])}"
+        return f"{type_name(arguments[0])} {_in_words(arguments[1:])}"
     if origin in (types.UnionType, typing.Union):
-        return " | ".join(_type_name(a) for a in arguments)
+        return " | ".join(type_name(a) for a in arguments)
     if origin is not None:
-        return f"{origin.__name__}[{', '.join('...' if a is Ellipsis else _type_name(a) for a in arguments)}]"
+        return f"{origin.__name__}[{', '.join('...' if a is Ellipsis else type_name(a) for a in arguments)}]"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _in_words(bounds: tuple[Bound, ...]) -> str:
     return " and ".join(str(bound) for bound in bounds)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field, read from the source: dataclasses do not keep them."""
-    body = next(n for n in _module(cls.__module__).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__).body
-    docs = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[typing.cast(ast.Name, node.target).id] = " ".join(str(after.value.value).split())
-    return docs
-
-
-@functools.cache
-def _module(name: str) -> ast.Module:
-    return ast.parse(inspect.getsource(sys.modules[name]))

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -41,10 +42,12 @@ class Embeddings:
         return Prompted(cond, type(cond)(*(tensor.expand(len(prompts), *tensor.shape[1:]) for tensor in empty)))
 
     def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
-        """Puts the embeddings of all prompts on disk, so that the text encoders are not asked again."""
+        """Puts the embeddings of all prompts into the folder, so that the text encoders are not asked again."""
+        if self._folder is None:
+            raise ValueError("these embeddings are kept in memory: give Embeddings a folder to prepare them in")
         for prompt in tqdm(prompts, desc="embeddings", disable=not show, dynamic_ncols=True):
-            if not self._file(prompt).exists():
-                self._write(self._file(prompt), self._model.encode([prompt]))
+            if not (path := self._file(self._folder, prompt)).exists():
+                self._write(path, self._model.encode([prompt]))
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
         if prompt not in self.in_memory:
@@ -57,19 +60,19 @@ class Embeddings:
     def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
             return self._model.encode([prompt])
-        path = self._file(prompt)
+        path = self._file(self._folder, prompt)
         if not path.exists():
             self._write(path, self._model.encode([prompt]))
         return self._model.Conditioning(**load_file(path, device=str(self._model.device)))
 
-    def _file(self, prompt: str | ImagePrompt) -> Path:
+    def _file(self, folder: Path, prompt: str | ImagePrompt) -> Path:
         text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
         name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
-        return self._folder / name[:2] / f"{name}.safetensors"
+        return folder / name[:2] / f"{name}.safetensors"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
+        """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
         # An input image goes through the autoencoder.
         images = [self._model.pipeline.vae] if self._model.image_conditioned else []
@@ -81,7 +84,7 @@ class Embeddings:
         return digest.hexdigest()
 
     @staticmethod
-    def _write(path: Path, conditioning: tuple) -> None:
+    def _write(path: Path, conditioning: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:  # another process may be reading or writing the same prompt
             save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)

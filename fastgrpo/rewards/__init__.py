@@ -1,14 +1,15 @@
-"""Rewards by name: a callable `(images, prompts, metadata) -> (B,) float32`, of which more is better, and nothing else.
+"""Rewards by name. A reward is a callable `(images, prompts, metadata) -> (B,) float32`; higher scores are better.
 
     images     (B, 3, H, W) uint8, what a viewer would see; of a clip (B, T, 3, H, W)
     prompts    list of B strings
     metadata   list of B dicts: the prompts' lines of the prompt file
 
-It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. Either may say in its
-attributes `low` and `high` in which range its scores lie. A new reward is one file here and one line in `REWARDS`; your own
-needs neither: name it `package.module:function` or `package.module:Class`.
+It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. The parameters of the
+class are the keys of its reward.settings, checked against their annotations. Attributes `low` and `high`, where it has them,
+bound the scores. A new reward is one file here and one line in `REWARDS`; your own needs neither: name it
+`package.module:function` or `package.module:Class`.
 
-A run may maximise several: B scores of R rewards are a tensor (B, R), and what is maximised is their weighted sum.
+A run may maximise several rewards: the B scores of R rewards are a tensor (B, R), whose weighted sums are maximised.
 """
 
 import hashlib
@@ -52,7 +53,7 @@ REWARDS = {
 
 
 class RewardUnavailable(RuntimeError):
-    """What scores is gone and did not come back: the run saves its state and stops, for no score may be made up."""
+    """The server of a reward is gone and did not come back. The run saves its state and stops: no score may be made up."""
 
 
 def load_reward(
@@ -73,11 +74,12 @@ def load_reward(
     if not colon:
         raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
     try:
-        reward = getattr(importlib.import_module(module), attribute)
+        reward: Any = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: {error}") from error
     path, owner = f"reward.settings.{name}", f"reward {name!r}"
-    if inspect.isclass(reward):
+    is_class = inspect.isclass(reward)
+    if is_class:
         arguments = settings_from_signature(reward, settings or {}, path, owner=owner, passed=["device"])
         reward = reward(device=torch.device(device), **arguments)
     elif settings:
@@ -97,12 +99,12 @@ def _seen_by(reward: Reward, frames: str) -> Reward:
 
 
 def score_range(reward: Reward) -> tuple[float, float]:
-    """The lowest and the highest score that there are."""
+    """The lowest and the highest score that a reward can give; infinite where it does not say."""
     return float(getattr(reward, "low", -math.inf)), float(getattr(reward, "high", math.inf))
 
 
 def reward_version(name: str, settings: Mapping[str, Any]) -> str:
-    """Equal where scores must be: a hash of the reward's name, its settings and this package's version."""
+    """A hash of the reward's name, its settings and this package's version: rewards of one version give equal scores."""
     text = json.dumps([name, settings, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -124,7 +126,7 @@ def checked(rewards: Tensor, name: str, prompts: Sequence[str], low: float = -ma
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSum:
-    """What a run maximises or reports: rewards by name, each checked apart, and their weighted sum."""
+    """What a run maximises or reports: rewards by name, whose scores are checked one by one, and their weighted sum."""
 
     rewards: dict[str, Reward]
     weights: dict[str, float]

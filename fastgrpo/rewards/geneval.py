@@ -12,7 +12,7 @@ The checks are `geneval_rules`; here are the models that see, from local folders
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2Form
 from fastgrpo.config.bounds import AtLeast
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, THRESHOLD, Detection, check_record, judge, whose_colors
 
-GREY = 0x99  # what surrounds an object whose colour is asked for
+GREY = 0x99  # what surrounds an object whose colour is to be named
 MAX_DETECTIONS = 100  # an image, as mmdet keeps
 # A colour is the mean of its wordings.
 WORDINGS = ["a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object"]
@@ -65,7 +65,7 @@ class GenEval:
 
 
 class GenEvalGraded(GenEval):
-    """With credit for parts."""
+    """Images (B, 3, H, W) uint8 -> (B,), with credit for each part of the prompt that an image shows."""
 
     score = "graded"
 
@@ -93,13 +93,13 @@ class Detector:
         outputs = self.model(**inputs)
         # Images of a batch are of one size, so padding is the same for all: at the bottom and on the right.
         shown = inputs["pixel_mask"][0].sum(0).max().item(), inputs["pixel_mask"][0].sum(1).max().item()
-        sizes = tuple(inputs["pixel_values"].shape[-2:]), shown, tuple(images.shape[-2:])
+        padded, size = tuple(inputs["pixel_values"].shape[-2:]), tuple(images.shape[-2:])
         logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [_detections(classes, masks, *sizes) for classes, masks in logits]
+        return [_detections(classes, masks, padded, shown, size) for classes, masks in logits]
 
 
 def _detections(
-    classes: Tensor, masks: Tensor, padded: tuple[int, int], shown: tuple[int, int], size: tuple[int, int]
+    classes: Tensor, masks: Tensor, padded: tuple[int, ...], shown: tuple[int, ...], size: tuple[int, ...]
 ) -> list[Detection]:
     """From the logits of an image's queries: classes (Q, 81), the last for no object, and masks (Q, h, w).
 
@@ -162,7 +162,8 @@ def _pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _from_folder(load: Callable, folder: Path, setting: str):
+def _from_folder(load: Callable[..., Any], folder: Path, setting: str) -> Any:
+    """What `load` makes of a local folder, or an error that names the setting."""
     if not Path(folder).is_dir():
         raise ValueError(f"{setting} = {folder}: no such folder; download a model into it, see fastgrpo/rewards/geneval.py")
     try:

@@ -37,7 +37,7 @@ RETRY_TEMPERATURE = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a judge is asked, and how its answer is read."""
+    """The question to a judge, and how its answer is read."""
 
     prompt: str
     """The text beside the image; `{prompt}` in it becomes the image's prompt."""
@@ -100,15 +100,15 @@ PRESETS = {
 
 
 class Unanswered(Exception):
-    """A try that gave no score, and why; another may."""
+    """A try that gave no score, with the reason; another try may give one."""
 
 
 class NoScore(Unanswered):
-    """The judge spoke, but gave no score on its scale."""
+    """The judge answered, but without a score on its scale."""
 
 
 class VLMJudge:
-    """Asks an endpoint for the score of each image."""
+    """Asks the model at an endpoint for the score of each image."""
 
     low, high = 0.0, 1.0
 
@@ -133,7 +133,7 @@ class VLMJudge:
     ) -> None:
         self.question = checked_question(preset, {"prompt": prompt, "score": score, "low": low, "high": high})
         self.url, self.retries, self.backoff = url.rstrip("/") + "/chat/completions", retries, backoff
-        self.request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        self.request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         headers = {"Authorization": f"Bearer {key_from(api_key_env)}"} if api_key_env else {}
         limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
@@ -147,7 +147,7 @@ class VLMJudge:
         return torch.tensor(scores, dtype=torch.float32)
 
     def judge(self, array: Any, prompt: str) -> float:
-        """One image (H, W, 3) uint8, asked about until there is a score."""
+        """The score of one image (H, W, 3) uint8, for which the judge is asked until there is one."""
         content = [
             {"type": "image_url", "image_url": {"url": data_url(array)}},
             {"type": "text", "text": self.question.prompt.replace("{prompt}", prompt)},
@@ -212,6 +212,7 @@ def checked_question(preset: str, changes: dict[str, Any]) -> Question:
 
 
 def key_from(variable: str) -> str:
+    """The endpoint's key, from an environment variable."""
     if not os.environ.get(variable):
         raise ValueError(f"reward.settings.vlm_judge.api_key_env = {variable!r}: this environment variable is not set")
     return os.environ[variable]

@@ -17,6 +17,7 @@ from support.keys import keys
 
 from fastgrpo.config import schema
 from fastgrpo.config.bounds import Above, AtLeast, AtMost, Below
+from fastgrpo.config.reference import described
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.ema import lagging
 from fastgrpo.records import EVALUATION, FORWARD, SAMPLE, TRAIN, noise_address
@@ -154,7 +155,7 @@ def test_bounds_reach_into_tuples_and_unions(data: dict, message: str) -> None:
 def test_bounds_hold_at_their_ends_and_help_prints_them() -> None:
     assert schema.build(Nested, {"pair": [0, 0.999], "limit": 5}) == Nested(pair=(0.0, 0.999), limit=5)
     assert schema.build(Nested, {"limit": 3}).limit == 3
-    assert list(schema.describe(Nested)) == [
+    assert list(described(Nested)) == [
         "  pair (tuple[float at least 0 and below 1, ...], default ())\n      Fractions.",
         "  limit (int above 2 and at most 5 | none, default none)\n      A number or none.",
     ]
@@ -162,5 +163,5 @@ def test_bounds_hold_at_their_ends_and_help_prints_them() -> None:
 
 def test_the_keys_are_read_without_torch() -> None:
     """`--help` and the check of one's own file need not wait for it."""
-    code = "import sys, fastgrpo.config.keys, fastgrpo.config.reading; assert 'torch' not in sys.modules"
+    code = "import sys, fastgrpo.config.reading, fastgrpo.config.reference; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=ROOT)

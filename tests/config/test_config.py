@@ -6,6 +6,7 @@ import yaml
 from support.helpers import ROOT
 
 from fastgrpo.config.keys import Window
+from fastgrpo.config.reference import describe
 from fastgrpo.data.prompts import IMAGE_FIELD, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models import model_class
@@ -14,7 +15,6 @@ from fastgrpo.validation import (
     Config,
     ConfigError,
     check_ranks,
-    describe,
     differences,
     dump_config,
     load_config,
@@ -64,6 +64,8 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("update.micro_batch_size=largst", r"update\.micro_batch_size = 'largst': did you mean 'largest'"),
         ("model.attention=xformer", r"model\.attention = 'xformer': did you mean 'xformers'"),
         ("engine.zero_stage=3", r"rollout\.cuda_graph = True: ZeRO-3 moves the weights.*rollout\.cuda_graph=false"),
+        ("engine.zero_stage=1.0", r"engine\.zero_stage = 1.0: .*choices: 0, 1, 2, 3"),
+        ("engine.zero_stage=true", r"engine\.zero_stage = True: choices: 0, 1, 2, 3"),
         ("engine.zero_stage=4", r"engine\.zero_stage = 4: choices: 0, 1, 2, 3"),
         ("model.dtype=bf16", r"model\.dtype = 'bf16': did you mean 'bfloat16'"),
         ("rollout.group_size=1", r"rollout\.group_size = 1: .* at least 2"),

@@ -9,7 +9,7 @@ import torch
 from support.helpers import ROOT
 from support.keys import keys, sections
 
-from fastgrpo.config import schema
+from fastgrpo.config.reference import field_docs
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.models.attention import BACKENDS
 from fastgrpo.sampling.windows import WINDOWS
@@ -33,7 +33,7 @@ NEEDS = {  # what a choice asks of other keys
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_the_docstring_of_a_key_stands_alone(section: type) -> None:
     """`--help` shows one key below the other, and people look up one: no docstring may lean on that of another key."""
-    docs = schema.field_docs(section)
+    docs = field_docs(section)
     for key, hint in typing.get_type_hints(section).items():
         if hint in sections():
             continue

@@ -16,7 +16,7 @@ E length of an embedding.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
@@ -37,7 +37,7 @@ class ClipScore(NetworkReward):
     needs: ClassVar[dict[str, str]] = {"config.json": CLIP_L, WEIGHTS: CLIP_L, TOKENIZER: CLIP_L}
 
     def build(self, folder: Path) -> None:
-        self.network = self.load(folder)
+        self.network: Any = self.load(folder)  # Any: a type checker takes transformers' configurations for mappings
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     def load(self, folder: Path) -> CLIPModel:

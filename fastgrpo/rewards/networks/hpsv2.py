@@ -55,14 +55,14 @@ class HPSv2(ClipScore):
         """hpsv2 turns an image into floats before it resizes, so nothing is rounded to whole levels or cut at 0 and 255."""
         size = self.network.config.vision_config.image_size
         pixels = images.to(self.device).float() / 255
-        pixels = interpolate(pixels, shorter_side(*pixels.shape[-2:], size), mode="bicubic", antialias=True)
+        pixels = interpolate(pixels, shorter_side(pixels.shape[-2], pixels.shape[-1], size), mode="bicubic", antialias=True)
         return cropped(pixels, size)
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP's weights by transformers' names. open_clip keeps query, key and value in one, and multiplies by its
     projections from the right."""
-    names = {}
+    names: dict[str, Tensor] = {}
     for name, tensor in renamed(weights, RULES).items():
         if ".in_proj_" in name:
             before, kind = name.split("in_proj_")

@@ -46,9 +46,9 @@ class ImageReward(NetworkReward):
     def build(self, folder: Path) -> None:
         weights = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
         seen, read = renamed(under(weights, "blip.visual_encoder."), RULES), under(weights, "blip.text_encoder.")
-        config, source = vision_config(seen), folder / CHECKPOINT
-        self.vision = load_network(BlipVisionModel, self.device, source, config=config, state_dict=seen)
-        config = text_config(json.loads((folder / "med_config.json").read_text()), config.hidden_size)
+        vision, source = vision_config(seen), folder / CHECKPOINT
+        self.vision = load_network(BlipVisionModel, self.device, source, config=vision, state_dict=seen)
+        config = text_config(json.loads((folder / "med_config.json").read_text()), vision.hidden_size)
         self.text = load_network(BlipTextModel, self.device, source, config=config, state_dict=read, add_pooling_layer=False)
         self.head = mlp_head(config.hidden_size)
         self.head.load_state_dict(under(weights, "mlp."))
@@ -67,7 +67,7 @@ class ImageReward(NetworkReward):
     def pixels(self, images: Tensor) -> Tensor:
         """The published transform of torchvision: shorter side by PIL's bicubic, crop, floats, CLIP's mean and deviation."""
         size = self.vision.config.image_size
-        height, width = shorter_side(*images.shape[-2:], size)
+        height, width = shorter_side(images.shape[-2], images.shape[-1], size)
         pictures = [Image.fromarray(array) for array in as_arrays(images)]
         resized = [np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
         return cropped(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device).float() / 255, size)

@@ -2,9 +2,9 @@
 
     reward: {train: remote, eval: remote, settings: {remote: {urls: ["http://10.0.0.2:8000", "http://10.0.0.3:8000"]}}}
 
-A batch is cut into requests as large as the servers allow, which the servers share. One that does not answer is passed over
-and asked again later, with growing and random pauses; when none has answered in `retries` rounds, `RewardUnavailable` stops
-the run. Only servers of one version are used: the images of a group are compared, so the same thing must score them all.
+A batch is cut into requests as large as the servers allow, which the servers share. A server that does not answer is left
+out and asked again later, after growing and random pauses; when none has answered in `retries` rounds, `RewardUnavailable`
+stops the run. Only servers of one version are used: the images of a group are compared, so the same reward must score all.
 """
 
 import itertools
@@ -69,9 +69,12 @@ class Remote:
         """images (B, 3, H, W) or (B, T, 3, H, W) uint8 -> (B,)."""
         size = max(1, min(self.max_images, self.max_bytes // max(1, images[0].numel())))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+
+        def scores(part: slice) -> list[float]:
+            return self._request(images[part], prompts[part], metadata[part])
+
         # Packed one by one when their turn comes. `map` keeps the order.
-        answers = self._threads.map(lambda part: self._request(images[part], prompts[part], metadata[part]), parts)
-        return torch.tensor([score for answer in answers for score in answer])
+        return torch.tensor([score for answer in self._threads.map(scores, parts) for score in answer])
 
     def _request(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
         data, first = pack(images, prompts, metadata, self.form), next(self._first)
@@ -89,7 +92,7 @@ class Remote:
         return self._try(ask, first)
 
     def _healths(self) -> dict:
-        """What the servers say of themselves; those that answer must agree, and the limits are the narrowest."""
+        """What is served, under the narrowest limits of all servers; those that answer must serve the same."""
         found: dict[str, dict] = {}
 
         def ask(url: str) -> None:
@@ -108,7 +111,7 @@ class Remote:
         return {**next(iter(found.values())), **limits}
 
     def _try(self, ask: Callable[[str], Answer], first: int) -> Answer:
-        """The first answer of the servers in turn, round after round."""
+        """The first answer, asking the servers in turn and round after round."""
         reasons: dict[str, str] = {}
         for _ in tries(self.retries, self.pause):
             for i in range(len(self.urls)):
@@ -121,7 +124,7 @@ class Remote:
         raise RewardUnavailable(f"no reward server answered in {self.retries + 1} rounds: {summary}")
 
     def _answer(self, method: str, url: str, content: bytes | None = None) -> dict:
-        """A server's JSON. What the request is to blame for, and not the server, is an error at once."""
+        """The JSON of a server's answer. Raises `Lost` where the server is to blame, ValueError where the request is."""
         try:
             response = self._client.request(method, url, content=content)
         except httpx2.TransportError as error:
