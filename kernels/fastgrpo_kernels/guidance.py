@@ -3,8 +3,9 @@
     v_guided = v_uncond + g (v - v_uncond)        the difference rounded, then one fma; v itself without v_uncond
 
 The rollout and the update make the guided velocity inside their own kernels, from `load_velocity`. `guided_velocity` makes
-it for whoever needs it by itself, such as v_old of the network that is trained, and in the same bits: torch rounds the
-product too, and from v_old of another rounding the on-policy ratio would not be exactly 1.
+it for whoever needs it by itself, and has the kernels' rounding. So the first ratio is exactly 1 under guidance too, whether
+v_old is what the rollout stored or is made anew before the update. Torch rounds the product as well: with a v_old of its own
+the ratio would only be near 1.
 
 B samples, D elements a sample.
 """
@@ -101,7 +102,7 @@ def guided_velocity_by_device(velocity: Guided) -> Tensor:
 def guided_velocity(velocity: Guided | Tensor) -> Tensor:
     """`v_uncond + g (v - v_uncond)`, or `v` where there is no v_uncond: (B, *D) fp32, without gradient.
 
-    In the bits that `sde_step` and `transition` make of the same velocity.
+    In the bits that `sde_step` and `transition` make of the same velocity: as `v_old` it gives a ratio of exactly 1.
     """
     velocity = Guided.of(velocity)
     check_latents("v", velocity.v, *VELOCITY_DTYPES)

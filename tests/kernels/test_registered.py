@@ -20,6 +20,7 @@ from fastgrpo_kernels import (
     transition,
     transition_ref,
 )
+from fastgrpo_kernels.common import runs_kernels
 from fastgrpo_kernels.transition import Inputs, transition_bwd_ref
 
 pytestmark = pytest.mark.gpu
@@ -182,6 +183,7 @@ def test_it_is_traced_for_a_gpu_that_is_not_here(dtype: torch.dtype, guided: boo
             # Without a gradient: of these devices autograd wants a stream, which only a build with CUDA has.
             setattr(loop.network, name, nn.Parameter(torch.zeros(parameter.shape, dtype=dtype), requires_grad=False))
         where = NoiseAddress(*(torch.zeros(n, dtype=torch.int64) for n in (1, 1, SHAPE[0])))
+        assert runs_kernels(where.seed)
         program = torch.export.export(loop, (torch.zeros(len(TABLE), 4), where), strict=True)
     # What runs without gradient is a graph within the graph.
     nodes = [node for module in program.graph_module.modules() for node in module.graph.nodes]

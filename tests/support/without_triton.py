@@ -57,6 +57,14 @@ if __name__ == "__main__":
     except RuntimeError as error:
         print(error)
 
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fastgrpo_kernels.common import runs_kernels
+
+    # On Windows there are GPUs without Triton.
+    with FakeTensorMode():
+        assert not runs_kernels(torch.empty(1, device="cuda"))
+
     import deepspeed  # noqa: F401
 
     import fastgrpo.trainer  # noqa: F401
