@@ -1,4 +1,4 @@
-"""Triton; or, where it cannot be imported (macOS, Windows), stand-ins with which the files of the kernels can be read.
+"""Triton; or, where it is not installed (macOS, Windows), stand-ins with which the files of the kernels can be read.
 
 The stand-ins compute nothing: without Triton the public functions run their torch reference on every device.
 """
@@ -12,7 +12,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:
+except ModuleNotFoundError:
     HAS_TRITON = False
 
     class UnusableKernel:
@@ -23,7 +23,7 @@ except ImportError:
 
         def __getitem__(self, grid: tuple[int, ...]) -> NoReturn:
             raise RuntimeError(
-                f"{self.name} needs Triton, which cannot be imported here: install it, or call the public functions "
+                f"{self.name} needs Triton, which is not installed: install it, or call the public functions "
                 "(normal, sde_step, transition, guided_velocity), which then run their torch reference"
             )
 

@@ -15,7 +15,7 @@ def test_everything_runs_on_the_reference(tmp_path: Path) -> None:
     command = (sys.executable, str(ROOT / "tests" / "support" / "without_triton.py"), str(saved))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "normal_fwd_kernel needs Triton, which cannot be imported here" in done.stdout
+    assert "normal_fwd_kernel needs Triton, which is not installed" in done.stdout
     found, expected = torch.load(saved), results("_ref")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
