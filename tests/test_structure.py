@@ -31,7 +31,7 @@ HOMES = {
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.serving.remote"],
     "peft": ["fastgrpo.models"],
-    "triton": ["fastgrpo_kernels"],
+    "triton": ["fastgrpo_kernels.optional_triton"],
     "fastapi": ["fastgrpo.rewards.serving.service"],
     "uvicorn": ["fastgrpo.rewards.serving.service"],
 }

@@ -3,8 +3,9 @@
     v_guided = v_uncond + g (v - v_uncond)        the difference rounded, then one fma; v itself without v_uncond
 
 The rollout and the update make the guided velocity inside their own kernels, from `load_velocity`. `guided_velocity` makes
-it for whoever needs it by itself, such as v_old of the network that is trained, and in the same bits: torch rounds the
-product too, and from v_old of another rounding the on-policy ratio would not be exactly 1.
+it for whoever needs it by itself, and has the kernels' rounding. So the first ratio is exactly 1 under guidance too, whether
+v_old is what the rollout stored or is made anew before the update. Torch rounds the product as well: with a v_old of its own
+the ratio would only be near 1.
 
 B samples, D elements a sample.
 """
@@ -12,12 +13,11 @@ B samples, D elements a sample.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
-from fastgrpo_kernels.common import BLOCK, NUM_WARPS
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, cdiv, runs_kernels
+from fastgrpo_kernels.optional_triton import tl, triton
 
 
 class Guided(NamedTuple):
@@ -86,20 +86,27 @@ def guided_velocity_triton(velocity: Guided | Tensor) -> Tensor:
         return v.float()
     batch, size = v.shape[0], v.shape[1:].numel()
     v_guided = torch.empty_like(v, dtype=torch.float32)
-    guided_velocity_fwd_kernel[(triton.cdiv(size, BLOCK), batch)](
+    guided_velocity_fwd_kernel[(cdiv(size, BLOCK), batch)](
         v, v_uncond, v_guided, float(scale), size, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return v_guided
+
+
+def guided_velocity_by_device(velocity: Guided) -> Tensor:
+    """By the kernel where it runs, else by the reference."""
+    run = guided_velocity_triton if runs_kernels(velocity.v) else guided_velocity_ref
+    return run(velocity)
 
 
 @torch.no_grad()
 def guided_velocity(velocity: Guided | Tensor) -> Tensor:
     """`v_uncond + g (v - v_uncond)`, or `v` where there is no v_uncond: (B, *D) fp32, without gradient.
 
-    In the bits that `sde_step` and `transition` make of the same velocity.
+    In the bits that `sde_step` and `transition` make of the same velocity: as `v_old` it gives a ratio of exactly 1.
     """
     velocity = Guided.of(velocity)
     check_latents("v", velocity.v, *VELOCITY_DTYPES)
     check_velocity(velocity, velocity.v)
-    run = guided_velocity_triton if velocity.v.is_cuda else guided_velocity_ref
-    return run(velocity._replace(v=velocity.v.detach()))
+    if torch.compiler.is_compiling() and velocity.v_uncond is not None:
+        return torch.ops.fastgrpo.guided_velocity(velocity.v, velocity.v_uncond, float(velocity.scale))
+    return guided_velocity_by_device(velocity).detach()

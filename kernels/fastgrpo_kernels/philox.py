@@ -19,12 +19,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import check_tensor
-from fastgrpo_kernels.common import BLOCK, NUM_WARPS
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, cdiv, runs_kernels
+from fastgrpo_kernels.optional_triton import tl, triton
 
 INITIAL_STEP = 2**32 - 1  # addresses the noise that a rollout starts from; transitions count from 0
 
@@ -68,7 +67,7 @@ def _box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
 
 def normal_ref(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
     """The definition of `normal` in torch; `step` is a (1,) int64 tensor."""
-    quad = torch.arange(triton.cdiv(size, 4), device=step.device)  # (Q,)
+    quad = torch.arange(cdiv(size, 4), device=step.device)  # (Q,)
     r0, r1, r2, r3 = philox_ref((quad, step, address.sample_id[:, None], address.iteration), address.seed)
     normals = torch.stack((*_box_muller_ref(r0, r1), *_box_muller_ref(r2, r3)), dim=-1)  # (B, Q, 4)
     return normals.float().flatten(1)[:, :size].contiguous()
@@ -139,10 +138,16 @@ def normal_triton(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
     """`normal_ref` as one kernel."""
     batch = address.sample_id.shape[0]
     out = torch.empty(batch, size, dtype=torch.float32, device=step.device)
-    normal_fwd_kernel[(triton.cdiv(size, BLOCK), batch)](
+    normal_fwd_kernel[(cdiv(size, BLOCK), batch)](
         out, step, address.seed, address.iteration, address.sample_id, size, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return out
+
+
+def normal_by_device(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
+    """By the kernel where it runs, else by the reference."""
+    run = normal_triton if runs_kernels(step) else normal_ref
+    return run(address, step, size)
 
 
 def check_address(address: NoiseAddress, step: Tensor, batch: int) -> None:
@@ -163,5 +168,6 @@ def normal(address: NoiseAddress, step: int | Tensor, size: int) -> Tensor:
         # A fill on the device: a copy from the host could not be captured.
         step = torch.full((1,), step, dtype=torch.int64, device=address.sample_id.device)
     check_address(address, step, address.sample_id.numel())
-    run = normal_triton if step.is_cuda else normal_ref
-    return run(address, step, size)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastgrpo.normal(*address, step, size)
+    return normal_by_device(address, step, size)

@@ -16,13 +16,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
-from fastgrpo_kernels.common import BLOCK, NUM_WARPS, columns, sum_row
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, cdiv, columns, runs_kernels, sum_row
 from fastgrpo_kernels.guidance import Guided, check_velocity, guided_velocity_ref, load_velocity
+from fastgrpo_kernels.optional_triton import tl, triton
 from fastgrpo_kernels.philox import NoiseAddress, check_address, interleave4, normal_ref, philox_normal4
 
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
@@ -142,7 +141,7 @@ def sde_step_triton(
     """`sde_step_ref` as two kernels: the transition, and the reduction of its partial sums."""
     v, v_uncond, scale = Guided.of(velocity)
     batch, size = x.shape[0], x.shape[1:].numel()
-    blocks = triton.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     x_next = torch.empty_like(x)
     x_next_model = torch.empty_like(x, dtype=model_dtype) if model_dtype not in (None, x.dtype) else None
     v_guided = torch.empty_like(x) if v_uncond is not None else None
@@ -163,6 +162,24 @@ def sde_step_triton(
         v if v_guided is None else v_guided,
         log_prob,
     )
+
+
+def sde_step_by_device(
+    x: Tensor, velocity: Guided, table: Tensor, step: Tensor, address: NoiseAddress, model_dtype: torch.dtype | None
+) -> SdeStep:
+    """By the kernels where they run, else by the reference."""
+    run = sde_step_triton if runs_kernels(x) else sde_step_ref
+    return run(x, velocity, table, step, address, model_dtype=model_dtype)
+
+
+def sde_step_compiled(
+    x: Tensor, velocity: Guided, table: Tensor, step: Tensor, address: NoiseAddress, model_dtype: torch.dtype | None
+) -> SdeStep:
+    """`sde_step_by_device` as a node of a compiled graph, see registered.py."""
+    (v, v_uncond, scale), model_dtype = velocity, model_dtype or x.dtype
+    out = torch.ops.fastgrpo.sde_step(x, v, v_uncond, float(scale), table, step, *address, model_dtype)
+    x_next, x_next_model, v_guided, log_prob = out
+    return SdeStep(x_next, x_next if model_dtype == x.dtype else x_next_model, v if v_uncond is None else v_guided, log_prob)
 
 
 def _check_table(table: Tensor, x: Tensor) -> None:
@@ -198,5 +215,5 @@ def sde_step(
     _check_table(table, x)
     if model_dtype not in (None, *VELOCITY_DTYPES):
         raise ValueError(f"model_dtype is {model_dtype}, expected None or one of {VELOCITY_DTYPES}")
-    run = sde_step_triton if x.is_cuda else sde_step_ref
-    return run(x, velocity, table, step, address, model_dtype=model_dtype)
+    run = sde_step_compiled if torch.compiler.is_compiling() else sde_step_by_device
+    return run(x, velocity, table, step, address, model_dtype)

@@ -12,6 +12,8 @@ from fastgrpo_kernels import (
     guided_velocity_triton,
     sde_step,
     sde_step_triton,
+    transition,
+    transition_triton,
 )
 from fastgrpo_kernels.common import BLOCK
 
@@ -46,6 +48,17 @@ def test_bits_of_the_rollout(shape, dtype):
         found = own(velocity)
         assert found.dtype == torch.float32 and found.shape == shape
         assert torch.equal(found, rolled(run, velocity))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_v_old_it_is_on_policy(dtype):
+    """v_old that is made anew, with the prompt and without, of a transition that was stored before."""
+    velocity = guided((5, 257), dtype)
+    x, x_next = (torch.full((5, 257), value, device=DEVICE) for value in (0.5, 2.0))
+    rows = torch.tensor([[0.9, -0.1, 0.4, 3.0]], device=DEVICE).repeat(5, 1)
+    for own, run in ((guided_velocity_triton, transition_triton), (guided_velocity, transition)):
+        m1, m2, _ = run(x_next, x, velocity, own(velocity), rows)
+        assert not m1.any() and not m2.any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
