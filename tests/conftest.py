@@ -1,7 +1,9 @@
 """Set-up shared by all tests. Without a GPU the Triton kernels run in the interpreter, on CPU tensors."""
 
+import multiprocessing.process
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -22,11 +24,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.option.markexpr == "gpu" and unmarked else None
 
 
+def refuse(*args: object, **kwargs: object) -> None:
+    """What stands in for the start of a child process where a test does not say that it starts one."""
+    pytest.fail("this test starts a process: give it the mark `processes`, so that `make check` can leave it out")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Only tests with the mark `gpu` see one: the others are on the CPU wherever they run, with their fixtures."""
-    marked = item.get_closest_marker("gpu") is not None
-    with nullcontext() if marked else mock.patch("torch.cuda.is_available", return_value=False):
+    """A test has what its marks say, and so have its fixtures.
+
+    Only `gpu` sees a GPU: the others are on the CPU wherever they run. Only `processes` can start a child process.
+    """
+    with ExitStack() as stack:
+        if item.get_closest_marker("gpu") is None:
+            stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        if item.get_closest_marker("processes") is None:
+            stack.enter_context(mock.patch.object(subprocess.Popen, "__init__", refuse))
+            stack.enter_context(mock.patch.object(multiprocessing.process.BaseProcess, "start", refuse))
         return (yield)
 
 
