@@ -18,6 +18,7 @@ def child(code: str, *paths: Path, **settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_children_see_what_the_callers_path_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the project and what the test itself adds."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
@@ -31,6 +32,7 @@ def test_children_see_what_the_callers_path_carries(tmp_path: Path, monkeypatch:
     assert own.is_relative_to(ROOT)
 
 
+@pytest.mark.processes
 def test_children_are_no_ranks_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -65,6 +67,7 @@ def test_releases_that_go_together_are_taken(triton: str, numpy: str, monkeypatc
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
+@pytest.mark.processes
 def test_the_interpreter_is_there_before_triton_or_not_at_all() -> None:
     use = "from fastgrpo.interpreter import use_interpreter\n"
     assert child(use + "use_interpreter()\nimport triton; print(triton.knobs.runtime.interpret)") == "True\n"

@@ -34,6 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     return printed, json.loads(path.read_text())
 
 
+@pytest.mark.processes
 def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) -> None:
     printed, result = measured
     names = [row["name"] for row in result["measurements"]]
@@ -43,6 +44,7 @@ def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) 
     assert result["configuration"]["rollout"]["batch_size"] == 4
 
 
+@pytest.mark.processes
 def test_speeds_are_images_over_seconds_and_flops_over_the_peak(measured: tuple[str, dict]) -> None:
     rows = {row["name"]: row for row in measured[1]["measurements"]}
     config = bench_config(CONFIG, SMALL, random_weights=False, output=Path("unused"))

@@ -208,6 +208,7 @@ def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatc
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
@@ -222,6 +223,7 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.kl.item() > 0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_in_bfloat16_the_first_ratio_is_1_only_with_v_old_made_again() -> None:
     """A block's programs with gradients and without round differently, which is why `recomputes_old` says so by itself."""

@@ -165,6 +165,7 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
     assert torch.equal(own_images(name, fresh, 1.0), after)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""

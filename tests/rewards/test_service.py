@@ -255,6 +255,7 @@ def check_same(folder: Path, undisturbed: Path) -> None:
     assert rows(folder, "evaluations.jsonl") == rows(undisturbed, "evaluations.jsonl")
 
 
+@pytest.mark.processes
 def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "served"
     server = serve(port)
@@ -271,6 +272,7 @@ def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_pa
     check_same(folder, undisturbed)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_without_servers_a_run_saves_stops_and_goes_on_later(undisturbed: Path, tmp_path: Path, ranks: int) -> None:
     """Killed after the first iteration, before its checkpoint was due: the stop writes one, and no rank hangs."""

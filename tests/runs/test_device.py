@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_model import load_tiny_model, load_tuned_model
-from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.capture import capture, equal
-from support.runs import command, rows
+from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.learners import experience_from, learner_of, rollout_arguments
+from support.runs import command, rows
+from support.tiny_model import load_tiny_model, load_tuned_model
 from torch import Tensor
 
-from fastgrpo.sampling.graph import CapturedRollout
-from fastgrpo.policy import Policy
-from fastgrpo.sampling.rollout import rollout
-from fastgrpo.records import Rollout
 from fastgrpo.learning.update import Learner, micro_batches, recompute_old, transition_loss, update
+from fastgrpo.policy import Policy
+from fastgrpo.records import Rollout
+from fastgrpo.sampling.graph import CapturedRollout
+from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import Moments
 
 pytestmark = pytest.mark.gpu
@@ -127,6 +127,7 @@ def child(command: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_engine(dtype: str) -> None:
     """On-policy at first, and no step skipped. Captured before and after updates, bit for bit the eager rollout; a replay
@@ -148,6 +149,7 @@ def test_the_engine(dtype: str) -> None:
         assert seen["distance"] < 1e-5 * seen["went"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_iterations_of_a_whole_run(dtype: str, tmp_path: Path) -> None:
     output = tmp_path / "run"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.evaluation import Evaluator
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet
-from fastgrpo.rewards import RewardSum
+from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import scores_by_reward, table
+from fastgrpo.rewards import RewardSum
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
 TAGS = ["single_object", "counting", "two_object", "counting"]

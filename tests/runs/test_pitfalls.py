@@ -19,16 +19,16 @@ from support.helpers import ROOT
 from support.toy import Toy, ToyPolicy
 from torch import Tensor, nn
 
-from fastgrpo.sampling import tables as sde
-from fastgrpo.learning.advantages import group_advantages
-from fastgrpo.validation import load_config
-from fastgrpo.models.adapter import to_pixels
-from fastgrpo.learning.objectives import effective_clip_range
-from fastgrpo.sampling.rollout import rollout
-from fastgrpo.trainer import Trainer
-from fastgrpo.records import TRAIN, Steps, noise_address
-from fastgrpo.sampling.windows import window_starts
 from fastgrpo.config.keys import Window
+from fastgrpo.learning.advantages import group_advantages
+from fastgrpo.learning.objectives import effective_clip_range
+from fastgrpo.models.adapter import to_pixels
+from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.sampling import tables as sde
+from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.windows import window_starts
+from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
 
 TESTS = {

@@ -2,25 +2,16 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import ROOT, environment
 from safetensors.torch import load_file
-from support.runs import CONFIG, SMALL, command, rows, rows_so_far, run, start
+from support.runs import command, rows, rows_so_far, run, start
 
-
-
-
-
-
-
-
-
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +73,6 @@ def test_killed_and_resumed_is_bitwise_undisturbed(finished: tuple[Path, str], t
     resumed, undisturbed = load_file(folder / weights), load_file(finished[0] / weights)
     assert resumed.keys() == undisturbed.keys()
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
-
-
 
 
 def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_path: Path) -> None:
