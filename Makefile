@@ -17,8 +17,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 train: .venv/installed
 	$(BIN)/deepspeed fastgrpo/train.py --config $(CONFIG)
 
-# Two processes, a file's tests in one of them, as they share what is slow to make; one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, a file's tests in one of them, as they share what is slow to make; one thread each. Files are begun in
+# the order of tests/conftest.py: xdist's own, by the number of tests, would end with the longest.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed lint
 	$(PYTEST) -m "not slow and not processes"

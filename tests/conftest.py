@@ -10,9 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from support.helpers import DEVICE
+from support.runs import ForkServer
 from support.tiny_model import load_tiny_model, load_tuned_model
 
 from fastgrpo.interpreter import use_interpreter
+
+POISONED = ("kernels", "learning", "sampling")  # folders of tests
 
 if not torch.cuda.is_available():
     use_interpreter()
@@ -22,6 +25,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """With `-m gpu` only files that have the mark are read: others may import what a GPU machine does not have."""
     unmarked = collection_path.suffix == ".py" and "pytest.mark.gpu" not in collection_path.read_text()
     return True if config.option.markexpr == "gpu" and unmarked else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files whose tests start processes come first: they take long, and none should be what all wait for at the end."""
+    long = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def refuse(*args: object, **kwargs: object) -> None:
@@ -44,10 +53,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and torch.empty_like return NaN, so that an output which a kernel does not write cannot
-    pass."""
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and torch.empty_like return NaN, so that what was never written cannot pass."""
+    if request.path.parent.name not in POISONED:
+        return
 
     def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_poisoned(*args, **kwargs) -> torch.Tensor:
@@ -76,3 +86,10 @@ def device_model():
 def tuned_model():
     """One of a test's own."""
     return load_tuned_model()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """For runs that need not be a process of their own from the start."""
+    with ForkServer() as server:
+        yield server

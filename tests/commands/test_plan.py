@@ -65,6 +65,7 @@ def medium() -> Counts:
     return count(load_config(CONFIG))
 
 
+@pytest.mark.slow
 def test_stable_diffusion_35_medium_is_as_counted_elsewhere(medium: Counts) -> None:
     """2.22 TFLOP forward at 512 px with 205 text tokens, 2.24 B parameters, 18.8 M of LoRA at rank 32."""
     assert medium.parameters == 2_243_171_520
@@ -74,6 +75,7 @@ def test_stable_diffusion_35_medium_is_as_counted_elsewhere(medium: Counts) -> N
     assert 2.0 < medium.train_flops / medium.forward_flops < 2.3  # frozen weights have no gradient of their own
 
 
+@pytest.mark.slow
 def test_flops_of_the_blocks_follow_from_their_shapes(medium: Counts) -> None:
     """Two per weight and token, and attention's two products: within a few percent of the count of every operation."""
     image, text, width = 32 * 32, 77 + 128, 1536
@@ -144,6 +146,7 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert activation_bytes(net, lambda: net(x)) == 4 * (5 * 8 + 5 * 16)
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_computes_more(four_blocks_deep: None) -> None:
     small = ["model.height=256", "model.width=256"]
     plain = count(load_config(CONFIG, small))
@@ -167,6 +170,7 @@ def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pyt
 CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_can_be_planned(name: str, four_blocks_deep: None) -> None:
     """At full width: a forward pass costs about two FLOPs a parameter and token, more where tokens meet in attention."""
@@ -177,6 +181,7 @@ def test_every_family_can_be_planned(name: str, four_blocks_deep: None) -> None:
     assert 0.1 < counts.forward_flops / (2 * counts.parameters * 1024) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path) -> None:
     """By its shapes alone: on the meta device, where not one number of it is left."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.tiny_model import load_tiny_model
 
+from fastgrpo.data import embeddings as module
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.sampling import generate as generation
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 
@@ -64,7 +64,7 @@ def test_other_encoders_or_settings_have_other_files(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_where_the_disk_has_them(tiny_model, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "IN_MEMORY", 2)
+    monkeypatch.setattr(module, "IN_MEMORY", 2)
     embeddings, model = Embeddings(tiny_model, tmp_path), Counting(tiny_model)
     for prompt in ("a red circle", "two blue squares", "one green square"):
         embeddings([prompt], guidance_scale=1.0)

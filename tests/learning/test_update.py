@@ -190,7 +190,7 @@ def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scal
 def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatch, size: int) -> None:
     """They round guidance once, where torch rounds it twice: v_old has to be theirs too."""
     if torch.cuda.is_available():
-        pytest.skip("there the kernels are not interpreted: tests/test_guidance.py compares them")
+        pytest.skip("there the kernels are not interpreted: tests/kernels/test_guidance.py compares them")
 
     def fma(_, x, y, z):
         """Of a GPU; the interpreter's own rounds twice. A product of two float32 is exact in float64."""
