@@ -42,12 +42,14 @@ def refuse(*args: object, **kwargs: object) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test has what its marks say, and so have its fixtures.
 
-    Only `gpu` sees a GPU: the others are on the CPU wherever they run. Only `processes` can start a child process.
+    Only `gpu` sees a GPU: the others are on the CPU wherever they run. Only `processes` can start a child process, and
+    a test on a GPU, where Triton starts compilers.
     """
+    marks = {mark.name for mark in item.iter_markers()}
     with ExitStack() as stack:
-        if item.get_closest_marker("gpu") is None:
+        if "gpu" not in marks:
             stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
-        if item.get_closest_marker("processes") is None:
+        if "processes" not in marks and not (DEVICE == "cuda" and "gpu" in marks):
             stack.enter_context(mock.patch.object(subprocess.Popen, "__init__", refuse))
             stack.enter_context(mock.patch.object(multiprocessing.process.BaseProcess, "start", refuse))
         return (yield)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import uvicorn
 from support.helpers import ROOT, environment
-from support.runs import command, rows, rows_so_far, run, start
+from support.runs import ForkServer, command, rows, rows_so_far, start
 
 from fastgrpo.rewards import RewardUnavailable
 from fastgrpo.rewards.serving.remote import Remote
@@ -229,11 +229,10 @@ def stop(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def served(folder: Path, port: int, retries: int, *settings: str, ranks: int = 0) -> list[str]:
-    """The small run of test_training, scored by the server at that port."""
+def served(port: int, retries: int) -> list[str]:
+    """Settings of a run that is scored by the server at that port."""
     remote = json.dumps({"urls": [f"http://127.0.0.1:{port}"], "retries": retries, "pause": 0.2})
-    options = ["reward.train=remote", "reward.eval=remote", f"reward.settings={{remote: {remote}}}", *settings]
-    return command(folder, *options, ranks=ranks)
+    return ["reward.train=remote", "reward.eval=remote", f"reward.settings={{remote: {remote}}}"]
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -243,10 +242,10 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """The run with the reward in its own process."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(command(folder, "reward.eval=tiny_shapes_graded"))
+    fork_server.train(folder, "reward.eval=tiny_shapes_graded")
     return folder
 
 
@@ -259,7 +258,7 @@ def check_same(folder: Path, undisturbed: Path) -> None:
 def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "served"
     server = serve(port)
-    process = start(served(folder, port, retries=8))
+    process = start(command(folder, *served(port, retries=8)))
     try:
         wait_for_rows(folder, 1, process)
         stop(server)
@@ -274,11 +273,13 @@ def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_pa
 
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_without_servers_a_run_saves_stops_and_goes_on_later(undisturbed: Path, tmp_path: Path, ranks: int) -> None:
+def test_without_servers_a_run_saves_stops_and_goes_on_later(
+    undisturbed: Path, tmp_path: Path, fork_server: ForkServer, ranks: int
+) -> None:
     """Killed after the first iteration, before its checkpoint was due: the stop writes one, and no rank hangs."""
     port, folder = free_port(), tmp_path / "stopped"
     server = serve(port)
-    process = start(served(folder, port, 2, ranks=ranks))
+    process = start(command(folder, *served(port, retries=2), ranks=ranks))
     try:
         wait_for_rows(folder, 1, process)
     finally:
@@ -293,7 +294,7 @@ def test_without_servers_a_run_saves_stops_and_goes_on_later(undisturbed: Path, 
         return  # going on from a checkpoint of two ranks is like going on from any
     server = serve(port)
     try:
-        run(served(folder, port, 2))
+        fork_server.train(folder, *served(port, retries=2))
     finally:
         stop(server)
     check_same(folder, undisturbed)
