@@ -270,6 +270,7 @@ def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:
     assert all(p.grad is None for p in tuned_model.transformer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("live", [[0, 5, 6, 11], [1, 2, 3, 4, 8, 10], [], list(range(12))])
 def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:

@@ -26,7 +26,7 @@ from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import Moments
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DTYPES = ["float32", "bfloat16", pytest.param("float16", marks=needs_gpu)]  # in which DeepSpeed trains on no CPU
 GUIDANCE = [1.0, 4.5]
 
