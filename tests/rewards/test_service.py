@@ -77,6 +77,7 @@ def remote(*urls: str, **options: Any) -> Remote:
     return Remote(device=CPU, urls=urls, **(dict(timeout=20, retries=1, pause=0.01) | options))
 
 
+@pytest.mark.slow
 def test_64_clients_at_once_lose_nothing_and_swap_nothing() -> None:
     """Requests of other sizes and shapes, several each; those that wait are scored together."""
     one = service()
