@@ -208,6 +208,7 @@ for budget in ("2", "4"):
 """
 
 
+@pytest.mark.processes
 def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     """Two small recipes to a score that any model has and one that none can have; then the same runs go on."""
     small = [
@@ -238,6 +239,7 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     assert after["results"][0]["scores"]["0"]["speed_up"]["seconds"]["text"] == "1.00x"
 
 
+@pytest.mark.processes
 def test_ranks_see_the_packages_of_the_callers_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "packages"  # not beside the script, where a rank looks anyway
     folder.mkdir()

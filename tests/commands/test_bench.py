@@ -1,14 +1,13 @@
 """`fastgrpo bench`: what it writes follows from what it counted and timed, and what fails is said."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.helpers import ROOT
-from support.runs import run
+from support.runs import ForkServer
 from support.tiny_model import load_tiny_model
 from torch import nn
 
@@ -25,15 +24,16 @@ ITERATIONS, BATCHES = 2, (3, 1)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+def measured(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> tuple[str, dict]:
     """What one run printed and wrote."""
     path = tmp_path_factory.mktemp("bench") / "small.json"
     settings = [part for setting in SMALL for part in ("--set", setting)]
     options = ["--iterations", str(ITERATIONS), "--rounds", "2", "--json", str(path), "--batches", *map(str, BATCHES)]
-    printed = run([sys.executable, "-m", "fastgrpo", "bench", "--config", str(CONFIG), *options, *settings])
+    printed = fork_server.run("bench", "--config", str(CONFIG), *options, *settings)
     return printed, json.loads(path.read_text())
 
 
+@pytest.mark.processes
 def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) -> None:
     printed, result = measured
     names = [row["name"] for row in result["measurements"]]
@@ -43,6 +43,7 @@ def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) 
     assert result["configuration"]["rollout"]["batch_size"] == 4
 
 
+@pytest.mark.processes
 def test_speeds_are_images_over_seconds_and_flops_over_the_peak(measured: tuple[str, dict]) -> None:
     rows = {row["name"]: row for row in measured[1]["measurements"]}
     config = bench_config(CONFIG, SMALL, random_weights=False, output=Path("unused"))

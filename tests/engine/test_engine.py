@@ -79,6 +79,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size, stage, dtype", RUNS)
 def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: Any, references: Any) -> None:
     reference = references[dtype]
@@ -92,6 +93,7 @@ def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: An
         assert all(tensor.dtype == torch.float32 for tensor in seen["state"].values())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size, stage, dtype", RUNS)
 def test_rollout_swapping_and_collectives(world_size: int, stage: int, dtype: str, trained: Any) -> None:
     for rank in trained[world_size]:
@@ -99,6 +101,7 @@ def test_rollout_swapping_and_collectives(world_size: int, stage: int, dtype: st
         assert len(checks) == 17 and not [name for name, passed in checks.items() if not passed]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage, dtype", CASES)
 def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> None:
     for before, after in zip(trained[2], resumed, strict=True):
@@ -113,11 +116,13 @@ def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> 
             torch.testing.assert_close(average, uninterrupted["state"][name] + 0.9)
 
 
+@pytest.mark.processes
 def test_another_size_or_stage_is_refused(trained: Any, resumed: Any) -> None:
     assert "has world_size 2, this run has 1; start that many processes" in trained[1][0]["other world size"]
     assert "has zero_stage 1, this run has 2; set that stage" in resumed[0]["other stage"]
 
 
+@pytest.mark.processes
 def test_a_rank_killed_in_a_save(unfinished: Any, resumed: Any, folder: Path) -> None:
     killed, complete = f"{UPDATES + 1:05d}", f"{UPDATES:05d}"
     assert unfinished["names"] == [complete, f"{killed}.partial"] and unfinished["latest"].name == complete

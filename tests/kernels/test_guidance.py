@@ -17,8 +17,6 @@ from fastgrpo_kernels import (
 )
 from fastgrpo_kernels.common import BLOCK
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 # (B, *D): one element, less than a quad, odd, one past a block, and a latent.
 SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from fastgrpo_kernels import (
 )
 from fastgrpo_kernels.common import BLOCK
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+pytestmark = pytest.mark.gpu
 
 SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8), *REAL_SHAPES)
 # Of the gradients, relative to the largest of them; the moments are fp32 whatever the dtype of v.

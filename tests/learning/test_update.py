@@ -198,6 +198,7 @@ def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatc
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
@@ -212,6 +213,7 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.kl.item() > 0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_in_bfloat16_the_first_ratio_is_1_only_with_v_old_made_again() -> None:
     """A block's programs with gradients and without round differently, which is why `recomputes_old` says so by itself."""
@@ -258,6 +260,7 @@ def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:
     assert all(p.grad is None for p in tuned_model.transformer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("live", [[0, 5, 6, 11], [1, 2, 3, 4, 8, 10], [], list(range(12))])
 def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""What is particular to FLUX.1 and FLUX.1 Kontext, against the stock pipelines: tests/test_models.py does the rest."""
+"""What is particular to FLUX.1 and FLUX.1 Kontext, against the stock pipelines; test_models.py does the rest."""
 
 from pathlib import Path
 from typing import Any

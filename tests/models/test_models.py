@@ -1,14 +1,12 @@
 """Every model family on its tiny pipeline, against the stock diffusers pipeline and through whole runs under DeepSpeed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.drawing import drawn
-from support.helpers import ROOT, environment
+from support.runs import ForkServer
 
 from fastgrpo.data.embeddings import without_text
 from fastgrpo.models import MODELS, load_model, model_class
@@ -18,6 +16,7 @@ from fastgrpo.records import SAMPLE, concatenate, noise_address
 from fastgrpo.testing import FAMILIES, load_family
 from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
 
+pytestmark = pytest.mark.slow  # every test for every family
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
 SCALES = [(name, scale) for name in FAMILIES for scale in load_family(name).guidance]
@@ -175,16 +174,12 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
     assert torch.equal(own_images(name, fresh, 1.0), after)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:
+def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path, fork_server: ForkServer) -> None:
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
-    worker = ROOT / "tests" / "support" / "model_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), name, str(folders[name]), str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    printed = fork_server.run(name, str(folders[name]), str(tmp_path), program="support.model_worker:main")
+    result = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     for form in ("lora", "full"):
         rewards = result[form]["rewards"]
         assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + result[form]["spread"], (form, result[form])

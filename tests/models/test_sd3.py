@@ -117,6 +117,7 @@ def test_only_the_lora_is_trained(tuned_model) -> None:
     assert targets == set(tuned_model.lora_targets)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:
     """A batch that was there before costs nothing; no program is for sizes that vary, and each shape has as many."""
     model, compiled, module_compile = load_tuned_model(), [], torch.nn.Module.compile

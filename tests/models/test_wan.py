@@ -227,6 +227,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.processes
 def test_a_run_leaves_frames_side_by_side_and_a_report(finished: Path) -> None:
     prompts = json.loads((finished / "samples" / "prompts.json").read_text())
     for iteration in ("00000", "00001", "00002"):
@@ -238,6 +239,7 @@ def test_a_run_leaves_frames_side_by_side_and_a_report(finished: Path) -> None:
     assert [row["first_ratio_deviation"] for row in rows] == [0, 0] and all(row["reward"] >= 9 for row in rows)
 
 
+@pytest.mark.processes
 def test_a_bfloat16_run_starts_from_the_stock_network(folder: Path, finished: Path) -> None:
     """DeepSpeed would round the weights that Wan keeps in float32; the first samples show that they are as loaded."""
     model = load(folder, torch.bfloat16)
@@ -247,6 +249,7 @@ def test_a_bfloat16_run_starts_from_the_stock_network(folder: Path, finished: Pa
     assert np.array_equal(np.stack(found), expected)
 
 
+@pytest.mark.processes
 def test_a_run_is_sampled_and_evaluated(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "a.png"
     arguments = ["sample", str(finished), "--prompt", "a cat", "--images", "2", "--steps", "2", "--output", str(picture)]

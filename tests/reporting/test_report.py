@@ -322,6 +322,7 @@ def test_folder_without_a_run_is_refused_by_name(tmp_path: Path, make: bool) -> 
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.processes
 def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     """As a command; it loads no torch, and a wrong folder is one line, not a traceback."""
     code = "import sys; from fastgrpo.commands.cli import main; main(); assert 'torch' not in sys.modules"

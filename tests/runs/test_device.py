@@ -28,7 +28,7 @@ from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import Moments
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DTYPES = ["float32", "bfloat16", pytest.param("float16", marks=needs_gpu)]  # in which DeepSpeed trains on no CPU
 GUIDANCE = [1.0, 4.5]
 
@@ -129,6 +129,7 @@ def child(command: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_engine(dtype: str) -> None:
     """On-policy at first, and no step skipped. Captured before and after updates, bit for bit the eager rollout; a replay
@@ -150,6 +151,7 @@ def test_the_engine(dtype: str) -> None:
         assert seen["distance"] < 1e-5 * seen["went"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_iterations_of_a_whole_run(dtype: str, tmp_path: Path) -> None:
     output = tmp_path / "run"

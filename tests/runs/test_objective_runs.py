@@ -37,6 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {row["name"]: row for row in found}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_it_trains(runs: dict[str, dict], name: str) -> None:
     rows = runs[name]["rows"]
@@ -46,11 +47,13 @@ def test_it_trains(runs: dict[str, dict], name: str) -> None:
         assert row["grad_norm"] > 0 and ("reward" in row) == ("offline" not in name)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("nft", "dpo", "dpo offline")])
 def test_the_first_update_of_every_rollout_is_exactly_on_policy(runs: dict[str, dict], name: str) -> None:
     assert [row["first_ratio_deviation"] for row in runs[name]["rows"]] == [0.0] * ITERATIONS
 
 
+@pytest.mark.processes
 def test_the_old_policy_lags_behind(runs: dict[str, dict]) -> None:
     """It is the trained one at first, by the schedule; from then on it samples, and is not the trained one any more."""
     deviations = [row["first_ratio_deviation"] for row in runs["nft"]["rows"]]
@@ -58,12 +61,14 @@ def test_the_old_policy_lags_behind(runs: dict[str, dict]) -> None:
     assert 0 < runs["nft"]["lag"] < runs["nft"]["moved"]
 
 
+@pytest.mark.processes
 def test_dpo_starts_from_the_reference(runs: dict[str, dict]) -> None:
     """There all pairs are even, -log sigmoid(0); here 4 of each group's 8 possible pairs are compared."""
     first = runs["dpo"]["rows"][0]
     assert first["first_ratio_deviation"] == 0.0 and first["loss"] < math.log(2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["sft offline", "dpo offline"])
 def test_given_images_are_learned(runs: dict[str, dict], name: str) -> None:
     losses = [row["loss"] for row in runs[name]["rows"]]

@@ -1,10 +1,10 @@
 """A child of test_models: trains one family's tiny pipeline in one process and prints the rewards as one line of JSON.
 
-python tests/support/model_worker.py NAME FOLDER OUTPUT
+`main` takes the family's name, the folder of its pipeline, and one for what the runs write.
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ def whole_run(config: Any, ranks: Ranks, killed: bool = False) -> list[float]:
     return [row["reward"] for row in read_lines(config.output / "metrics.jsonl")]
 
 
-def main() -> None:
-    name, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def main(arguments: Sequence[str]) -> None:
+    name, folder, output = arguments[0], Path(arguments[1]), Path(arguments[2])
     ranks, result = start(), {}
     for form in ("lora", "full"):
         settings = [f"model.train={form}", f"update.learning_rate={'3e-2' if form == 'lora' else '3e-3'}"]
@@ -107,7 +107,3 @@ def main() -> None:
     _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, ranks)
     print(json.dumps(result))
     finish()
-
-
-if __name__ == "__main__":
-    main()
