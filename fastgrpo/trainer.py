@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -338,7 +339,8 @@ def prepare(model: Model, config: Config) -> None:
     else:
         model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     if config.update.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
+        transformer: Any = model.transformer  # of diffusers
+        transformer.enable_gradient_checkpointing()
     if config.rollout.precision == "fp8":
         model.prepare_drafts()
     if config.model.compile:

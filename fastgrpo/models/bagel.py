@@ -172,6 +172,6 @@ class Bagel(Adapter):
         """Make the generation weights of the layers trainable, as published. The copy for `reference` shares all others."""
         fixed = {id(p): p for name, p in self.transformer.named_parameters() if GEN not in name}
         if keep_reference:
-            self._untrained = copy.deepcopy(self.transformer, fixed)
+            self.untrained = copy.deepcopy(self.transformer, fixed)
         for name, parameter in self.transformer.named_parameters():
             parameter.requires_grad_(GEN in name)

@@ -158,6 +158,7 @@ class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @register_to_config
     def __init__(
         self,
+        *,
         hidden_size: int,
         intermediate_size: int,
         num_hidden_layers: int,

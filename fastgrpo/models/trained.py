@@ -25,7 +25,7 @@ FULL = "transformer"  # the folder of a fully trained transformer within a run's
 class Trainable(LoadedPipeline):
     """A pipeline whose transformer can be trained. `network` is the transformer that a velocity comes from."""
 
-    _untrained: Any = None  # full fine-tuning: the transformer before it, frozen
+    untrained: Any = None  # full fine-tuning: the transformer before it, frozen
     _in_reference = False
 
     @property
@@ -36,7 +36,7 @@ class Trainable(LoadedPipeline):
     @property
     def network(self) -> Any:
         """The transformer that `velocity` runs: the trained one, or inside `reference` the one before training."""
-        return self._untrained if self._in_reference and self._untrained is not None else self.transformer
+        return self.untrained if self._in_reference and self.untrained is not None else self.transformer
 
     @property
     def has_lora(self) -> bool:
@@ -56,7 +56,7 @@ class Trainable(LoadedPipeline):
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable. keep_reference: keep a frozen copy for `reference` too."""
         if keep_reference:
-            self._untrained = copy.deepcopy(self.transformer)
+            self.untrained = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)
 
     @contextmanager
@@ -64,7 +64,7 @@ class Trainable(LoadedPipeline):
         """Inside, `velocity` is that of the model before training: its LoRA is off, or its frozen copy runs."""
         if self.has_lora:
             self.transformer.disable_adapters()
-        elif self._untrained is None:
+        elif self.untrained is None:
             raise RuntimeError("no copy of the untrained transformer was kept: see train_all")
         self._in_reference = True
         try:

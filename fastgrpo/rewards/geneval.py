@@ -95,10 +95,10 @@ class Detector:
         shown = inputs["pixel_mask"][0].sum(0).max().item(), inputs["pixel_mask"][0].sum(1).max().item()
         padded, size = tuple(inputs["pixel_values"].shape[-2:]), tuple(images.shape[-2:])
         logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [_detections(classes, masks, padded, shown, size) for classes, masks in logits]
+        return [detections(classes, masks, padded, shown, size) for classes, masks in logits]
 
 
-def _detections(
+def detections(
     classes: Tensor, masks: Tensor, padded: tuple[int, ...], shown: tuple[int, ...], size: tuple[int, ...]
 ) -> list[Detection]:
     """From the logits of an image's queries: classes (Q, 81), the last for no object, and masks (Q, h, w).
@@ -133,7 +133,7 @@ class Colors:
 
     def __call__(self, items: list[tuple[Tensor, Detection]]) -> dict[Detection, str]:
         """Pairs of an image (3, H, W) uint8 and a detection in it -> the colour of each detection."""
-        crops = [_cut_out(image, item) for image, item in items]
+        crops = [cut_out(image, item) for image, item in items]
         inputs = self.processor(crops, return_tensors="pt").to(self.model.device)
         features = self.model.get_image_features(**inputs).pooler_output  # (n, D)
         classifiers = torch.stack([self._classifier(item.name) for _, item in items])  # (n, 10, D)
@@ -150,7 +150,7 @@ class Colors:
         return self.classifiers[name]
 
 
-def _cut_out(image: Tensor, item: Detection) -> Image.Image:
+def cut_out(image: Tensor, item: Detection) -> Image.Image:
     """The object alone on grey, within its box."""
     left, top, right, bottom = (round(edge) for edge in item.box)
     if item.mask is not None:

@@ -56,7 +56,7 @@ def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> 
     return c0, c1, c2, c3
 
 
-def _box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
+def box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
     # The uniforms are rounded to fp32 as in the kernel. From there float64: the vector and the scalar log,
     # cos and sin of a CPU differ in the last bit, which would make fp32 noise depend on where a batch or a
     # thread's share ends.
@@ -69,7 +69,7 @@ def normal_ref(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
     """The definition of `normal` in torch; `step` is a (1,) int64 tensor."""
     quad = torch.arange(cdiv(size, 4), device=step.device)  # (Q,)
     r0, r1, r2, r3 = philox_ref((quad, step, address.sample_id[:, None], address.iteration), address.seed)
-    normals = torch.stack((*_box_muller_ref(r0, r1), *_box_muller_ref(r2, r3)), dim=-1)  # (B, Q, 4)
+    normals = torch.stack((*box_muller_ref(r0, r1), *box_muller_ref(r2, r3)), dim=-1)  # (B, Q, 4)
     return normals.float().flatten(1)[:, :size].contiguous()
 
 

@@ -205,7 +205,7 @@ def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
 def test_full_training_copies_only_what_it_trains(folder: Path) -> None:
     model = load(folder)
     model.train_all(keep_reference=True)
-    copied = dict(model._untrained.named_parameters())
+    copied = dict(model.untrained.named_parameters())
     for name, parameter in model.transformer.named_parameters():
         assert parameter.requires_grad == (GEN in name)
         assert (copied[name] is parameter) == (GEN not in name) and not copied[name].requires_grad
