@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.objectives import TargetMoments
+from fastgrpo.learning.objectives import Moments, TargetMoments
 from fastgrpo.records import Experience, Prompted
-from fastgrpo_kernels import Moments, NoiseAddress, normal
+from fastgrpo_kernels import NoiseAddress, normal
 
 
 @torch.no_grad()

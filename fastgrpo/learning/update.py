@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgrpo.learning.batches import micro_batches
 from fastgrpo.learning.forward_process import target_moments
-from fastgrpo.learning.objectives import Loss, Moments, StepRows, TargetMoments
+from fastgrpo.learning.objectives import Loss, Moments, StepRows
 from fastgrpo.policy import GuidanceRule, Network, Policy, prompted_velocity
 from fastgrpo.records import Experience
 from fastgrpo_kernels import Guided, guided_velocity, transition
@@ -85,9 +85,7 @@ def transition_loss(learner: Learner, batch: Experience) -> Loss:
     """The objective on a micro-batch, each sample's mean over elements."""
     v_ref = learner.reference_velocity(batch)
     velocity = learner.velocity(batch)
-    moments: Moments | TargetMoments = transition(
-        batch.x_next, batch.x, velocity, batch.v_old, batch.coefficients, v_ref=v_ref
-    )
+    moments: Moments = transition(batch.x_next, batch.x, velocity, batch.v_old, batch.coefficients, v_ref=v_ref)
     if learner.mix is not None:
         moments = target_moments(moments, batch.x_next, guided_velocity(velocity), batch.v_old, learner.mix)
     s, w = batch.coefficients[:, 2], batch.coefficients[:, 3]
