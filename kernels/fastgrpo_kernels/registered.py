@@ -80,9 +80,9 @@ INPUTS = "Tensor x_next, Tensor x, Tensor v, Tensor v_old, Tensor coefficients, 
 
 
 @torch.library.custom_op("fastgrpo::transition", mutates_args=(), schema=f"({INPUTS}) -> Tensor")
-def transition(*inputs: Any) -> Tensor:
+def transition(*arguments: Any) -> Tensor:
     """The three moments as one tensor (3, B)."""
-    inputs = Inputs(*inputs)
+    inputs = Inputs(*arguments)
     if runs_kernels(inputs.x):
         return transition_fwd_triton(inputs)
     velocity = Guided(inputs.v, inputs.v_uncond, inputs.scale)
@@ -103,21 +103,25 @@ def _(*inputs):
 )
 def transition_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """dL/dv and dL/dv_uncond of the gradient (3, B) of `transition`, an empty tensor for one that is not wanted."""
-    *inputs, wants_v, wants_v_uncond = arguments
-    inputs = Inputs(*inputs)
+    *fields, wants_v, wants_v_uncond = arguments
+    inputs = Inputs(*fields)
     if runs_kernels(inputs.x):
         dv, dv_uncond = transition_bwd_triton(grad, inputs, wants_v, wants_v_uncond)
     else:
         dv, dv_uncond = transition_bwd_ref(grad, inputs)
-    return dv if wants_v else grad.new_empty(0), dv_uncond if wants_v_uncond else grad.new_empty(0)
+    nothing = grad.new_empty(0)
+    return (dv if dv is not None and wants_v else nothing), (
+        dv_uncond if dv_uncond is not None and wants_v_uncond else nothing
+    )
 
 
 @transition_backward.register_fake
 def _(grad, *arguments):
-    *inputs, wants_v, wants_v_uncond = arguments
-    inputs = Inputs(*inputs)
+    *fields, wants_v, wants_v_uncond = arguments
+    inputs = Inputs(*fields)
     dv = torch.empty_like(inputs.v) if wants_v else grad.new_empty(0)
-    return dv, torch.empty_like(inputs.v_uncond) if wants_v_uncond else grad.new_empty(0)
+    wanted = inputs.v_uncond is not None and wants_v_uncond
+    return dv, torch.empty_like(inputs.v_uncond) if wanted else grad.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -195,7 +195,7 @@ def transition_bwd_triton(
     *tensors, scale = inputs
     batch, size = inputs.x.shape[0], inputs.x.shape[1:].numel()
     dv = torch.empty_like(inputs.v) if wants_v else None
-    dv_uncond = torch.empty_like(inputs.v_uncond) if wants_v_uncond else None
+    dv_uncond = torch.empty_like(inputs.v_uncond) if inputs.v_uncond is not None and wants_v_uncond else None
     transition_bwd_kernel[(cdiv(size, BLOCK), batch)](
         *tensors, grad, dv, dv_uncond, scale, size, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
@@ -214,7 +214,7 @@ class Transition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, wants_v, _, _, wants_v_uncond, _, _ = ctx.needs_input_grad
-        inputs = Inputs(*ctx.saved_tensors, ctx.scale)
+        inputs = Inputs._make([*ctx.saved_tensors, ctx.scale])
         dv, dv_uncond = transition_bwd_triton(grad.contiguous(), inputs, wants_v, wants_v_uncond)
         return None, None, dv, None, None, dv_uncond, None, None
 
