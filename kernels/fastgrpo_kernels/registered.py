@@ -120,8 +120,9 @@ def _(grad, *arguments):
     *fields, wants_v, wants_v_uncond = arguments
     inputs = Inputs(*fields)
     dv = torch.empty_like(inputs.v) if wants_v else grad.new_empty(0)
-    wanted = inputs.v_uncond is not None and wants_v_uncond
-    return dv, torch.empty_like(inputs.v_uncond) if wanted else grad.new_empty(0)
+    if inputs.v_uncond is None or not wants_v_uncond:
+        return dv, grad.new_empty(0)
+    return dv, torch.empty_like(inputs.v_uncond)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
