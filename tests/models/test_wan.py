@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from diffusers.models import WanTransformer3DModel
 from PIL import Image
 from support.helpers import NoSync
 from support.model_worker import configuration
-from support.runs import run
+from support.runs import ForkServer
 
 from fastgrpo.commands.cli import main
 from fastgrpo.data.embeddings import Embeddings
@@ -108,10 +107,6 @@ def first_of_all(images: torch.Tensor, prompts: list[str], metadata: list[dict])
     return images.flatten(1)[:, 0].float() + torch.tensor(extra)
 
 
-def frames_seen(videos: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-    return torch.full((len(videos),), float(videos.shape[1])) + videos[:, -1, 0, 0, 0]
-
-
 def test_rewards_see_each_frame_or_the_whole_clip(folder: Path) -> None:
     videos = own_videos(load(folder), PROMPTS)
     records = [{"bonus": 100.0}, {"bonus": 200.0}]
@@ -119,7 +114,7 @@ def test_rewards_see_each_frame_or_the_whole_clip(folder: Path) -> None:
     extra = torch.tensor([len(p) + r["bonus"] for p, r in zip(PROMPTS, records, strict=True)])
     assert videos[0, :, 0, 0, 0].unique().numel() > 1
     assert torch.allclose(found, videos[:, :, 0, 0, 0].float().mean(1) + extra)
-    clip = load_reward("test_wan:frames_seen", frames="clip")(videos, PROMPTS, records)
+    clip = load_reward("support.model_worker:frames_seen", frames="clip")(videos, PROMPTS, records)
     assert torch.equal(clip, 9 + videos[:, -1, 0, 0, 0].float())
 
 
@@ -224,18 +219,18 @@ def test_a_tiny_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """A whole guided run in bfloat16 with KL and the embeddings on disk, as the recipe's."""
     output = tmp_path_factory.mktemp("runs") / "wan"
     config = configuration(
         "wan", folder, output, "iterations=2", "model.dtype=bfloat16", "objective.beta=0.004", "rollout.guidance_scale=4.5",
         "rollout.sampler=flow_sde", "rollout.noise_level=0.7", "rollout.window={kind: all_but_last}",
-        "rollout.group_size=4", "rollout.batch_size=4", "reward.train=test_wan:frames_seen",
-        "reward.eval=test_wan:frames_seen", "reward.frames=clip", f"prompts.cache={output / 'cache'}",
+        "rollout.group_size=4", "rollout.batch_size=4", "reward.train=support.model_worker:frames_seen",
+        "reward.eval=support.model_worker:frames_seen", "reward.frames=clip", f"prompts.cache={output / 'cache'}",
         "update.gradient_checkpointing=true", "evaluation.every=1", "evaluation.guidance_scale=4.5",
     )  # fmt: skip
     (output / "config_in.yaml").write_text(dump_config(config))
-    run([sys.executable, "-m", "fastgrpo", "train", "--config", str(output / "config_in.yaml")])
+    fork_server.run("train", "--config", str(output / "config_in.yaml"))
     return output
 
 

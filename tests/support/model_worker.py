@@ -25,6 +25,11 @@ def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> t
     return (red - (green + blue) / 2 + 1) / 2
 
 
+def frames_seen(videos: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """The number of frames and a pixel of the last one: whether a reward sees whole clips."""
+    return torch.full((len(videos),), float(videos.shape[1])) + videos[:, -1, 0, 0, 0]
+
+
 def write_prompts(path: Path, prompts: list[Any]) -> str:
     records = [{"prompt": p} if isinstance(p, str) else {"prompt": p.text, "image": str(p.image)} for p in prompts]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
