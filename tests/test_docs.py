@@ -18,7 +18,7 @@ from support.pages import PAGES, anchor, blocks, prose, section, text
 from support.shell_lines import Parsed, check_command, commands
 
 from fastgrpo.config import schema
-from fastgrpo.config.keys import Config
+from fastgrpo.config.reference import describe
 from fastgrpo.learning.objectives import OBJECTIVES
 from fastgrpo.models import MODELS
 from fastgrpo.sampling.tables import SAMPLERS
@@ -95,7 +95,7 @@ def test_dotted_names_exist(name: str) -> None:
 @cache
 def known_keys() -> dict[str, object]:
     """Every key and every section, from the dataclasses of the configuration."""
-    lines = re.findall(r"^  ([\w.]+) \(", "\n".join(describe(Config)), flags=re.MULTILINE)
+    lines = re.findall(r"^  ([\w.]+) \(", describe(), flags=re.MULTILINE)
     return {key: True for line in lines for key in (line, *(line.rsplit(".", n)[0] for n in range(1, line.count(".") + 1)))}
 
 

@@ -144,6 +144,7 @@ def test_without_beta_the_reference_is_not_run(tuned_model) -> None:
     assert len(calls) == len(experience.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
 def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:

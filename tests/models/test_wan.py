@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from support.drawing import drawn, ode_arguments
 from support.helpers import NoSync
 from support.model_worker import configuration
-from support.runs import run
+from support.runs import ForkServer
 
 from fastgrpo.commands.cli import main
 from fastgrpo.models import load_model
@@ -212,7 +211,7 @@ def test_a_tiny_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """A whole guided run in bfloat16 with KL and the embeddings on disk, as the recipe's."""
     output = tmp_path_factory.mktemp("runs") / "wan"
     config = configuration(
@@ -223,7 +222,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "update.gradient_checkpointing=true", "evaluation.every=1", "evaluation.guidance_scale=4.5",
     )  # fmt: skip
     (output / "config_in.yaml").write_text(dump_config(config))
-    run([sys.executable, "-m", "fastgrpo", "train", "--config", str(output / "config_in.yaml")])
+    fork_server.run("train", "--config", str(output / "config_in.yaml"))
     return output
 
 

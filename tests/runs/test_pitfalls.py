@@ -318,6 +318,7 @@ def test_latents_rounded_after_they_are_scored() -> None:
     assert error(result.latents) < 1e-6 < 1e-5 < error(result.latents.bfloat16())
 
 
+@pytest.mark.slow
 def test_half_precision_under_guidance(guided: tuple) -> None:
     """flow_grpo's FAQ and issue 204: rounding moves the ratio from 1, most where s is small. Its v_old is rounded too."""
     assert guided[3]["first_ratio_deviation"] == 0.0

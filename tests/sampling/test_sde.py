@@ -146,6 +146,7 @@ def test_a_wrong_table_does_not_preserve_them(sampler, damage):
     assert marginal_error(table, sigmas) > 2 * TOLERANCE[sampler]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_marginals_of_data_with_two_modes(sampler):
     """Monte-Carlo, not Gaussian: half the data around -1 and half around 1.5, with its shares and spreads."""
