@@ -233,6 +233,17 @@ def test_the_table_of_results_is_what_was_measured(page: str) -> None:
         assert shown == pytest.approx([100 * value for value in measured], abs=0.051), (name, seed)
 
 
+def test_the_description_on_a_package_index_has_no_dead_link() -> None:
+    said: dict[str, str] = {}
+    with mock.patch("setuptools.setup", lambda **options: said.update(options)):
+        runpy.run_path(str(ROOT / "setup.py"))
+    shown = said["long_description"]
+    links = re.findall(r"\]\(([^)\s]+)\)", shown)
+    assert links and all(link.startswith("https://") for link in links)
+    assert "*The same prompts and the same noise, before training (above) and after it (below)*" in shown
+    assert "| Architecture | " in shown and len(shown.splitlines()) == len(text(ROOT / "README.md").splitlines())
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
