@@ -19,6 +19,7 @@ DOORS = {
 }
 
 
+@pytest.mark.processes
 def test_help_lists_every_command_without_torch() -> None:
     code = """if True:
         import sys
@@ -79,6 +80,7 @@ def test_a_fault_of_the_program_itself_is_not_hidden(error: Exception, monkeypat
     assert caught.value is error
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("door", DOORS)
 def test_the_doors_lead_to_the_commands(door: str) -> None:
     command = [sys.executable, *DOORS[door], "--help"]

@@ -161,6 +161,7 @@ def test_bounds_hold_at_their_ends_and_help_prints_them() -> None:
     ]
 
 
+@pytest.mark.processes
 def test_the_keys_are_read_without_torch() -> None:
     """`--help` and the check of one's own file need not wait for it."""
     code = "import sys, fastgrpo.config.reading, fastgrpo.config.reference; assert 'torch' not in sys.modules"

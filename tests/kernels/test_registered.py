@@ -165,6 +165,8 @@ def test_a_compiled_loop_runs_the_kernels(guided: bool, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+@pytest.mark.processes
 def test_inductor_compiles_the_loop() -> None:
     """Its own code may round the network in another way, so this compares what it computes and not bits."""
     torch.manual_seed(0)

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from support.helpers import ROOT, environment
 from support.without_triton import results
 
 
+@pytest.mark.processes
 def test_everything_runs_on_the_reference(tmp_path: Path) -> None:
     """In a process of its own: this one has triton. It trains there too, as far as imports tell."""
     saved = tmp_path / "results.pt"

@@ -138,7 +138,7 @@ def test_samples_take_their_bits_along(mode, offset):
         assert again.values.equal(values[order]) and again.weight.equal(weight[order])
 
 
-def test_thebatch_std_is_the_same_bits_in_any_order():
+def test_the_batch_std_is_the_same_bits_in_any_order():
     """In float64: float32 would hide a difference nearly always."""
     rewards = 1e9 + batch()[0].double()
     orders = [torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]

@@ -52,10 +52,9 @@ def test_an_object_of_ones_own_is_sampled_from(scale: float, tmp_path: Path) -> 
     prompts, number = ["a", "bcd"], torch.arange(2)
     model = Decay()
     for _ in range(2):
-        found = generate(
-            model, Policy(model), Embeddings(model, tmp_path), prompts, number, stream=SAMPLE, seed=0, num_steps=4,
-            guidance_scale=scale,
-        )  # fmt: skip
+        prompted = Embeddings(model, tmp_path).prompted(prompts, scale)
+        address = noise_address(SAMPLE, 0, 0, number)
+        found = generate(model, Policy(model), prompted, address, num_steps=4, guidance_scale=scale)
     assert model.encoded == (2 if scale == 1 else 3)
     noise = normal(noise_address(SAMPLE, 0, 0, number), INITIAL_STEP, 6).view(2, 6).double()
     shrunk = noise * (1 - scale * torch.tensor([[1.0], [3.0]]) / 4) ** 4

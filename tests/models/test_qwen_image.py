@@ -229,8 +229,8 @@ def test_no_text_keeps_the_image(load) -> None:
     nothing, space, full = (model.encode([prompt._replace(text=text)]) for text in ("", " ", prompt.text))
     assert all(torch.equal(a, b) for a, b in zip(nothing, space, strict=True))
     assert torch.equal(nothing.image, full.image) and nothing.mask.sum() < full.mask.sum()
-    rows = Embeddings(model).prompted(EDITS, 4.0)
-    assert torch.equal(rows.image[:2], rows.image[2:]) and not torch.equal(rows.image[0], rows.image[1])
+    cond, uncond = Embeddings(model).prompted(EDITS, 4.0)
+    assert torch.equal(cond.image, uncond.image) and not torch.equal(cond.image[0], cond.image[1])
 
 
 def test_an_edit_that_does_not_fit_is_refused(load) -> None:

@@ -192,6 +192,7 @@ def test_settings_of_our_own_rewards_are_refused_by_name(name: str, settings: di
         load_reward(name, settings=settings)
 
 
+@pytest.mark.processes
 def test_rewards_need_no_libraries_of_the_models() -> None:
     """A server of rewards has neither: every module of a reward is imported where these cannot be."""
     modules = sorted({path.partition(":")[0] for path in REWARDS.values()})

@@ -4,7 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from support.runs import command, rows, run
+
+pytestmark = pytest.mark.processes
 
 
 def test_the_extremes_of_the_keys_train_together(tmp_path: Path) -> None:

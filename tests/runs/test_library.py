@@ -13,6 +13,8 @@ import fastgrpo
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.validation import load_config
 
+pytestmark = pytest.mark.processes
+
 PROMPTS = ["a red circle", {"prompt": "two blue squares", "tag": "counting"}]
 HELD_OUT = ["a green triangle"]
 USER = f"""
