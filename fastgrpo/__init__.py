@@ -12,7 +12,7 @@ The names below are imported when they are first used: `import fastgrpo` alone l
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastgrpo.version import __version__
 
 if TYPE_CHECKING:
     from fastgrpo.callbacks import Callback as Callback

@@ -11,6 +11,7 @@ FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
         "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
+        "fastgrpo.version",
         "fastgrpo.records",
     ],
     "what may be said": ["fastgrpo.config"],
@@ -19,7 +20,8 @@ FLOORS = {
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],
     "what learns": ["fastgrpo.learning"],
     "what the whole needs": ["fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.metrics", "fastgrpo.testing"],
-    "parts": ["fastgrpo.parts", "fastgrpo.callbacks"],
+    "what a run is made of": ["fastgrpo.parts"],
+    "what a run tells": ["fastgrpo.callbacks"],
     "the trainer": ["fastgrpo.trainer"],
     "commands": ["fastgrpo.commands"],
     "doors": ["fastgrpo.__main__", "fastgrpo.train", "fastgrpo.report", "fastgrpo.rewards.make_prompts"],

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fastgrpo.commands.saved_run import add_run_arguments, load_run
+from fastgrpo.commands.saved_model import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
 from fastgrpo.engine.ranks import OneRank

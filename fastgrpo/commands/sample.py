@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo.commands.saved_run import add_run_arguments, load_run
+from fastgrpo.commands.saved_model import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.policy import Policy

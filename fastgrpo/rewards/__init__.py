@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import __version__
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.settings import settings_from_signature
+from fastgrpo.version import __version__
 
 Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
