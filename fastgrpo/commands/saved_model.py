@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastgrpo.models import configured_model
-from fastgrpo.models.adapter import Adapter
+from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.validation import Config, load_config
 
@@ -19,7 +19,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's own)")
 
 
-def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Config, Adapter]:
+def load_run(run: Path, base: bool, overrides: Sequence[str] = ()) -> tuple[Config, Model]:
     """A run's configuration, and its model on this machine's device: the trained one, or the one it started from."""
     config = load_config(RunFolder(run).config, overrides)
     model = configured_model(config.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
