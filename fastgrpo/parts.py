@@ -33,7 +33,7 @@ class Objects:
     prompts: Prompts | None = None
     held_out: Prompts | None = None
 
-    def recorded(self, config: Config) -> Config:
+    def naming_them(self, config: Config) -> Config:
         """The configuration that names them."""
         reward, prompts = config.reward, config.prompts
         if self.reward is not None:
@@ -48,7 +48,7 @@ class Objects:
         return replace(config, reward=reward, prompts=prompts)
 
     def write_prompts(self, config: Config) -> None:
-        """Into the files that `recorded` names."""
+        """Into the files that `naming_them` says."""
         for prompts, path in ((self.prompts, config.prompts.train), (self.held_out, config.prompts.eval)):
             if prompts is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ class Trainer:
         check_ranks(config, self.ranks.world_size)
         torch.manual_seed(config.seed)
         objects = Objects(model=model, reward=reward, held_out_reward=held_out_reward, prompts=prompts, held_out=held_out)
-        self.config, self.objects = objects.recorded(config), objects
+        self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
         self.callbacks = [FolderLog(), *callbacks]

@@ -64,7 +64,7 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
     return load_config(path, fixed)
 
 
-def counted(config: Config) -> plan.Counts:
+def counts_of(config: Config) -> plan.Counts:
     """Counts the architecture that the configuration names, or else the model in its folder, which is loaded for that."""
     if config.model.architecture is not None:
         return plan.count(config)
@@ -90,8 +90,8 @@ class Bench:
     """A configuration on this machine: the trainer of a run, and what was counted beforehand."""
 
     def __init__(self, config: Config, ranks: Ranks, say: Say, counts: plan.Counts | None = None) -> None:
-        """`counts` are those of `counted`, where they were made before."""
-        self.config, self.say, self.counts = config, say, counts or counted(config)
+        """`counts` are those of `counts_of`, where they were made before."""
+        self.config, self.say, self.counts = config, say, counts or counts_of(config)
         stage = config.engine.zero_stage
         self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
         self.flops = sum(plan.flops_per_image(config, self.counts).values())

@@ -14,7 +14,7 @@ from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
-from fastgrpo.reporting.text import Row, scores_by_reward, table
+from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
 
 
@@ -61,5 +61,5 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.table:
             print(json.dumps(row), flush=True)
     if arguments.table:
-        print(table(rows))
+        print(score_table(rows))
     return 0

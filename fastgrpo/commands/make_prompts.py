@@ -74,7 +74,7 @@ def geneval_records(excluded: list[dict], count: int, seed: int, mix: dict[str, 
     rng = np.random.default_rng(seed)
     taken = {meaning(record) for record in excluded}
     records: list[dict] = []
-    for tag, wanted in shares(mix, count).items():
+    for tag, wanted in lines_per_tag(mix, count).items():
         build, choices = KINDS[tag]
         order: Iterable[int] = rng.permutation(len(choices)) if wanted else []
         fresh = (record for i in order if meaning(record := build(*choices[i])) not in taken)
@@ -85,7 +85,7 @@ def geneval_records(excluded: list[dict], count: int, seed: int, mix: dict[str, 
     return [records[i] for i in rng.permutation(len(records))]
 
 
-def shares(mix: dict[str, float], count: int) -> dict[str, int]:
+def lines_per_tag(mix: dict[str, float], count: int) -> dict[str, int]:
     """Splits `count` in the ratio of `mix`; what rounding down leaves goes to the largest remainders."""
     exact = {tag: count * weight / sum(mix.values()) for tag, weight in mix.items()}
     whole = {tag: int(value) for tag, value in exact.items()}

@@ -213,7 +213,7 @@ def stages(config: Config) -> list[int]:
     return [0, 1, 2, 3] if config.model.dtype == "float32" else [1, 2, 3]
 
 
-def table(result: dict[str, Any], config: Config) -> str:
+def plan_table(result: dict[str, Any], config: Config) -> str:
     """The plan as lines of text."""
     counts, per_image = Counts(**result["counts"]), result["flops_per_image"]
     share = counts.trained / (counts.parameters + counts.trained * (config.model.train == "lora"))
@@ -269,5 +269,5 @@ def run(arguments: argparse.Namespace) -> int:
         given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
         raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
-    print(json.dumps(result) if arguments.json else table(result, config))
+    print(json.dumps(result) if arguments.json else plan_table(result, config))
     return 0

@@ -53,13 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RewardUnavailable as error:
-        return stopped(error, "nothing was begun")
+        return report_stop(error, "nothing was begun")
     try:
         summary, status = trainer.run(), 0
     except RewardUnavailable as error:
-        summary, status = {}, stopped(error, f"the state after iteration {trainer.saved} is saved")
+        summary, status = {}, report_stop(error, f"the state after iteration {trainer.saved} is saved")
     if summary:
-        print(table(summary))
+        print(summary_table(summary))
         print(f"report: {RunFolder(config.output).report}")
     trainer.close()
     del trainer
@@ -67,13 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def stopped(error: Exception, state: str) -> int:
+def report_stop(error: Exception, state: str) -> int:
     """Says why a run stopped that can go on; returns the exit status for that."""
     print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
     return UNAVAILABLE
 
 
-def table(summary: dict) -> str:
+def summary_table(summary: dict) -> str:
     """Lines of text: the accuracy before and after, by category, and what it took."""
     rows = [(tag, summary["base"][tag], summary["final"][tag]) for tag in summary["base"]]
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))

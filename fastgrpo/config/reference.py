@@ -15,16 +15,16 @@ from fastgrpo.config.schema import type_name
 def describe() -> str:
     """Every key of a configuration file."""
     extends = "  extends (Path, default None)\n      Another file, relative to this one, on top of which these keys go."
-    return "\n".join([extends, *described(Config)])
+    return "\n".join([extends, *describe_section(Config)])
 
 
-def described(cls: type, prefix: str = "") -> Iterator[str]:
+def describe_section(cls: type, prefix: str = "") -> Iterator[str]:
     """Each key of a section and of the sections in it."""
     hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):
-            yield from described(typing.cast(type, hint), f"{prefix}{f.name}.")
+            yield from describe_section(typing.cast(type, hint), f"{prefix}{f.name}.")
         else:
             default = "required"
             if f.default is not dataclasses.MISSING:

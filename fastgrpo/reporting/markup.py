@@ -21,7 +21,7 @@ def cards(bodies: dict[str, str]) -> str:
     return f'<div class="charts">{text}</div>' if text else ""
 
 
-def table(head: Sequence[str], rows: str) -> str:
+def html_table(head: Sequence[str], rows: str) -> str:
     """A table whose columns are a name, bars, and then numbers."""
     cells = "".join(f"<th>{text}</th>" for text in head[:2])
     cells += "".join(f'<th class="number">{text}</th>' for text in head[2:])

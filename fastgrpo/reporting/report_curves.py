@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastgrpo.reporting.charts import Line, Point, bar_chart, color_class, legend, line_chart, short
-from fastgrpo.reporting.markup import bar, cards, duration, note, number_cells, percent, sentence, table, title
+from fastgrpo.reporting.markup import bar, cards, duration, html_table, note, number_cells, percent, sentence, title
 from fastgrpo.reporting.saved_run import SavedRun, is_number, phase_seconds
 
 MAX_BARS = 60
@@ -62,7 +62,7 @@ def _time_table(total: dict[str, float], iterations: int) -> str:
         + "</tr>"
         for i, (name, value) in enumerate(total.items())
     )
-    return table(["phase", "", "share", "each", "total"], rows)
+    return html_table(["phase", "", "share", "each", "total"], rows)
 
 
 def _held_out(run: SavedRun) -> str:

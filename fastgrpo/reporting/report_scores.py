@@ -3,7 +3,7 @@
 import html
 from typing import Any
 
-from fastgrpo.reporting.markup import bar, duration, number_cells, sentence, table, title
+from fastgrpo.reporting.markup import bar, duration, html_table, number_cells, sentence, title
 from fastgrpo.reporting.saved_run import SavedRun, is_number, phase_seconds
 from fastgrpo.reporting.text import score_text
 
@@ -67,7 +67,7 @@ def categories(run: SavedRun) -> str:
     percent = run.in_percent()
     rows = "".join(_category(name, before.get(name), after.get(name), percent) for name in {**before, **after})
     head = ["category", "", "base", *(["trained", "points" if percent else "change"] if after else [])]
-    return f'<div class="card">{table(head, rows)}</div>'
+    return f'<div class="card">{html_table(head, rows)}</div>'
 
 
 def _category(name: str, before: float | None, after: float | None, percent: bool) -> str:

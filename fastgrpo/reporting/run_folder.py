@@ -68,7 +68,7 @@ class RunFolder:
         """The folder of one iteration's images; the grid of them lies beside it with the suffix .png."""
         return self.samples / f"{iteration:05d}"
 
-    def sampled(self) -> dict[int, Path]:
+    def sample_folders(self) -> dict[int, Path]:
         """The folder of each iteration that has samples, in rising order."""
         folders = (folder for folder in self.samples.glob("*") if folder.is_dir() and folder.name.isdecimal())
         return {int(folder.name): folder for folder in sorted(folders)}

@@ -81,7 +81,7 @@ def read_run(path: Path) -> SavedRun:
         metrics=metrics,
         evaluations=[row for row in evaluations if isinstance(row.get("accuracy"), dict)],
         summary=summary if isinstance(summary, dict) else {},
-        samples=folder.sampled(),
+        samples=folder.sample_folders(),
         prompts=prompts if isinstance(prompts, list) else [],
         unreadable=bad_metrics + bad_evaluations,
     )

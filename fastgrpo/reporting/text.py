@@ -30,7 +30,7 @@ def scores_by_reward(name: str, row: Mapping[str, Any], rewards: Sequence[str]) 
     return [(name, whole), *((f"  {tag}", scores) for tag, scores in categories.items() if len(categories) > 1)]
 
 
-def table(rows: Sequence[Row]) -> str:
+def score_table(rows: Sequence[Row]) -> str:
     """The rows as lines of text below a line of column names. Each column is in percent if all its scores can be."""
     columns = list(rows[0][1])
     percent = {column: in_percent(scores[column] for _, scores in rows) for column in columns}

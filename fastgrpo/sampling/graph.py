@@ -1,7 +1,7 @@
 """The rollout as CUDA graphs: captured once a shape, then replayed.
 
-    new shape     copy the inputs to places of their own, run twice to warm up, capture
-    every call    copy the inputs to those places, replay, copy the result out
+    new shape     copy the inputs to buffers of their own, run twice to warm up, capture
+    every call    copy the inputs to those buffers, replay, copy the result out
 
 A graph reads by address. Prompts, windows, coefficients and noise addresses lie in device tensors, which a call fills anew;
 the weights are those that the optimiser updates in place (ZeRO-1 and 2), so a replay follows training by itself. All graphs
@@ -25,7 +25,7 @@ Capture = Callable[[Callable[[], Trajectory]], tuple[Trajectory, Callable[[], No
 
 
 class CudaCapture:
-    """Runs a function to warm up, then records it: its result, in places that each replay fills, and the replay."""
+    """Runs a function to warm up, then records it: its result, in buffers that each replay fills, and the replay."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -71,8 +71,8 @@ class CapturedRollout:
         if key not in self.graphs:
             self.graphs[key] = self._record(policy, schedule, address, prompted, guidance_scale)
         graph = self.graphs[key]
-        for place, tensor in zip(graph.inputs, _tensors(values), strict=True):
-            place.copy_(tensor)
+        for buffer, tensor in zip(graph.inputs, _tensors(values), strict=True):
+            buffer.copy_(tensor)
         graph.replay()
         result = graph.result
         return Trajectory(*(t.clone() for t in (result.latents, result.v_old, result.log_prob, result.final)))

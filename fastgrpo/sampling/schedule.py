@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.config.keys import KLForm, LogProbWeight, RolloutConfig, StepWeight
 from fastgrpo.records import Schedule
-from fastgrpo.sampling.after_window import compressed, dpmpp_2m
+from fastgrpo.sampling.after_window import compress_schedule, dpmpp_2m
 from fastgrpo.sampling.tables import (
     SamplerSteps,
     coefficient_table,
@@ -47,7 +47,7 @@ def group_schedule(
     start = window_starts(rollout.window, rollout.num_steps, iteration, torch.arange(rollout.groups), seed)
     size = window_size(rollout.window, rollout.num_steps)
     if rollout.after_window.compress_ratio != 1:
-        sigmas = compressed(sigmas, int(start[0]) + size, rollout.after_window.compress_ratio)
+        sigmas = compress_schedule(sigmas, int(start[0]) + size, rollout.after_window.compress_ratio)
     steps = sampler_steps(rollout.sampler, sigmas, rollout.noise_level)
     schedule = window_schedule(steps, start, size, weighting)
     if rollout.shared_noise:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.commands.cli import main
-from fastgrpo.commands.make_prompts import KINDS, geneval_records, meaning, ocr_records, parse_mix, shares
+from fastgrpo.commands.make_prompts import KINDS, geneval_records, lines_per_tag, meaning, ocr_records, parse_mix
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.rewards.geneval_rules import TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
@@ -106,7 +106,7 @@ def test_what_cannot_be_made_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 50000])
 def test_shares_sum_up(count: int) -> None:
-    whole = shares(FLOW_GRPO, count)
+    whole = lines_per_tag(FLOW_GRPO, count)
     assert sum(whole.values()) == count and whole["single_object"] == 0
     assert all(abs(whole[tag] - count * FLOW_GRPO[tag] / 17) < 1 for tag in whole)
 

@@ -17,7 +17,7 @@ from support.keys import keys
 
 from fastgrpo.config import schema
 from fastgrpo.config.bounds import Above, AtLeast, AtMost, Below
-from fastgrpo.config.reference import described
+from fastgrpo.config.reference import describe_section
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.ema import lagging
 from fastgrpo.records import EVALUATION, FORWARD, SAMPLE, TRAIN, noise_address
@@ -155,7 +155,7 @@ def test_bounds_reach_into_tuples_and_unions(data: dict, message: str) -> None:
 def test_bounds_hold_at_their_ends_and_help_prints_them() -> None:
     assert schema.build(Nested, {"pair": [0, 0.999], "limit": 5}) == Nested(pair=(0.0, 0.999), limit=5)
     assert schema.build(Nested, {"limit": 3}).limit == 3
-    assert list(described(Nested)) == [
+    assert list(describe_section(Nested)) == [
         "  pair (tuple[float at least 0 and below 1, ...], default ())\n      Fractions.",
         "  limit (int above 2 and at most 5 | none, default none)\n      A number or none.",
     ]

@@ -12,7 +12,7 @@ from fastgrpo.data.prompts import PromptSet
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
-from fastgrpo.reporting.text import scores_by_reward, table
+from fastgrpo.reporting.text import score_table, scores_by_reward
 from fastgrpo.rewards import RewardSum
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
@@ -98,7 +98,7 @@ def test_a_table_has_a_row_a_prompt_file_and_category_and_a_column_a_reward() ->
     several["categories"] = {"x": {"a": 0.25, "b": 19.0}, "y": {"a": 0.75, "b": 21.0}}
     plain = {"accuracy": {"overall": 3.0, "a": 1.0, "b": 7.0}, "categories": {"all": {"a": 1.0, "b": 7.0}}}
     rows = [*scores_by_reward("first", several, ["a", "b"]), *scores_by_reward("second", plain, ["a", "b"])]
-    assert table(rows).splitlines() == [
+    assert score_table(rows).splitlines() == [
         "             a   b",
         "first    50.0%  20",
         "  x      25.0%  19",

@@ -10,7 +10,7 @@ from fastgrpo.config.keys import AfterWindow, ObjectiveConfig, RolloutConfig, Wi
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.records import Schedule
 from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.after_window import compressed, dpmpp_2m
+from fastgrpo.sampling.after_window import compress_schedule, dpmpp_2m
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.windows import window_starts
 
@@ -82,7 +82,7 @@ def test_fewer_steps_after_the_window() -> None:
     for iteration in (0, 4, 8, 100):
         plain, steps = schedule_of(iteration), schedule_of(iteration, after_window=AfterWindow(compress_ratio=0.5))
         end = int(plain.start[0]) + 3
-        assert torch.equal(steps.start, plain.start) and torch.equal(steps.sigmas, compressed(SIGMAS, end, 0.5))
+        assert torch.equal(steps.start, plain.start) and torch.equal(steps.sigmas, compress_schedule(SIGMAS, end, 0.5))
         for name in ("table", "loss_weight"):
             assert torch.equal(getattr(steps, name)[:, :end], getattr(plain, name)[:, :end])
         assert torch.equal(steps.kl_weight[:end], plain.kl_weight[:end])

@@ -1,4 +1,4 @@
-"""Policy objectives: pure functions of a few moments of each sample, `(moments, step, advantages, weight) -> Loss`.
+"""Policy objectives: pure functions of a few moments of each sample, `(moments, rows, advantages, weight) -> Loss`.
 
     policy_gradient.py    clip, guard, dppo       of stochastic transitions, whose log-prob is a Gaussian's
     matching.py           nft, awm, dpo, sft      of noised final samples: rollouts may be plain ODE
@@ -35,7 +35,7 @@ class Objective:
 
     loss: Callable[..., Loss]
     on_final_images: bool = False
-    """Trains on final images that are noised again: with TargetMoments, sigma as `step.s`, and clip_range as it is."""
+    """Trains on final images that are noised again: with TargetMoments, sigma as `rows.s`, and clip_range as it is."""
     old: Literal["behaviour", "reference", "zero"] = "behaviour"
     """Source of v_old: the policy that sampled, the model before training, or zero."""
     pairs: bool = False

@@ -94,9 +94,9 @@ def effective_clip_range(clip_range: float, num_elements: int) -> float:
     return clip_range * math.sqrt(REFERENCE_ELEMENTS / num_elements)
 
 
-def log_ratio(moments: Moments, step: StepRows) -> Tensor:
+def log_ratio(moments: Moments, rows: StepRows) -> Tensor:
     """w (2 m1 - m2), (B,)."""
-    return step.w.double() * (2 * moments.m1.double() - moments.m2.double())
+    return rows.w.double() * (2 * moments.m1.double() - moments.m2.double())
 
 
 def live(values: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def clipped_policy(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tens
 def weighted_loss(
     policy: Tensor,  # (B,) float64, finite also where weight is 0
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     weight: Tensor,  # (B,)
     beta: float,
     *,
@@ -125,8 +125,8 @@ def weighted_loss(
     drift: Tensor,  # (B,)
 ) -> Loss:
     """The loss of the module's first line, with its metrics."""
-    policy = (weight * step.loss_weight.double() * policy).mean()
-    kl = (weight * live(step.kl_weight.double() * moments.m3.double(), weight)).mean()
+    policy = (weight * rows.loss_weight.double() * policy).mean()
+    kl = (weight * live(rows.kl_weight.double() * moments.m3.double(), weight)).mean()
     ratio = ratio.detach()
     return Loss(
         loss=(policy + beta * kl).float(),

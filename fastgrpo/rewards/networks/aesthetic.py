@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
-from fastgrpo.rewards.networks.clip import CLIP_L, WEIGHTS, unit
+from fastgrpo.rewards.networks.clip import CLIP_L, WEIGHTS, normalize
 from fastgrpo.rewards.networks.network import BatchSize, NetworkReward, load_network, mlp_head
-from fastgrpo.rewards.networks.pixels import processed
+from fastgrpo.rewards.networks.pixels import preprocess
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -50,5 +50,5 @@ class Aesthetic(NetworkReward):
         self.head.to(self.device)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = processed(images, self.network.config.vision_config.image_size).to(self.device)
-        return self.head["layers"](unit(self.network.get_image_features(pixels).pooler_output)).squeeze(-1)
+        pixels = preprocess(images, self.network.config.vision_config.image_size).to(self.device)
+        return self.head["layers"](normalize(self.network.get_image_features(pixels).pooler_output)).squeeze(-1)

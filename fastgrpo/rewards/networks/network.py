@@ -84,7 +84,7 @@ def load_network(kind: type[PreTrainedModel], device: torch.device, source: Path
     return network.to(device).eval().requires_grad_(False)
 
 
-def renamed(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+def rename_weights(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
     """The weights by new names: each rule in turn replaces a pattern; a name that no rule meets stays."""
     names = {}
     for name, tensor in weights.items():

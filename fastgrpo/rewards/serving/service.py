@@ -117,7 +117,9 @@ class Batcher:
         requests = [request for request, _ in batch]
         began = time.perf_counter()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._score(joined(requests)))
+            scores = await asyncio.get_running_loop().run_in_executor(
+                self._thread, lambda: self._score(join_requests(requests))
+            )
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
@@ -134,7 +136,7 @@ class Batcher:
             scores = scores[len(request.prompts) :]
 
 
-def joined(requests: list[Request]) -> Request:
+def join_requests(requests: list[Request]) -> Request:
     """Several requests as one."""
     return Request(
         torch.cat([request.images for request in requests]),
