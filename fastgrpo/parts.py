@@ -18,6 +18,7 @@ from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, load_p
 from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
+from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
@@ -33,6 +34,14 @@ class Objects:
     prompts: Prompts | None = None
     held_out: Prompts | None = None
 
+    def __post_init__(self) -> None:
+        given = [reward for reward in (self.reward, self.held_out_reward) if reward is not None]
+        if len(given) == 2 and given[0] is not given[1] and reward_name(given[0]) == reward_name(given[1]):
+            raise ValueError(
+                f"reward and held_out_reward are both called {reward_name(given[0])}, by which a run tells them apart: "
+                "hand in two functions, or objects of two classes"
+            )
+
     def naming_them(self, config: Config) -> Config:
         """The configuration that names them."""
         reward, prompts = config.reward, config.prompts
@@ -42,9 +51,9 @@ class Objects:
         if self.held_out_reward is not None:
             reward = replace(reward, eval=reward_name(self.held_out_reward))
         if self.prompts is not None:
-            prompts = replace(prompts, train=config.output / "prompts_train.jsonl")
+            prompts = replace(prompts, train=RunFolder(config.output).given_prompts("train"))
         if self.held_out is not None:
-            prompts = replace(prompts, eval=config.output / "prompts_eval.jsonl")
+            prompts = replace(prompts, eval=RunFolder(config.output).given_prompts("eval"))
         return replace(config, reward=reward, prompts=prompts)
 
     def write_prompts(self, config: Config) -> None:

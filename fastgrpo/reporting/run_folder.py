@@ -9,6 +9,7 @@ checkpoints/                        see `fastgrpo.engine.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
 transformer/                        or the averaged weights of a whole transformer
 summary.json   report.html          at the end
+prompts_train.jsonl, ..._eval       prompts that a program handed in instead of naming a file
 
 The two files of lines are appended to while a run goes on. A kill can leave half a line at their end: it never counts as
 a row. Whoever goes on with a run reads with `read_lines`, which refuses every other damage; the report, which must show
@@ -63,6 +64,10 @@ class RunFolder:
     def prompts(self) -> Path:
         """The prompts of the samples, in their order."""
         return self.samples / "prompts.json"
+
+    def given_prompts(self, section: str) -> Path:
+        """The prompts that a program handed in. section: "train" or "eval"."""
+        return self.path / f"prompts_{section}.jsonl"
 
     def samples_of(self, iteration: int) -> Path:
         """The folder of one iteration's images; the grid of them lies beside it with the suffix .png."""

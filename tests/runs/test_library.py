@@ -96,12 +96,34 @@ def test_the_same_program_goes_on_and_another_reward_is_refused(run: tuple[Path,
     assert "reward.train: __main__:redness -> __main__:blueness" in refused
 
 
-def test_prompts_that_cannot_be_used_are_refused(run: tuple[Path, dict]) -> None:
-    folder = run[0].parent / "refused"
-    without = USER.replace(repr(PROMPTS), "[{'text': 'a red circle'}]")
-    assert "prompt 0 is {'text': 'a red circle'}: it needs a text \"prompt\"" in use(without, folder, 2, status=1)
-    both = USER.replace(repr(HELD_OUT), "['a red circle']")
-    assert "1 evaluation prompts are also trained on" in use(both, folder, 2, status=1)
+REFUSED = f"""
+import json, sys
+import fastgrpo
+
+overrides = {SMALL!r} + ["output=" + sys.argv[1], "prompts.weights={{}}", "rollout.groups=2"]
+config = fastgrpo.load_config("configs/tiny_shapes_grpo.yaml", overrides)
+said = []
+for objects in (
+    dict(prompts=[dict(text="a red circle")]),
+    dict(prompts=["a red circle"], held_out=["a red circle"]),
+    dict(prompts=[]),
+    dict(reward=lambda *given: 0, held_out_reward=lambda *given: 1),
+):
+    try:
+        fastgrpo.Trainer(config, **objects)
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def test_objects_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    """A run tells its rewards apart by their names: one would silently take the other's place."""
+    without_text, on_both_sides, none, one_name = json.loads(use(REFUSED, tmp_path))
+    assert without_text == "prompt 0 is {'text': 'a red circle'}: it needs a text \"prompt\""
+    assert on_both_sides == "1 evaluation prompts are also trained on, the first: 'a red circle'"
+    assert none == "no prompts were given: hand in at least one"
+    assert one_name.startswith("reward and held_out_reward are both called __main__:<lambda>")
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
