@@ -39,19 +39,19 @@ TESTS = {
     "late steps outweigh early ones 31 to 1": [
         "test_objectives.py::test_guard_centres_the_ratio_at_every_noise_level",
         "test_objectives.py::test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own",
-        "test_sde.py::test_guard_and_uniform_weights",
+        "test_tables.py::test_guard_and_uniform_weights",
         "test_pitfalls.py::test_late_steps_outweigh_early_ones",
     ],
     "Euler-Maruyama leaves 27 times the scheduled noise": [
-        "test_sde.py::test_flow_sde_leaves_excess_noise_at_few_steps",
-        "test_sde.py::test_cps_keeps_the_noise_schedule_at_few_steps",
+        "test_tables.py::test_flow_sde_leaves_excess_noise_at_few_steps",
+        "test_tables.py::test_cps_keeps_the_noise_schedule_at_few_steps",
     ],
     "sigma = 1 divides by zero": [
-        "test_sde.py::test_sd3_coefficients",
-        "test_sde.py::test_bad_tables_are_refused",
+        "test_tables.py::test_sd3_coefficients",
+        "test_tables.py::test_bad_tables_are_refused",
     ],
     "the last step is trained": [
-        "test_sde.py::test_bad_masks_are_refused",
+        "test_tables.py::test_bad_masks_are_refused",
         "test_windows.py::test_bad_windows_are_refused",
         "test_windows.py::test_window_kinds",
     ],
@@ -61,7 +61,7 @@ TESTS = {
     ],
     "the CPS code drops the variance": [
         "test_objectives.py::test_weight_of_the_released_cps_code",
-        "test_sde.py::test_log_prob_weight_of_the_released_cps_code",
+        "test_tables.py::test_log_prob_weight_of_the_released_cps_code",
     ],
     # How it is computed
     "the step is taken in bfloat16": [
@@ -123,7 +123,7 @@ TESTS = {
     # What copies of the code got wrong
     "sigma is computed twice": ["test_pitfalls.py::test_sigma_computed_twice"],
     "the KL with dt in one place and without in another": [
-        "test_sde.py::test_kl_weights",
+        "test_tables.py::test_kl_weights",
         "test_objectives.py::test_reference_kl_is_that_of_the_released_code",
         "test_pitfalls.py::test_kl_without_dt",
     ],
