@@ -24,7 +24,9 @@ from rollout_speed import rollout_arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgrpo.engine.zero import Engine, finish, start
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import finish, start
+from fastgrpo.engine.zero import Engine
 from fastgrpo.measure import memory
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.policy import Policy
@@ -54,7 +56,7 @@ def captured(phase: Phase) -> None:
 
 def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
     """Each part of a step alone, captured and replayed."""
-    (steps, address, _), _ = rollout_arguments(model, BATCH, NUM_STEPS)
+    schedule, address, *_ = rollout_arguments(model, BATCH, NUM_STEPS)
     x, sigma, rows = transition_inputs(model, BATCH)
     latents, index, place = x.float(), torch.tensor([1], device=x.device), torch.arange(BATCH, device=x.device)
     kept, who = latents.new_zeros(3, *x.shape), torch.arange(BATCH, device=x.device)
@@ -66,7 +68,7 @@ def pieces(phase: Phase, model: Adapter, policy: Policy) -> None:
 
     parts = {
         "noise": lambda: normal(address, INITIAL_STEP, latents[0].numel()),
-        "sde_step": lambda: sde_step(latents, x, steps.table, index, address, model_dtype=model.dtype).x_next,
+        "sde_step": lambda: sde_step(latents, x, schedule.table, index, address, model_dtype=model.dtype).x_next,
         "keeping a step": keep,
         "network": lambda: policy(x, sigma, rows),
         "network, guided": lambda: policy(torch.cat([x, x]), torch.cat([sigma, sigma]), twice),
@@ -98,9 +100,9 @@ def whole(phase: Phase, model: Adapter, policy: Policy) -> None:
     same_bits(phase, "the first shape again", form, policy, rollout_arguments(model, BATCH, NUM_STEPS))
 
 
-def same_bits(phase: Phase, name: str, form: Callable[..., Any], policy: Any, arguments: tuple[tuple, dict]) -> Any:
+def same_bits(phase: Phase, name: str, form: Callable[..., Any], policy: Any, arguments: tuple) -> Any:
     """A replay against an eager rollout; returns the former."""
-    found, wanted = form(policy, *arguments[0], **arguments[1]), rollout(policy, *arguments[0], **arguments[1])
+    found, wanted = form(policy, *arguments), rollout(policy, *arguments)
     unequal = differences(found, wanted)
     phase.check(name, not unequal, equal=not unequal, **unequal)
     return found
@@ -129,8 +131,8 @@ def first_ratio(phase: Phase, name: str, model: Adapter, policy: Policy, must_ho
 
 def under_deepspeed(phase: Phase, model: Adapter) -> None:
     """The policy that the engine hands out: captured before updates and after, replays that follow them, and no waiting."""
-    start()
-    engine = Engine(Policy(model), zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
+    options = EngineOptions(zero_stage=1, dtype=model.dtype, learning_rate=1e-3)
+    engine = Engine(Policy(model), start(), options)
     arguments = rollout_arguments(model, BATCH, NUM_STEPS)
     form = CapturedRollout(capture())
     with engine.rollout_policy() as policy:
@@ -144,7 +146,7 @@ def under_deepspeed(phase: Phase, model: Adapter) -> None:
         after = same_bits(phase, "engine: replay after updates", form, policy, arguments)
         phase.check("engine: updates show in a replay", not torch.equal(before.final, after.final))
         with waits() as calls:
-            rollout(policy, *arguments[0], **arguments[1])
+            rollout(policy, *arguments)
         phase.check("engine: a rollout waits for nothing", not calls, waits=len(calls), steps=NUM_STEPS)
         with phase.step("engine: a new shape after updates"):
             other = rollout_arguments(model, BATCH, NUM_STEPS + 1)

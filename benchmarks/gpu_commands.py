@@ -23,7 +23,7 @@ REFERENCE = Path(__file__).with_name("reference_tiny.json")
 TOLERANCE = 0.01  # of the first iteration's loss and gradient, relative
 ACCURACY = 0.95  # what README says of the run
 TESTS = ["-m", "gpu", "-n", "8", "--timeout", "100"]  # in parallel: every dtype, shape and alignment is a kernel to compile
-QUICK_TESTS = ["tests/test_philox.py"]
+QUICK_TESTS = ["tests/kernels/test_philox.py"]
 COUNTERS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "InstructionStats", "LaunchStats")
 KERNELS = "regex:sde_step_fwd|transition_(fwd|bwd)"
 

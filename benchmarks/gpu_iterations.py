@@ -27,8 +27,8 @@ from gpu_phase import REHEARSE, ROOT, Phase, main
 from torch import Tensor, nn
 
 from fastgrpo.commands import plan
-from fastgrpo.commands.bench import Bench, bench_config, counted
-from fastgrpo.engine.zero import start
+from fastgrpo.commands.bench import Bench, bench_config, counts_of
+from fastgrpo.engine.ranks import start
 from fastgrpo.testing import load_family
 from fastgrpo.validation import Config, load_config
 
@@ -112,7 +112,7 @@ class Prepared:
     @classmethod
     def of(cls, run: Run) -> "Prepared":
         config = configuration(run, Path(tempfile.mkdtemp()))
-        return cls(run, config, counted(config))  # takes a CPU seconds
+        return cls(run, config, counts_of(config))  # takes a CPU seconds
 
     def measure(self, phase: Phase) -> None:
         bench = Bench(self.config, start(), partial(self._say, phase), self.counts)

@@ -13,7 +13,7 @@ from kernel_speed import WAITS, Inputs, calls_of, measured
 from torch import Tensor
 
 from fastgrpo.measure import DEVICE, seconds
-from fastgrpo_kernels import NoiseAddress, sde_step, transition
+from fastgrpo_kernels import Guided, NoiseAddress, sde_step, transition
 from fastgrpo_kernels.philox import normal_ref, normal_triton
 from fastgrpo_kernels.sde_step import sde_step_ref, sde_step_triton
 from fastgrpo_kernels.transition import transition_ref, transition_triton
@@ -69,39 +69,38 @@ class Case:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, guided: bool) -> None:
         generator = torch.Generator().manual_seed(3)
         self.x = torch.randn(shape, generator=generator)
-        self.v, v_uncond = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        self.guidance = {"v_uncond": v_uncond, "guidance_scale": GUIDANCE} if guided else {}
+        v, v_uncond = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        self.velocity = Guided(v, v_uncond, GUIDANCE) if guided else Guided(v)
         self.rows = TABLE[STEP].expand(shape[0], 4).contiguous()
 
     def errors(self) -> tuple[dict[str, float], bool]:
         """By quantity, and whether what has to be exact is: moments 0 on-policy, a gradient that is finite."""
-        batch, dtype = len(self.x), self.v.dtype
-        guidance, (x, v, table, rows) = on_device(self.guidance), (t.to(DEVICE) for t in (self.x, self.v, TABLE, self.rows))
-        here = address_of(batch, DEVICE)
-        taken = sde_step_triton(x, v, table, STEP.to(DEVICE), here, model_dtype=dtype, **guidance)
+        batch, dtype = len(self.x), self.velocity.v.dtype
+        velocity, x, table, rows = moved_to(self.velocity, DEVICE), *(t.to(DEVICE) for t in (self.x, TABLE, self.rows))
+        taken = sde_step_triton(x, velocity, table, STEP.to(DEVICE), address_of(batch, DEVICE), model_dtype=dtype)
         there = address_of(batch, STEP.device)
-        wanted = sde_step_ref(self.x, self.v, TABLE, STEP, there, model_dtype=dtype, **self.guidance)
-        on_policy = transition_triton(taken.x_next, x, v, taken.v, rows, v_ref=taken.v, **guidance)
-        moved = (self.v.float() * 1.01).to(dtype).to(DEVICE).requires_grad_()
-        moments = transition_triton(taken.x_next, x, moved, taken.v, rows, **guidance)
+        wanted = sde_step_ref(self.x, self.velocity, TABLE, STEP, there, model_dtype=dtype)
+        on_policy = transition_triton(taken.x_next, x, velocity, taken.v, rows, v_ref=taken.v)
+        moved = (self.velocity.v.float() * 1.01).to(dtype).to(DEVICE).requires_grad_()
+        moments = transition_triton(taken.x_next, x, velocity._replace(v=moved), taken.v, rows)
         moments.m1.sum().backward()
         exact = all(bool((m == 0).all()) for m in on_policy) and bool(moved.grad.isfinite().all())
         errors = {
             "x": largest(taken.x_next.cpu() - wanted.x_next), "log_prob": largest(taken.log_prob.cpu() - wanted.log_prob),
-            "moments": self._moments_error(moments[:2], taken.x_next, moved.detach(), taken.v),
+            "moments": self._moments_error(moments[:2], taken.x_next, velocity._replace(v=moved.detach()), taken.v),
         }  # fmt: skip
         return errors, exact
 
-    def _moments_error(self, found: tuple, x_next: Tensor, v: Tensor, v_old: Tensor) -> float:
+    def _moments_error(self, found: tuple, x_next: Tensor, velocity: Guided, v_old: Tensor) -> float:
         """Against float64, from the very numbers that the kernel read."""
-        guidance = {k: t.double() if isinstance(t, Tensor) else t for k, t in self.guidance.items()}
-        x_next, v, v_old = (t.cpu().double() for t in (x_next, v, v_old))
-        wanted = transition_ref(x_next, self.x.double(), v, v_old, self.rows.double(), **guidance)[:2]
+        x_next, v_old, velocity = x_next.cpu().double(), v_old.cpu().double(), moved_to(velocity, "cpu", torch.float64)
+        wanted = transition_ref(x_next, self.x.double(), velocity, v_old, self.rows.double())[:2]
         return max(largest((a.detach().cpu() - b) / b.abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
-def on_device(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in values.items()}
+def moved_to(velocity: Guided, *target: Any) -> Guided:
+    """Both velocities after `.to(*target)`."""
+    return Guided(*(value.to(*target) if isinstance(value, Tensor) else value for value in velocity))
 
 
 def bandwidth(phase: Phase) -> None:

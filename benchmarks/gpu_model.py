@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgrpo.measure import memory, synchronize
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.records import Rollout
+from fastgrpo.records import Trajectory
 from fastgrpo.sampling.graph import CudaCapture
 
 CUDA = DEVICE.type == "cuda"
@@ -53,7 +53,7 @@ def transition_inputs(model: Adapter, batch: int) -> tuple[Tensor, Tensor, tuple
 class Rerun:
     """On a CPU in place of a graph."""
 
-    def __call__(self, run: Callable[[], Rollout]) -> tuple[Rollout, Callable[[], None]]:
+    def __call__(self, run: Callable[[], Trajectory]) -> tuple[Trajectory, Callable[[], None]]:
         result = run()
 
         def replay() -> None:
@@ -64,11 +64,11 @@ class Rerun:
         return result, replay
 
 
-def capture() -> Callable[[Callable[[], Rollout]], tuple[Rollout, Callable[[], None]]]:
+def capture() -> Callable[[Callable[[], Trajectory]], tuple[Trajectory, Callable[[], None]]]:
     return CudaCapture() if CUDA else Rerun()
 
 
-def differences(a: Rollout, b: Rollout) -> dict[str, str]:
+def differences(a: Trajectory, b: Trajectory) -> dict[str, str]:
     """Of two rollouts, of each part that is not equal to the last bit: how many numbers differ, by how much, and the NaN."""
     found = {}
     for name in PARTS:

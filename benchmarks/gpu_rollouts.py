@@ -90,8 +90,7 @@ class Speed:
         phase.record("FLOPs", of_a_forward_pass=self.flops, peak=self.peak, peak_from=source)
 
     def drawn(self, batch: int, form: Callable[..., Any], model: Adapter) -> Callable[[], Any]:
-        inputs, options = rollout_arguments(self.model, batch, NUM_STEPS)
-        return drawing(form, model, *inputs, options)
+        return drawing(form, model, rollout_arguments(self.model, batch, NUM_STEPS))
 
     def measure(self, batch: int, name: str, draw: Callable[[], Any], seconds: float = 0) -> None:
         name = f"batch {batch}, {name}"
@@ -119,10 +118,10 @@ def multiplies_8_bits(phase: Phase, model: Adapter) -> bool:
 def profile(phase: Phase) -> None:
     model = sd3(phase, HALF)
     policy, batch = Policy(model), FIRST_BATCH
-    inputs, options = rollout_arguments(model, batch, 3)
+    inputs = rollout_arguments(model, batch, 3)
     x, sigma, rows = transition_inputs(model, batch)
     jobs = {
-        "rollout of 3 steps": lambda: rollout(policy, *inputs, **options),
+        "rollout of 3 steps": lambda: rollout(policy, *inputs),
         "forward and backward": lambda: gradients(policy, x, sigma, rows),
         "decoder": lambda: model.decode(x.float()),
     }

@@ -26,15 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import PromptSet, load_prompts, prompts_of_iteration, shares
+from fastgrpo.data.prompts import PromptSet, load_prompts, prompt_probabilities, prompts_of_iteration
 from fastgrpo.learning.advantages import group_advantages
+from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import load_model
-from fastgrpo.policy import Policy
-from fastgrpo.records import TRAIN, Steps, noise_address
+from fastgrpo.policy import Policy, prompted_velocity
+from fastgrpo.records import TRAIN, Schedule, noise_address
 from fastgrpo.rewards import load_reward
-from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.rollout import rollout, velocities
+from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.validation import Config, load_config
 from fastgrpo_kernels import transition
 
@@ -52,7 +54,7 @@ class Probe:
         self.named = dict(self.model.transformer.named_parameters())
         self.policy, self.embeddings = Policy(self.model), Embeddings(self.model)
         self.prompts: PromptSet = load_prompts(config.prompts.train)
-        self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
+        self.probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         self.reward = load_reward(config.reward.train)
         self.size = config.rollout.num_steps - 1  # trained steps
 
@@ -62,27 +64,24 @@ class Probe:
         total = config.groups * config.group_size
         sample_id = torch.arange(total)
         group = sample_id // config.group_size
-        chosen = prompts_of_iteration(len(self.prompts), config.groups, number, self.config.seed, self.shares)
+        chosen = prompts_of_iteration(len(self.prompts), config.groups, number, self.config.seed, self.probabilities)
         records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
         prompts = [record["prompt"] for record in records]
-        steps = self._steps(total)
-        conditioning = self.embeddings(prompts, guidance_scale=config.guidance_scale)
+        schedule = self._schedule(total)
+        prompted = self.embeddings.prompted(prompts, config.guidance_scale)
         address = noise_address(TRAIN, self.config.seed, number, sample_id.to(model.device))
-        options = dict(guidance_scale=config.guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype)
-        result = rollout(self.policy, steps, address, conditioning, **options)
+        result = rollout(self.policy, schedule, address, prompted, config.guidance_scale)
         rewards = self.reward(model.decode(result.final), prompts, records).to(model.device)
         advantages = group_advantages(
             rewards, group.to(model.device), num_groups=config.groups, **vars(self.config.advantage)
         ).values
+        velocity = prompted_velocity(self.policy, prompted, config.guidance_scale, self.policy.guide)
         gradients = []
         for j in range(self.size):
             x = result.latents[j].to(model.dtype)
-            v, v_uncond = velocities(self.policy, x, steps.sigmas[j].expand(total), conditioning)
-            rows = steps.table[:, j].contiguous()
-            moments = transition(
-                result.latents[j + 1], result.latents[j], v, result.v_old[j], rows,
-                v_uncond=v_uncond, guidance_scale=config.guidance_scale,
-            )  # fmt: skip
+            v = velocity(x, schedule.sigmas[j].expand(total))
+            rows = schedule.table[:, j].contiguous()
+            moments = transition(result.latents[j + 1], result.latents[j], v, result.v_old[j], rows)
             log_ratio = rows[:, 3] * (2 * moments.m1 - moments.m2)
             found = torch.autograd.grad((advantages * log_ratio).mean(), list(self.named.values()), allow_unused=True)
             gradients.append([
@@ -90,15 +89,10 @@ class Probe:
             ])  # fmt: skip
         return gradients, rewards.mean().item()
 
-    def _steps(self, batch: int) -> Steps:
-        config, device = self.config.rollout, self.model.device
-        sigmas = self.model.sigmas(config.num_steps)
-        start = torch.zeros(1, dtype=torch.int64)
-        table = sde.window_tables(
-            config.sampler, sigmas, config.noise_level, start, self.size, self.config.objective.log_prob_weight
-        ).expand(batch, -1, -1)
-        nothing = torch.zeros(config.num_steps, device=device)
-        return Steps(sigmas.to(device), table.contiguous().to(device), start.expand(batch).to(device), self.size, nothing)
+    def _schedule(self, batch: int) -> Schedule:
+        config, start = self.config.rollout, torch.zeros(batch, dtype=torch.int64)
+        steps = sampler_steps(config.sampler, self.model.sigmas(config.num_steps), config.noise_level)
+        return window_schedule(steps, start, self.size, weighting(self.config.objective)).to(self.model.device)
 
 
 def cosine(gradients: list[Tensor]) -> float:

@@ -29,8 +29,8 @@ from released import Released
 from tqdm import tqdm
 
 from fastgrpo.data.prompts import load_prompts
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import finish as leave
+from fastgrpo.engine.ranks import start
 from fastgrpo.measure import DEVICE, synchronize
 from fastgrpo.models import load_model
 from fastgrpo.trainer import Trainer
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each form")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all forms")
     arguments = parser.parse_args()
-    device = start()
+    ranks = start()
     with tempfile.TemporaryDirectory() as folder:
 
         def config(settings: list[str]) -> Any:
@@ -93,7 +93,7 @@ def main() -> None:
             "straightforward, released recipe": released(first, drop_dead=False),
             "straightforward, dead samples left out": released(first, drop_dead=True),
         }
-        forms |= {name: Trainer(config(settings), 1, device) for name, settings in LADDER.items()}
+        forms |= {name: Trainer(config(settings), ranks=ranks) for name, settings in LADDER.items()}
         times: dict[str, list[float]] = {name: [] for name in forms}
         phases: dict[str, dict[str, float]] = {}
         for n in tqdm(range(arguments.rounds + 1), desc="rounds"):

@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 from fastgrpo.measure import DEVICE, peak_bandwidth, seconds
 from fastgrpo.records import noise_address
 from fastgrpo.sampling import tables as sde
+from fastgrpo_kernels import Guided
 from fastgrpo_kernels import sde_step as public_sde_step
 from fastgrpo_kernels import transition as public_transition
 from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
@@ -88,7 +89,7 @@ class Inputs:
         self.sigmas = SIGMAS.to(DEVICE)
         self.timesteps, self.step = self.sigmas[:-1] * 1000, torch.tensor([3], device=DEVICE)
         self.t = self.timesteps[3].expand(batch)
-        self.table = sde.coefficient_table("flow_sde", SIGMAS, NOISE_LEVEL).float().to(DEVICE)
+        self.table = sde.coefficient_table(sde.sampler_steps("flow_sde", SIGMAS, NOISE_LEVEL)).float().to(DEVICE)
         self.rows = self.table[3].expand(batch, 4).contiguous()
         self.x, self.x_next = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
         self.v, self.v_old, self.v_uncond = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))
@@ -167,7 +168,7 @@ def _counts(launches: int, syncs: int, bytes_an_element: float) -> dict[str, flo
 FUSED = {  # on a GPU the kernels; by name, of one set of inputs
     "fused": lambda i: public_sde_step(i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16),
     "fused, guided": lambda i: public_sde_step(
-        i.x, i.v, i.table, i.step, i.address, v_uncond=i.v_uncond, guidance_scale=GUIDANCE, model_dtype=torch.bfloat16
+        i.x, Guided(i.v, i.v_uncond, GUIDANCE), i.table, i.step, i.address, model_dtype=torch.bfloat16
     ),
     "fused transition": lambda i: public_transition(i.x_next, i.x, i.v, i.v_old, i.rows),
 }

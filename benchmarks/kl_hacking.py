@@ -38,9 +38,9 @@ from common import ROOT, finish, pyplot
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
-from fastgrpo.records import SAMPLE
+from fastgrpo.engine.ranks import Ranks, start
+from fastgrpo.engine.ranks import finish as leave
+from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.generate import generate
 from fastgrpo.tiny.pretrain import to_unit
 from fastgrpo.tiny.render import BACKGROUND, coverage, render
@@ -103,12 +103,12 @@ def diversity(groups: Tensor) -> Tensor:
     return pairs.sum(dim=(1, 2)) / (flat.shape[1] * (flat.shape[1] - 1))
 
 
-def trainer_of(arguments: argparse.Namespace, beta: float, folder: str, device: torch.device) -> Trainer:
+def trainer_of(arguments: argparse.Namespace, beta: float, folder: str, ranks: Ranks) -> Trainer:
     settings = [
         f"output={folder}", f"objective.beta={beta}", "rollout.groups=8", "rollout.batch_size=64",
         f"reward.train={{tiny_shapes: 1, jpeg_incompressibility: {arguments.weight}}}", *arguments.set,
     ]  # fmt: skip
-    return Trainer(load_config(arguments.config, settings), 1, device)
+    return Trainer(load_config(arguments.config, settings), ranks=ranks)
 
 
 @torch.no_grad()
@@ -118,9 +118,10 @@ def draw_images(trainer: Trainer, records: Sequence[dict]) -> Tensor:
     with trainer.engine.swapped(trainer.ema.weights), trainer.engine.rollout_policy() as policy:
         for first in range(0, len(records), AT_ONCE):
             prompts = [record["prompt"] for record in records[first : first + AT_ONCE]]
-            sample_id = torch.arange(first, first + len(prompts))
+            prompted = trainer.embeddings.prompted(prompts, rollout.guidance_scale)
+            sample_id = torch.arange(first, first + len(prompts), device=trainer.model.device)
             images.append(generate(
-                trainer.model, policy, trainer.embeddings, prompts, sample_id, stream=SAMPLE, seed=trainer.config.seed,
+                trainer.model, policy, prompted, noise_address(SAMPLE, trainer.config.seed, 0, sample_id),
                 num_steps=rollout.num_steps, guidance_scale=rollout.guidance_scale,
             ).cpu())  # fmt: skip
     return torch.cat(images)
@@ -267,15 +268,15 @@ def main() -> None:
     if arguments.quick:
         arguments.iterations, arguments.prompts, arguments.group = 20, 10, 8
         arguments.betas = arguments.betas[:1]
-    device, runs = start(), {}
+    ranks, runs = start(), {}
     with tempfile.TemporaryDirectory() as folder:
         for beta in tqdm([0.0, *arguments.betas], desc="runs", dynamic_ncols=True):
-            trainer = trainer_of(arguments, beta, folder, device)
+            trainer = trainer_of(arguments, beta, folder, ranks)
             chosen = prompts_of_each_tag(trainer.evaluator.prompts.metadata, arguments.prompts)
             records = [record for record in chosen for _ in range(arguments.group)]
             truth = measure(trainer, 0, true_images(trainer, records), records, arguments.group)
             runs[beta] = train(arguments, beta, trainer, records)
-            trainer.engine.close()
+            trainer.close()
     base, prompts, tags = runs[0.0][0], [record["prompt"] for record in chosen], [record["tag"] for record in chosen]
     pairs = {beta: (runs[beta][-1], at_reward(runs[0.0], runs[beta][-1].row()["reward"])) for beta in arguments.betas}
     result = {

@@ -23,9 +23,8 @@ import torch
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
-from fastgrpo.measure import DEVICE
+from fastgrpo.engine.ranks import finish as leave
+from fastgrpo.engine.ranks import start
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
 
@@ -98,14 +97,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each form")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all forms")
     arguments = parser.parse_args()
-    start()
+    ranks = start()
     with tempfile.TemporaryDirectory() as folder:
         smaller = ["rollout.batch_size=32", *arguments.set, f"output={folder}"]
         config = load_config(arguments.config, smaller)
         batches = config.rollout.groups * config.rollout.group_size // config.rollout.batch_size
-        trainer = Trainer(config, 1, DEVICE)
+        trainer = Trainer(config, ranks=ranks)
         pause, found = measure(trainer, Slow(), batches, arguments.rounds)
-        trainer.engine.close()
+        trainer.close()
     rows = []
     for form, iterations in found.items():
         phases = {phase: statistics.median(one[phase] for one in iterations) for phase in iterations[0]}

@@ -35,11 +35,12 @@ from tqdm import tqdm
 from fastgrpo.measure import DEVICE, peak_flops, seconds, synchronize
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.policy import Policy
-from fastgrpo.records import TRAIN, Steps, noise_address, with_unconditional
-from fastgrpo.sampling import tables as sde
+from fastgrpo.records import TRAIN, Prompted, Schedule, noise_address
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo_kernels import sde_step
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
+from fastgrpo_kernels import NoiseAddress, sde_step
 
 WINDOW = 3
 WARM_UPS = 2  # compile, capture, and once as it will be
@@ -77,12 +78,9 @@ def variants(eager: Adapter, *, compiled: bool, fp8: bool) -> dict[str, Any]:
     return found
 
 
-def steps_of(model: Adapter, num_steps: int, batch: int) -> Steps:
-    sigmas = model.sigmas(num_steps)
-    start = torch.ones(batch, dtype=torch.int64)
-    size = min(WINDOW, num_steps - 2)
-    table = sde.window_tables("flow_sde", sigmas, 0.7, start, size).to(DEVICE)
-    return Steps(sigmas.to(DEVICE), table, start.to(DEVICE), size, torch.zeros(num_steps, device=DEVICE))
+def schedule_of(model: Adapter, num_steps: int, batch: int) -> Schedule:
+    steps = sampler_steps("flow_sde", model.sigmas(num_steps), 0.7)
+    return window_schedule(steps, torch.ones(batch, dtype=torch.int64), min(WINDOW, num_steps - 2)).to(DEVICE)
 
 
 @contextmanager
@@ -95,13 +93,14 @@ def cudnn_allowed() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def rollout_arguments(model: Adapter, batch: int, num_steps: int, guidance: float = 1.0) -> tuple[tuple, dict[str, Any]]:
-    """`fastgrpo.sampling.rollout.rollout`'s, after the policy."""
-    plain = conditioning(model, batch)
-    rows = with_unconditional(plain, empty_prompt(plain) if guidance != 1 else None)
+def rollout_arguments(
+    model: Adapter, batch: int, num_steps: int, guidance: float = 1.0
+) -> tuple[Schedule, NoiseAddress, Prompted, float]:
+    """What `fastgrpo.sampling.rollout.rollout` is given after the policy."""
+    cond = conditioning(model, batch)
+    empty = type(cond)(*(tensor.expand_as(like) for tensor, like in zip(empty_prompt(cond), cond, strict=True)))
     address = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE))
-    options = dict(guidance_scale=guidance, latent_shape=model.latent_shape, model_dtype=model.dtype)
-    return (steps_of(model, num_steps, batch), address, rows), options
+    return schedule_of(model, num_steps, batch), address, Prompted(cond, empty if guidance != 1 else None), guidance
 
 
 def empty_prompt(plain: tuple) -> tuple:
@@ -130,26 +129,26 @@ def forms(
 ) -> dict[str, Callable[[], Any] | str]:
     """What is timed, by name: each a function that draws `batch` images' latents, or the error of making its model."""
     eager = models["eager"]
-    inputs, options = rollout_arguments(eager, batch, num_steps, guidance)
+    inputs = rollout_arguments(eager, batch, num_steps, guidance)
     found: dict[str, Any] = {"diffusers": stock(rival, eager, batch, num_steps, guidance)}
     for name, model in models.items():
         if isinstance(model, str):  # an error instead
             found[name] = model
             continue
-        found[name] = drawing(rollout, model, *inputs, options)
+        found[name] = drawing(rollout, model, inputs)
         if DEVICE.type == "cuda":
             label = "captured" if name == "eager" else f"captured, {name}"
-            found[label] = drawing(CapturedRollout(CudaCapture()), model, *inputs, options)
+            found[label] = drawing(CapturedRollout(CudaCapture()), model, inputs)
     return found
 
 
-def drawing(form: Callable[..., Any], model: Any, *arguments: Any) -> Callable[[], Any]:
-    """The rollout of a model, in 8 bits where it was prepared for that."""
-    policy, (*inputs, options) = Policy(model), arguments
+def drawing(form: Callable[..., Any], model: Any, inputs: tuple) -> Callable[[], Any]:
+    """The rollout of a model, in 8 bits where it was prepared for that. inputs: of `rollout_arguments`."""
+    policy = Policy(model)
 
     def draw() -> Any:
         with model.drafting():
-            return form(policy, *inputs, **options)
+            return form(policy, *inputs)
 
     return draw
 
@@ -188,12 +187,12 @@ def row_of(measured: dict[str, float | str], batch: int, num_steps: int, guidanc
 def phases(model: Adapter, batch: int) -> dict[str, float]:
     """Seconds of each part of a step as eager code runs it, and of the decoder once an image batch."""
     rows, x = conditioning(model, batch), torch.randn(batch, *model.latent_shape, device=DEVICE)
-    sigma, steps = torch.full((batch,), 0.7, device=DEVICE), steps_of(model, 10, batch)
+    sigma, table = torch.full((batch,), 0.7, device=DEVICE), schedule_of(model, 10, batch).table
     address, index = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE)), torch.tensor([3], device=DEVICE)
     x_model = x.to(model.dtype)
     parts = {
         "network": lambda: model.velocity(x_model, sigma, rows),
-        "transition": lambda: sde_step(x, x_model, steps.table, index, address, model_dtype=model.dtype),
+        "transition": lambda: sde_step(x, x_model, table, index, address, model_dtype=model.dtype),
         "decoder": lambda: model.decode(x),
     }
     with torch.no_grad():

@@ -20,9 +20,10 @@ from common import ROOT
 from torch import Tensor, nn
 
 from fastgrpo.config.schema import apply_override, build, plain
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import start
+from fastgrpo.files import write_atomically
 from fastgrpo.measure import DEVICE, synchronize
-from fastgrpo.reporting.runlog import read_lines, write_atomically
+from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import Config, check, dump_config, load_config
 
@@ -78,9 +79,9 @@ def write_configuration(work: Path, name: str, settings: Sequence[str]) -> None:
 
 def join(progress: Any) -> None:
     """A worker begins."""
-    global device, queue
+    global ranks, queue
     torch.set_num_threads(1)
-    device, queue = start(), progress
+    ranks, queue = start(), progress
 
 
 def now() -> float:
@@ -112,7 +113,7 @@ def counted(policy: nn.Module) -> Iterator[SimpleNamespace]:
 
 def measure(work: Path, names: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Of each recipe the seconds and the image forwards of an iteration: in turn, the first to warm up, then the fastest."""
-    trainers = {name: Trainer(load_config(work / name / "config.yaml"), 1, device) for name in names}
+    trainers = {name: Trainer(load_config(work / name / "config.yaml"), ranks=ranks) for name in names}
     measured: dict[str, dict[str, float]] = {}
     for n in range(1 + rounds):
         for name, trainer in trainers.items():
@@ -124,7 +125,7 @@ def measure(work: Path, names: Sequence[str], rounds: int) -> dict[str, dict[str
             measured[name] = {"seconds": min(seconds, before), "image_forwards": seen.forwards}
             queue.put((1, None))
     for trainer in trainers.values():
-        trainer.engine.close()
+        trainer.close()
     return measured
 
 
@@ -167,27 +168,24 @@ def train(run: Run) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"seed={run.seed}", f"output={run.folder}"]
-    trainer = Trainer(load_config(run.folder.parent / "config.yaml", overrides), 1, device)
-    trainer.log = None  # it is the evaluations that are kept here
-    last, wall = trainer._resume()
+    trainer = Trainer(load_config(run.folder.parent / "config.yaml", overrides), ranks=ranks)
+    last = trainer.resume()
     rows = [row for row in rows if row["iteration"] <= last]  # what came after the last checkpoint comes again
     queue.put((last * run.seconds, None))
     parent, evaluations = multiprocessing.parent_process(), due(run)
     for iteration in range(last, evaluations[-1] + 1):
         if iteration > last:
-            began = time.perf_counter()
             trainer.iterate(iteration)
-            wall += time.perf_counter() - began
             queue.put((run.seconds, None))
         if iteration in evaluations and iteration not in [row["iteration"] for row in rows]:
-            rows.append({**evaluate(run, trainer, iteration), "wall_seconds": round(wall, 2)})
+            rows.append({**evaluate(run, trainer, iteration), "wall_seconds": round(trainer.seconds, 2)})
             write_atomically(run.folder / "evaluations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             if iteration:
-                trainer._save(iteration, wall)
+                trainer.save()
         if finished(run, rows) or not (parent is None or parent.is_alive()):
             break
     queue.put((run.budget - iteration * run.seconds, None))
-    trainer.engine.close()
+    trainer.close()
 
 
 def evaluate(run: Run, trainer: Trainer, iteration: int) -> dict:

@@ -49,7 +49,7 @@ from common import ROOT, finish, pyplot
 from scored_runs import BASELINE, DEFAULT, RUNGS, Run, join, kept, measure, reached, train, write_configuration
 from tqdm import tqdm
 
-from fastgrpo.reporting.runlog import write_atomically
+from fastgrpo.files import write_atomically
 
 
 class Spent(NamedTuple):

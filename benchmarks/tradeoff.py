@@ -29,8 +29,8 @@ import torch
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import Ranks, start
+from fastgrpo.engine.ranks import finish as leave
 from fastgrpo.measure import synchronize
 from fastgrpo.sampling import tables as sde
 from fastgrpo.trainer import Trainer
@@ -76,21 +76,22 @@ def excess_noise(sampler: str, sigmas: torch.Tensor, noise_level: float, spread:
     mask[first : first + size] = True
     variance = torch.tensor(1.0, dtype=torch.float64)
     sigmas = sigmas.double()
-    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sampler, sigmas, noise_level, mask), strict=False):
+    table = sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask)
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, table, strict=False):
         data = (1 - sigma) * spread
         k = (sigma - data * spread) / (data**2 + sigma**2)
         variance = (c_x + c_v * k) ** 2 * variance + s**2
     return (variance.sqrt() / spread - 1).item()
 
 
-def trainer_of(arguments: argparse.Namespace, folder: str, device: torch.device, point: Point) -> Trainer:
+def trainer_of(arguments: argparse.Namespace, folder: str, ranks: Ranks, point: Point) -> Trainer:
     first, size = window(point.steps)
     settings = [
         f"output={folder}", f"rollout.sampler={point.sampler}", f"rollout.num_steps={point.steps}",
         f"rollout.noise_level={point.noise_level}", f"rollout.window={{kind: fixed, start: {first}, size: {size}}}",
         *arguments.set,
     ]  # fmt: skip
-    return Trainer(load_config(arguments.config, settings), 1, device)
+    return Trainer(load_config(arguments.config, settings), ranks=ranks)
 
 
 def iteration_seconds(trainer: Trainer, timed: int = 3) -> float:
@@ -101,7 +102,7 @@ def iteration_seconds(trainer: Trainer, timed: int = 3) -> float:
         trainer.iterate(iteration + 1)
         synchronize()
         seconds.append(time.perf_counter() - began)
-    trainer.engine.close()
+    trainer.close()
     return min(seconds[1:])
 
 
@@ -112,7 +113,7 @@ def train(trainer: Trainer, iterations: int, images: int) -> tuple[list[float], 
         rewards.append(round(trainer.iterate(iteration)["reward"], 4))
     with trainer.engine.swapped(trainer.ema.weights), trainer.engine.rollout_policy() as policy:
         accuracy = trainer.evaluator.accuracy(policy, images)["accuracy"]["overall"]
-    trainer.engine.close()
+    trainer.close()
     return rewards, accuracy
 
 
@@ -189,14 +190,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds, arguments.images = 20, 100
-    device, chosen, rows = start(), points(arguments.quick), []
+    ranks, chosen, rows = start(), points(arguments.quick), []
     with tempfile.TemporaryDirectory() as folder:
         seconds = {
-            steps: iteration_seconds(trainer_of(arguments, folder, device, Point("flow_sde", steps, 0.7)))
+            steps: iteration_seconds(trainer_of(arguments, folder, ranks, Point("flow_sde", steps, 0.7)))
             for steps in tqdm(sorted({point.steps for point in chosen}), desc="timing", dynamic_ncols=True)
         }
         for point in tqdm(chosen, desc="points", dynamic_ncols=True):
-            trainer = trainer_of(arguments, folder, device, point)
+            trainer = trainer_of(arguments, folder, ranks, point)
             rollout, sigmas = trainer.config.rollout, trainer.model.sigmas
             iterations = max(1, round(arguments.seconds * point.budgets / seconds[point.steps]))
             rewards, accuracy = train(trainer, iterations, arguments.images)

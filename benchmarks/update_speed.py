@@ -15,8 +15,8 @@ from typing import Any
 from common import ROOT, finish, pyplot
 from tqdm import tqdm
 
-from fastgrpo.engine.zero import finish as leave
-from fastgrpo.engine.zero import start
+from fastgrpo.engine.ranks import finish as leave
+from fastgrpo.engine.ranks import start
 from fastgrpo.measure import synchronize
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
@@ -40,20 +40,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all forms")
     arguments = parser.parse_args()
-    device, rows = start(), []
+    ranks, rows = start(), []
     with tempfile.TemporaryDirectory() as folder:
         common = [f"output={folder}", *arguments.set]
         config = load_config(arguments.config, common)
         table = forms(config.rollout.batch_size, config.rollout.window.size or config.rollout.num_steps - 1)
         for name, settings in tqdm(table.items(), desc="forms"):
-            trainer = Trainer(load_config(arguments.config, [*common, *settings]), 1, device)
+            trainer = Trainer(load_config(arguments.config, [*common, *settings]), ranks=ranks)
             times = []
             for n in range(arguments.rounds + 1):
                 metrics = trainer.iterate(n + 1)
                 synchronize()
                 if n:
                     times.append(metrics["seconds"]["update"])
-            trainer.engine.close()
+            trainer.close()
             rows.append({"form": name, "seconds": round(statistics.median(times), 4), "settings": settings})
             del trainer
     images = config.rollout.groups * config.rollout.group_size

@@ -6,17 +6,18 @@ categories as in GenEval: a category of many prompts counts no more than another
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import PromptSet, asked
-from fastgrpo.records import EVALUATION, SAMPLE
-from fastgrpo.rewards import RewardSum
+from fastgrpo.data.prompts import PromptSet, as_prompt
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.policy import Model, Policy
+from fastgrpo.records import EVALUATION, SAMPLE, noise_address
+from fastgrpo.rewards import RewardSum, RewardUnavailable
 from fastgrpo.sampling.generate import generate
 
 
@@ -24,7 +25,7 @@ from fastgrpo.sampling.generate import generate
 class Evaluator:
     """How images are drawn and scored; the same noise at every evaluation, so that two differ by their weights alone."""
 
-    model: object  # any adapter of fastgrpo.models
+    model: Model
     embeddings: Embeddings
     prompts: PromptSet
     reward: RewardSum
@@ -32,43 +33,40 @@ class Evaluator:
     guidance_scale: float
     batch_size: int
     seed: int
-    rank: int = 0
-    world_size: int = 1
-    gather: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
-    together: Callable[[], AbstractContextManager] = nullcontext  # what a reward raises on one rank, all do
+    ranks: Ranks
 
-    def accuracy(self, policy: nn.Module, images: int, progress: Callable[[], None] = lambda: None) -> dict:
+    def accuracy(self, policy: Policy, images: int, progress: Callable[[], object] = lambda: None) -> dict:
         """Mean score, overall and by category ("tag" of the prompts' metadata), with the number of images and seconds.
 
         With several rewards: of their weighted sum overall and of each of them by name; "categories" has each one's by tag.
+        A reward that is gone on one rank is `RewardUnavailable` on every rank. Collective.
         """
         began = time.perf_counter()
-        order = self._order(images)  # prompt of each sample
+        order = self.order(images)  # prompt of each sample
         # Whole batches only, the same number on every rank: past the end the samples start over, and are not counted.
-        share = -(-images // (self.batch_size * self.world_size)) * self.batch_size  # samples a rank
-        scores = []
-        with self.together():
-            for start in range(self.rank * share, (self.rank + 1) * share, self.batch_size):
+        share = -(-images // (self.batch_size * self.ranks.world_size)) * self.batch_size  # samples a rank
+        first, scores = self.ranks.rank * share, []
+        with self.ranks.together(RewardUnavailable):
+            for start in range(first, first + share, self.batch_size):
                 sample_id = torch.arange(start, start + self.batch_size) % images
                 scores.append(self._scores(policy, order[sample_id.numpy()], sample_id))
                 progress()
-        scores = self.gather(torch.cat(scores).to(self.model.device))[:images].cpu()
+        every = self.ranks.gather(torch.cat(scores).to(self.model.device))[:images].cpu()
         tags = np.array([self.prompts.metadata[i].get("tag", "all") for i in order])
-        return {**self._means(scores, tags), "images": images, "seconds": round(time.perf_counter() - began, 2)}
+        return {**self._means(every, tags), "images": images, "seconds": round(time.perf_counter() - began, 2)}
 
     def _means(self, scores: Tensor, tags: np.ndarray) -> dict:
-        """Of scores (images, R) and each image's tag."""
+        """scores: (images, R); tags: each image's."""
         columns = {"overall": self.reward.total(scores), **dict(zip(self.reward.names, scores.unbind(1), strict=True))}
-        names, means = dict.fromkeys(tags.tolist()), {}
-        for name, column in columns.items():
-            means[name] = {tag: float(column.numpy()[tags == tag].mean()) for tag in names}
+        names = list(dict.fromkeys(tags.tolist()))
+        means = {name: {tag: float(column.numpy()[tags == tag].mean()) for tag in names} for name, column in columns.items()}
         overall = {name: float(np.mean(list(row.values()))) for name, row in means.items()}
         if len(self.reward.names) == 1:
             return {"accuracy": {"overall": overall["overall"], **means["overall"]}}
         categories = {tag: {name: means[name][tag] for name in self.reward.names} for tag in names}
         return {"accuracy": overall, "categories": categories}
 
-    def _order(self, images: int) -> np.ndarray:
+    def order(self, images: int) -> np.ndarray:
         """The prompts' indices (images,): categories in turn, and in each its prompts in turn, evenly spaced if not all."""
         by_tag: dict[str, list[int]] = {}
         for i, record in enumerate(self.prompts.metadata):
@@ -82,19 +80,23 @@ class Evaluator:
 
         return np.array([prompt(n) for n in range(images)])
 
-    def _scores(self, policy: nn.Module, order: np.ndarray, sample_id: Tensor) -> Tensor:
+    def _scores(self, policy: Policy, order: np.ndarray, sample_id: Tensor) -> Tensor:
         metadata = [self.prompts.metadata[i] for i in order]
-        images = self._generate(policy, metadata, sample_id, EVALUATION)
+        images = self._draw(policy, metadata, sample_id, EVALUATION)
         return self.reward(images, [record["prompt"] for record in metadata], metadata)
 
-    def samples(self, policy: nn.Module, count: int) -> tuple[Tensor, list[dict]]:
+    def samples(self, policy: Policy, count: int) -> tuple[Tensor, list[dict]]:
         """Images (count, 3, H, W) uint8, or videos (count, T, 3, H, W), to look at, and their records."""
-        metadata = [self.prompts.metadata[i] for i in self._order(count)]
-        images = self._generate(policy, metadata, torch.arange(count), SAMPLE)
-        return images, metadata
+        metadata = [self.prompts.metadata[i] for i in self.order(count)]
+        return self._draw(policy, metadata, torch.arange(count), SAMPLE), metadata
 
-    def _generate(self, policy: nn.Module, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
+    def _draw(self, policy: Policy, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
+        prompts = [as_prompt(record, self.model.image_conditioned) for record in metadata]
         return generate(
-            self.model, policy, self.embeddings, [asked(r, self.model.image_conditioned) for r in metadata], sample_id,
-            stream=stream, seed=self.seed, num_steps=self.num_steps, guidance_scale=self.guidance_scale,
-        )  # fmt: skip
+            self.model,
+            policy,
+            self.embeddings.prompted(prompts, self.guidance_scale),
+            noise_address(stream, self.seed, 0, sample_id.to(self.model.device)),
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+        )

@@ -1,15 +1,160 @@
-"""A model as a policy: the network that an engine wraps and a rollout samples from."""
+"""A model as a policy: what an engine wraps, a rollout samples from, and an update trains.
 
+v = network(x, sigma, conditioning)          under guidance one pass over both conditionings of each sample
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor, nn
+
+from fastgrpo.records import Prompted, concatenate
+from fastgrpo_kernels import Guided
+
+# (x (B, *D) in the model's dtype, sigma (B,) float32, conditioning) -> v (B, *D)
+Network = Callable[[Tensor, Tensor, tuple], Tensor]
+# (v, v_uncond, scale) -> v: guidance that is more than v_uncond + scale (v - v_uncond)
+GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class Model(Protocol):
+    """An image or video model as sampling and training see it.
+
+    Every `fastgrpo.models.adapter.Adapter` is one, and so is any object of your own that has these members. A conditioning
+    is a NamedTuple of tensors with the batch first: what the transformer reads of a prompt.
+    B samples, *D the shape of a latent, (H, W) the size of an image, T frames of a video.
+    """
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network that makes velocities. Its trainable parameters are the ones that a run trains."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which `velocity` takes x and returns v."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is and where `velocity` takes its arguments."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """*D, the shape of one latent."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W), the size of an image in pixels."""
+
+    @property
+    def image_conditioned(self) -> bool:
+        """Whether prompts are `fastgrpo.data.prompts.ImagePrompt`, a text about an input image, instead of str."""
+
+    @property
+    def Conditioning(self) -> Any:
+        """The class of conditionings, called with a tensor for each of its fields."""
+
+    def encode(self, prompts: Sequence[Any]) -> Any:
+        """The conditioning of B prompts. The prompt "" stands for no prompt in classifier-free guidance."""
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        """The networks that a conditioning is made by; a cache of conditionings is valid for their weights alone."""
+
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """The settings that a conditioning depends on, besides the prompt and the weights of `encoders`."""
+
+    def release_encoders(self) -> None:
+        """Make room on the device: all prompts have been encoded. `encode` may be slow from here on."""
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The noise levels of a schedule of so many steps, falling from 1 to 0: (num_steps + 1,) float32 on the CPU."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
+        """v = noise - data at x (B, *D) in `dtype` and sigma (B,) float32, in x's shape and dtype."""
+
+    @property
+    def guide(self) -> GuidanceRule | None:
+        """The model's own rule of guidance; None if that is v_uncond + scale (v - v_uncond)."""
+
+    def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
+        """Images (B, 3, H, W) or videos (B, T, 3, H, W) uint8 of latents (B, *D). draft: faster and rougher, if possible."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, *D) float32 of images (B, 3, H, W) uint8, for training on images that are there already."""
+
+    def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
+        """Add a trainable LoRA to the transformer, which has no effect at first. targets: layers; None: the usual ones."""
+
+    def train_all(self, *, keep_reference: bool) -> None:
+        """Make every weight of the transformer trainable. keep_reference: `reference` will be asked for."""
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether `add_lora` was called, so that `reference` costs no memory."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, `velocity` is that of the model before training."""
+
+    def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write trained weights. trained: parameter name in `transformer` -> float32 value."""
+
+    def load_trained(self, folder: Path) -> None:
+        """Read the weights that `save_trained` wrote."""
+
+    def use_attention(self, name: str) -> None:
+        """Run on the attention kernels that model.attention names; called with "native" too, which changes nothing."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks that `compile_blocks` compiles."""
+
+    def compile_blocks(self) -> None:
+        """torch.compile the transformer's blocks in place, for model.compile."""
+
+    def load_tiny_decoder(self, path: Path) -> None:
+        """Load the decoder that `decode(draft=True)` uses, for model.tiny_decoder."""
+
+    def prepare_drafts(self) -> None:
+        """Make ready for `drafting`, once the trained weights are in place, for rollout.precision=fp8."""
+
+    def drafting(self) -> AbstractContextManager[None]:
+        """Inside, `velocity` may be rougher and faster if `prepare_drafts` was called. Entered for every rollout."""
 
 
 class Policy(nn.Module):
-    """A model adapter's network as a module from (x, sigma, conditioning) to velocity: what an engine wraps."""
+    """A model's network as a module, with what a rollout needs to know of it."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.transformer = model.transformer
         self.velocity = model.velocity
+        self.latent_shape: tuple[int, ...] = model.latent_shape
+        self.dtype: torch.dtype = model.dtype  # of what the network reads
+        self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+        """The velocity v = noise - data at x (B, *D) and sigma (B,)."""
         return self.velocity(x, sigma, conditioning)
+
+
+def prompted_velocity(
+    network: Network, prompted: Prompted, guidance_scale: float = 1.0, guide: GuidanceRule | None = None
+) -> Callable[[Tensor, Tensor], Guided]:
+    """The network under these prompts, a function of x (B, *D) and sigma (B,): its velocity with and without the prompt.
+
+    The kernels combine the two. By a rule of the model's own, `guide`, they are combined here, and there is one.
+    """
+    cond, uncond = prompted
+    if uncond is None:
+        return lambda x, sigma: Guided(network(x, sigma, cond))
+    both = concatenate([uncond, cond])
+
+    def velocity(x: Tensor, sigma: Tensor) -> Guided:
+        v_uncond, v = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return Guided(v, v_uncond, guidance_scale) if guide is None else Guided(guide(v, v_uncond, guidance_scale))
+
+    return velocity

@@ -1,11 +1,13 @@
-"""The records that flow from rollout to update. B samples, S trained steps, *D the shape of a latent.
+"""The records that flow from prompts to optimiser steps. B samples, S trained steps, T steps, *D the shape of a latent.
+
+    Prompted -> Schedule -> Trajectory -> Experience
 
 A conditioning is a NamedTuple of tensors with the batch first, each model family's own; here only what is common to all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,15 +29,6 @@ def concatenate(conditionings: Sequence[C]) -> C:
     return type(conditionings[0])(*(torch.cat(tensors) for tensors in zip(*conditionings, strict=True)))
 
 
-def with_unconditional(conditioning: C, unconditional: C | None) -> C:
-    """Rows for classifier-free guidance: the empty prompt B times, then the B prompts; without guidance those alone."""
-    if unconditional is None:
-        return conditioning
-    batch = len(conditioning[0])
-    empty = (tensor.expand(batch, *tensor.shape[1:]) for tensor in unconditional)
-    return concatenate([type(conditioning)(*empty), conditioning])
-
-
 def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> NoiseAddress:
     """Where a sample's noise lies: a function of what it is, not of when, where or beside what it is drawn."""
     device = sample_id.device
@@ -46,8 +39,30 @@ def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> 
     )
 
 
-class Steps(NamedTuple):
-    """The coefficients of one batch's rollout."""
+class Prompted(NamedTuple):
+    """The conditioning of B samples and, under classifier-free guidance, the one that it is compared with."""
+
+    cond: tuple  # of tensors (B, ...)
+    uncond: tuple | None = None  # of tensors (B, ...), of the empty prompt; None: no guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether the network is asked twice for each sample."""
+        return self.uncond is not None
+
+    def take(self, index: Tensor) -> "Prompted":
+        """The samples `index`, in that order."""
+        return Prompted(take(self.cond, index), None if self.uncond is None else take(self.uncond, index))
+
+
+def join_prompted(parts: Sequence[Prompted]) -> Prompted:
+    """Several batches as one."""
+    uncond = [part.uncond for part in parts if part.uncond is not None]
+    return Prompted(concatenate([part.cond for part in parts]), concatenate(uncond) if uncond else None)
+
+
+class Schedule(NamedTuple):
+    """The steps of one batch's rollout, made in `fastgrpo.sampling.schedule`. A row is a sample's, or a group's."""
 
     sigmas: Tensor  # (T + 1,) float32, falling from 1 to 0
     table: Tensor  # (B, T, 4) float32, columns c_x, c_v, s, w
@@ -55,28 +70,33 @@ class Steps(NamedTuple):
     size: int  # S
     kl_weight: Tensor  # (T,) float32, what multiplies m3 in the KL
     loss_weight: Tensor | None = None  # (B, T) float32, what multiplies a step's policy loss; None: 1
-    history: Tensor | None = (
-        None  # (B, T) float32, c_p / c_x of `fastgrpo.sampling.after_window`; None: no step has a memory
-    )
-    siblings: int = 1  # so many samples in a row start from the noise of the first
-    prefix: int = 0  # steps before the window, without noise, that are computed once for all siblings
+    history: Tensor | None = None  # (B, T) float32, c_p / c_x of `fastgrpo.sampling.after_window`; None: no memory
+    siblings: int = 1  # number of consecutive samples that share the first one's initial noise
+    prefix: int = 0  # number of steps before the window, without noise, that are computed once for all siblings
 
-    def to(self, device: torch.device) -> "Steps":
-        return Steps(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.table.shape[1]
 
-    def of(self, row: Tensor) -> "Steps":
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same on a device."""
+        moved: dict[str, Any] = {name: v.to(device) for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved)
+
+    def of(self, row: Tensor) -> "Schedule":
         """The rows `row` (B,): of groups, those of their samples."""
         by_row = ("table", "start", "loss_weight", "history")
         return self._replace(**{name: rows[row] for name in by_row if (rows := getattr(self, name)) is not None})
 
-    def forwards(self, batch: int) -> int:
-        """Rows that go through the network in a rollout of `batch` rows, which under guidance are two for each sample."""
-        return batch * (self.table.shape[1] - self.prefix) + batch // self.siblings * self.prefix
+    def forward_passes(self, batch: int) -> int:
+        """How many samples go through the network in a rollout of `batch`, step by step added up."""
+        return batch * (self.num_steps - self.prefix) + batch // self.siblings * self.prefix
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What the behaviour policy did, as far as it is trained on. Steps come first, so that a step's batch is contiguous."""
+class Trajectory:
+    """What the sampling policy did, as far as it is trained on. Steps come first, so that a step's batch is contiguous."""
 
     latents: Tensor  # (S + 1, B, *D) float32, before each trained step and after the last
     v_old: Tensor  # (S, B, *D) velocity, under guidance the guided one in float32, else in the model's dtype
@@ -84,80 +104,73 @@ class Rollout:
     final: Tensor  # (B, *D) float32, sigma = 0
 
 
-@dataclass(frozen=True)
-class Experience:
-    """One batch of transitions to learn from, S of each of B samples, in the rollout's shape where there was one."""
-
-    x: Tensor  # (S, B, *D) float32, what the network sees
-    x_next: Tensor  # (S, B, *D) float32, after the step; of the forward process the velocity to match
-    v_old: Tensor  # (S, B, *D) velocity, under guidance the guided one in float32, else in the model's dtype
-    sigma: Tensor  # (S, B) float32
-    coefficients: Tensor  # (S, B, 4) float32, columns c_x, c_v, s, w
-    kl_weight: Tensor  # (S, B) float32
-    loss_weight: Tensor  # (S, B) float32
-    conditioning: tuple  # of tensors (B, ...), or (2 B, ...) under guidance
-    advantages: Tensor  # (B,) float32
-    weight: Tensor  # (B,) float32, 0 where the group teaches nothing
-
-
-class Batch(NamedTuple):
-    """What an iteration has of some samples, before they are learned from."""
-
-    sample_id: Tensor  # (B,) int64 on the CPU
-    conditioning: tuple
-    steps: Steps | None  # None where nothing was rolled out
-    rollout: Rollout
-
-
-STEPS_FIRST = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight", "loss_weight")  # (S, B, ...)
-
-
-def experience_of(rollout: Rollout, steps: Steps, conditioning: tuple, advantages: Tensor, weight: Tensor) -> Experience:
-    """The trained steps of a rollout, in its own shape, so that the ratio of the first update is exactly 1."""
-    batch = len(advantages)
-    rows = torch.arange(batch, device=steps.start.device)
-    index = torch.arange(steps.size, device=steps.start.device)[:, None] + steps.start  # (S, B) step of the rollout
-    kl_weight = steps.kl_weight[index]
-    loss_weight = torch.ones_like(kl_weight) if steps.loss_weight is None else steps.loss_weight[rows, index]
-    return Experience(
-        rollout.latents[:-1], rollout.latents[1:], rollout.v_old, steps.sigmas[index], steps.table[rows, index],
-        kl_weight, loss_weight, conditioning, advantages, weight,
-    )  # fmt: skip
-
-
-def only_final(x0: Tensor) -> Rollout:
+def only_final(x0: Tensor) -> Trajectory:
     """Latents (B, *D) that came without a trajectory."""
     nothing = x0.new_empty(0, *x0.shape)
-    return Rollout(latents=x0[None], v_old=nothing, log_prob=x0.new_empty(0, len(x0)), final=x0)
+    return Trajectory(latents=x0[None], v_old=nothing, log_prob=x0.new_empty(0, len(x0)), final=x0)
 
 
-def conditioning_rows(conditioning: C, sample: Tensor, batch: int) -> C:
-    """The rows of samples of a batch; under guidance, of the empty prompt first."""
-    guided = len(conditioning[0]) == 2 * batch
-    return take(conditioning, torch.cat([sample, sample + batch]) if guided else sample)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch of samples, before their advantages are known."""
+
+    sample_id: Tensor  # (B,) int64 on the CPU
+    prompted: Prompted
+    schedule: Schedule | None  # None: the images were given, nothing was rolled out
+    trajectory: Trajectory
 
 
-def select(experience: Experience, sample: Tensor) -> Experience:
-    """The samples (n,) of an experience, in that order."""
-    return Experience(
-        **{name: getattr(experience, name)[:, sample] for name in STEPS_FIRST},
-        conditioning=conditioning_rows(experience.conditioning, sample, len(experience.advantages)),
-        advantages=experience.advantages[sample],
-        weight=experience.weight[sample],
-    )
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Transitions to learn from: those of B samples, S each, or as a micro-batch N of them, each a sample of its own.
+
+    Below, (*) is (S, B) or (N,), and (B) the samples: B or N.
+    """
+
+    x: Tensor  # (*, *D) float32, what the network sees
+    x_next: Tensor  # (*, *D) float32, after the step; of the forward process the velocity to match
+    v_old: Tensor  # (*, *D) velocity, under guidance the guided one in float32, else in the model's dtype
+    sigma: Tensor  # (*) float32
+    coefficients: Tensor  # (*, 4) float32, columns c_x, c_v, s, w
+    kl_weight: Tensor  # (*) float32
+    loss_weight: Tensor  # (*) float32
+    prompted: Prompted  # (B, ...)
+    advantages: Tensor  # (B,) float32
+    weight: Tensor  # (B,) float32, 0 where a sample teaches nothing
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.advantages)
+
+    def select(self, sample: Tensor) -> "Experience":
+        """The samples (n,) with all their steps, in that order."""
+        by_step = {name: getattr(self, name)[:, sample] for name in TRANSITION_FIELDS}
+        return replace(self, **by_step, **self._of_samples(sample))
+
+    def transitions(self, part: slice) -> "Experience":
+        """Some of its S B transitions, counted step by step, as a micro-batch."""
+        steps, batch = self.sigma.shape
+        sample = torch.arange(batch, device=self.sigma.device).repeat(steps)[part]  # (N,)
+        by_transition = {name: getattr(self, name).flatten(0, 1)[part] for name in TRANSITION_FIELDS}
+        return replace(self, **by_transition, **self._of_samples(sample))
+
+    def _of_samples(self, sample: Tensor) -> dict:
+        return {
+            "prompted": self.prompted.take(sample),
+            "advantages": self.advantages[sample],
+            "weight": self.weight[sample],
+        }
+
+
+TRANSITION_FIELDS = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight", "loss_weight")
 
 
 def join(experiences: Sequence[Experience]) -> Experience:
     """Several batches as one."""
-    guided = len(experiences[0].conditioning[0]) == 2 * len(experiences[0].advantages)
-    conditioning = [e.conditioning for e in experiences]
-    if guided:  # the empty prompts of all before the prompts of all
-        halves = [[type(c)(*(t.chunk(2)[half] for t in c)) for c in conditioning] for half in (0, 1)]
-        conditioning = [*halves[0], *halves[1]]
-    joined = {name: torch.cat([getattr(e, name) for e in experiences], dim=1) for name in STEPS_FIRST}
     return Experience(
-        **joined,
-        conditioning=concatenate(conditioning),
+        **{name: torch.cat([getattr(e, name) for e in experiences], dim=1) for name in TRANSITION_FIELDS},
+        prompted=join_prompted([e.prompted for e in experiences]),
         advantages=torch.cat([e.advantages for e in experiences]),
         weight=torch.cat([e.weight for e in experiences]),
     )

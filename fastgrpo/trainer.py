@@ -2,296 +2,284 @@
 
     prompts -> conditioning -> rollout -> images -> rewards -> advantages -> objective -> engine step -> metrics
 
+    trainer = Trainer(load_config("configs/tiny_shapes.yaml"), reward=my_reward)
+    summary = trainer.run()
+
 Every rank runs the same lines on its share of the samples. A sample is numbered by its place in the iteration, group by
 group, whatever the number of ranks, and its noise and its place in the batch follow from that number alone.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgrpo.callbacks import Callback, FolderLog
+from fastgrpo.config.keys import Config
 from fastgrpo.data.embeddings import Embeddings, without_text
-from fastgrpo.data.images import DATA, image_records, pictures
-from fastgrpo.data.prompts import (
-    INPUT,
-    ImagePrompt,
-    PromptSet,
-    asked,
-    check_held_out,
-    load_prompts,
-    prompts_of_iteration,
-    shares,
-)
+from fastgrpo.data.images import image_records, load_targets
+from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
 from fastgrpo.learning.ema import Ema, warmed_up
-from fastgrpo.learning.iteration import Learning
+from fastgrpo.learning.objectives import weighting
 from fastgrpo.learning.pairs import Pairs, pairs_of_groups
+from fastgrpo.learning.updater import Updater
 from fastgrpo.measure import device_name
-from fastgrpo.models import configured_model, model_class
-from fastgrpo.policy import Policy
-from fastgrpo.records import TRAIN, Batch, Rollout, Steps, noise_address, only_final
+from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
+from fastgrpo.parts import Objects, Parts, Prompts
+from fastgrpo.policy import Model, Policy
+from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
-from fastgrpo.reporting.report import write_report
-from fastgrpo.reporting.runlog import RunLog, read_lines
-from fastgrpo.rewards import RewardSum, RewardUnavailable, load_rewards
+from fastgrpo.reporting.run_folder import RunFolder, read_lines
+from fastgrpo.rewards import Reward, RewardUnavailable
 from fastgrpo.sampling.graph import captured_or_eager
-from fastgrpo.sampling.schedule import group_steps
-from fastgrpo.validation import Config, check_ranks
+from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.validation import check_folder, check_ranks
 
 
 class Trainer:
-    """A run: what it is made of in `__init__`, what happens in `run`, one iteration in `iterate`."""
+    """A run: what it is made of in `__init__`, what happens in `run`, one iteration in `iterate`.
 
-    def __init__(self, config: Config, world_size: int, device: torch.device) -> None:
-        check_ranks(config, world_size)
+    What is handed in as an object takes the place of what the configuration names; the configuration then names it too.
+
+    config: from `load_config`.
+    ranks: the processes of the run, from `fastgrpo.engine.ranks.start`; left out: this process starts them.
+    model: fulfils `fastgrpo.policy.Model`; `config.model` then says only how it is trained.
+    reward: (images (B, 3, H, W) uint8, prompts, their records) -> (B,) scores, to be raised.
+    held_out_reward: what evaluations report; left out: `reward`.
+    prompts, held_out: texts, or records with a "prompt" and whatever the reward reads; no prompt may be in both.
+    callbacks: called with what happens, in order, on every rank.
+
+    Raises ValueError for what cannot be run, with the key's path or the argument.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        ranks: Ranks | None = None,
+        model: Model | None = None,
+        reward: Reward | None = None,
+        held_out_reward: Reward | None = None,
+        prompts: Prompts | None = None,
+        held_out: Prompts | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.ranks = ranks or start()
+        check_ranks(config, self.ranks.world_size)
         torch.manual_seed(config.seed)
-        self.config = config
-        family = model_class(config.model.name)
-        images = family.image_conditioned
-        # Of training on images that are there already: what they are called in the prompts' lines.
-        self.keys = DATA[config.objective.name] if config.objective.offline else ()
-        if self.keys and (images or "num_frames" in family.takes):
-            raise ValueError(f"objective.offline: {config.model.name} is of input images or videos; train it on rollouts")
-        self.prompts = load_prompts(config.prompts.train, self.keys or (INPUT if images else ()))
-        held_out = load_prompts(config.prompts.eval, INPUT if images else ())
-        check_held_out(self.prompts, held_out)
-        self.shares = shares(self.prompts, config.prompts.weights, config.rollout.groups)
-        reward = config.reward
-        self.reward, held_out_reward = load_rewards(
-            reward.train, reward.eval, device=device, settings=reward.settings, frames=reward.frames
-        )
-        self.model = configured_model(config.model, device)
-        self.model.use_attention(config.model.attention)
-        if config.model.tiny_decoder:
-            self.model.load_tiny_decoder(config.model.tiny_decoder)
-        self._add_trained()
-        if config.update.gradient_checkpointing:
-            self.model.transformer.enable_gradient_checkpointing()
-        if config.rollout.precision == "fp8":
-            self.model.prepare_drafts()
-        if config.model.compile:
-            self.model.compile_blocks()
-        self.embeddings = Embeddings(self.model, config.prompts.cache)
-        self.engine = Engine(
-            Policy(self.model), zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
+        objects = Objects(model=model, reward=reward, held_out_reward=held_out_reward, prompts=prompts, held_out=held_out)
+        self.config, self.objects = objects.naming_them(config), objects
+        self.parts = Parts.of(self.config, self.ranks.device, objects)
+        self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
+        self.callbacks = [FolderLog(), *callbacks]
+        self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
+        prepare(self.model, config)
+        options = EngineOptions(
+            zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
             learning_rate=config.update.learning_rate, betas=config.update.betas,
             weight_decay=config.update.weight_decay, max_grad_norm=config.update.max_grad_norm,
             micro_batch_size=config.rollout.batch_size,
         )  # fmt: skip
+        self.engine = Engine(Policy(self.model), self.ranks, options)
         self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
-        self._embed([asked(record, images) for record in (*self.prompts.metadata, *held_out.metadata)])
-        self.rollout, self.rollout_kind = captured_or_eager(config.rollout.cuda_graph, self.model.device)
-        self.scorer = ThreadPoolExecutor(1, "reward")
-        self.learning = Learning(config, self.model, self.engine)
-        self.evaluator = self._evaluator(held_out, held_out_reward)
-
-    def _add_trained(self) -> None:
-        lora = self.config.model.lora
-        if self.config.model.train == "full":
-            self.model.train_all(keep_reference=self.config.objective.beta > 0)
-        else:
-            self.model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-
-    def _embed(self, prompts: list[str | ImagePrompt]) -> None:
-        """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
-        if self.config.prompts.cache is None:
-            return
-        prompts = [*prompts, *{without_text(prompt): None for prompt in prompts}]
-        self.embeddings.prepare(prompts[self.engine.rank :: self.engine.world_size], show=self.engine.rank == 0)
-        self.engine.barrier()
-        self.model.release_encoders()
-
-    def _evaluator(self, held_out: PromptSet, reward: RewardSum) -> Evaluator:
-        evaluation = self.config.evaluation
-        return Evaluator(
-            model=self.model, embeddings=self.embeddings, prompts=held_out, reward=reward, num_steps=evaluation.num_steps,
-            guidance_scale=evaluation.guidance_scale, batch_size=evaluation.batch_size, seed=self.config.seed,
-            rank=self.engine.rank, world_size=self.engine.world_size, gather=self.engine.gather,
-            together=partial(self.engine.together, RewardUnavailable),
+        self.updater = Updater(config, self.model, self.engine)
+        self.embeddings = Embeddings(self.model, config.prompts.cache)
+        self._embed()
+        self.evaluator = Evaluator(
+            model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
+            num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
+            batch_size=config.evaluation.batch_size, seed=config.seed, ranks=self.ranks,
         )  # fmt: skip
+        self.run_rollout, self.rollout_form = captured_or_eager(config.rollout.cuda_graph, self.model.device)
+        self.scorer = ThreadPoolExecutor(1, "reward")
+        self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
+        self.saved = 0  # iteration of the last checkpoint
 
     def run(self) -> dict:
-        """Train from the last checkpoint, or from the start, to the end; returns the summary."""
-        self.done, self.seconds = self._resume()
-        self.saved = self.done
-        self.log = RunLog(self.config.output, self.done) if self.engine.rank == 0 else None
-        if self.log:
-            print(f"rollout: {self.rollout_kind}", flush=True)
+        """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
+
+        Raises RewardUnavailable on every rank, with the state saved, when a reward is gone and did not come back.
+        """
+        check_folder(self.config)
+        self.resume()
+        for callback in self.callbacks:
+            callback.on_start(self)
         try:
             self._train()
         except RewardUnavailable:
-            # Raised on all ranks (`Engine.together`) and never within an update: the state is that of the last iteration.
+            # Raised on all ranks (`Ranks.together`) and never within an update: the state is that of the last iteration.
             self.scorer.shutdown(wait=False, cancel_futures=True)
-            if self.done > self.saved:
-                self._save(self.done, self.seconds)
+            if self.iteration > self.saved:
+                self.save()
             raise
-        return self._finish(self.seconds)
+        summary = self._summary() if self.ranks.rank == 0 else {}
+        for callback in self.callbacks:
+            callback.on_end(self, summary)
+        return summary
 
     def _train(self) -> None:
         config = self.config
-        for iteration in dict.fromkeys((0, self.done)):  # the base, and one before which the run was stopped
+        for iteration in sorted({0, self.iteration}):  # the base, and one before which the run was stopped
             self._evaluate_if_due(iteration)
         bar = tqdm(
-            range(self.done + 1, config.iterations + 1), desc="training", initial=self.done, total=config.iterations,
-            disable=self.engine.rank != 0, dynamic_ncols=True,
+            range(self.iteration + 1, config.iterations + 1), desc="training", initial=self.iteration,
+            total=config.iterations, disable=self.ranks.rank != 0, dynamic_ncols=True,
         )  # fmt: skip
         for iteration in bar:
-            began = time.perf_counter()
-            metrics = self.iterate(iteration)
-            self.done, self.seconds = iteration, self.seconds + time.perf_counter() - began
-            bar.set_postfix_str(progress(metrics))
-            if self.log:
-                self.log.metrics(metrics)
+            bar.set_postfix_str(progress(self.iterate(iteration)))
             self._evaluate_if_due(iteration)
             if iteration == config.iterations or iteration % config.checkpoint.every == 0:
-                self._save(self.done, self.seconds)
+                self.save()
+
+    def _summary(self) -> dict:
+        return run_summary(
+            self.config.output, train_seconds=round(self.seconds, 1), seed=self.config.seed,
+            world_size=self.ranks.world_size, device=device_name(), rollout=self.rollout_form,
+        )  # fmt: skip
 
     def iterate(self, iteration: int) -> dict:
-        """One rollout and its updates."""
+        """One rollout and its updates; returns the iteration's metrics."""
         clock = Stopwatch(self.model.device)
-        if self.keys:
-            batches, scores = self._data(iteration, clock), None
-        else:
-            batches, scores = self._rollouts(iteration, clock)
+        began = time.perf_counter()
+        batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
         with clock("update"):
             advantages, pairs = self._advantages(scores)
-            metrics = self.learning(iteration, batches, advantages, pairs)
+            updates = self.updater.update(iteration, batches, advantages, pairs)
         with clock("other"):
             self.ema.update(self.engine.trained_state())
-        return self._metrics(iteration, batches, scores, advantages, metrics, clock)
+        metrics = {
+            "iteration": iteration,
+            **({} if scores is None else reward_metrics(self.reward, scores, advantages, self.config.rollout.group_size)),
+            "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
+            **means_over_ranks(self.ranks, updates),
+            "images": iteration * len(advantages.values),
+            "seconds": clock.seconds,
+        }
+        self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
+        for callback in self.callbacks:
+            callback.on_iteration(self, metrics)
+        return metrics
 
-    def _rollouts(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
-        """This rank's batches, and the scores of all ranks' images (N, R)."""
-        config = self.config
-        groups, size = config.rollout.groups, config.rollout.group_size
-        chosen = prompts_of_iteration(len(self.prompts), groups, iteration - 1, config.seed, self.shares)
-        groups_steps = self._groups_steps(iteration)
+    def close(self) -> None:
+        """Frees the engine and the model; the trainer is of no use afterwards."""
+        self.scorer.shutdown(wait=False, cancel_futures=True)
+        self.engine.close()
+
+    def _sample(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
+        """This rank's batches by rollouts, and the scores (N, R) of all ranks' images."""
+        settings = self.config.rollout
+        chosen = prompts_of_iteration(
+            len(self.prompts), settings.groups, iteration - 1, self.config.seed, self.prompt_probabilities
+        )
+        schedules = self._group_schedules(iteration)
         batches, waiting = [], []
         for sample_id in self._sample_ids():
-            group = sample_id // size
+            group = sample_id // settings.group_size
             records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
-            prompts = [record["prompt"] for record in records]
             with clock("rollout"):
-                asking = [asked(record, self.model.image_conditioned) for record in records]
-                conditioning = self.embeddings(asking, guidance_scale=config.rollout.guidance_scale)
-                steps = groups_steps.of(group.to(self.model.device))
-                result = self._rollout(iteration, sample_id, steps, conditioning)
+                batch = self._rollout(iteration, sample_id, records, schedules.of(group.to(self.model.device)))
             with clock("decode"):
-                images = self.model.decode(result.final, draft=True)
+                images = self.model.decode(batch.trajectory.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
-            waiting.append(self.scorer.submit(self.reward, images, prompts, records))
-            batches.append(Batch(sample_id, conditioning, steps, result))
-        with clock("reward"), self.engine.together(RewardUnavailable):
+            waiting.append(self.scorer.submit(self.reward, images, [record["prompt"] for record in records], records))
+            batches.append(batch)
+        with clock("reward"), self.ranks.together(RewardUnavailable):
             scores = torch.cat([score.result() for score in waiting])
-        return batches, self.engine.gather(scores.to(self.model.device))
+        return batches, self.ranks.gather(scores.to(self.model.device))
 
-    def _data(self, iteration: int, clock: Stopwatch) -> list[Batch]:
-        """This rank's batches of images that are there already, encoded."""
-        config, guidance = self.config, self.config.rollout.guidance_scale
-        lines = config.rollout.groups * config.rollout.group_size // len(self.keys)
-        chosen = prompts_of_iteration(len(self.prompts), lines, iteration - 1, config.seed)
-        records = image_records([self.prompts.metadata[i] for i in chosen], self.keys)
+    def _rollout(self, iteration: int, sample_id: Tensor, records: list[dict], schedule: Schedule) -> Batch:
+        guidance_scale = self.config.rollout.guidance_scale
+        prompts = [as_prompt(record, self.model.image_conditioned) for record in records]
+        prompted = self.embeddings.prompted(prompts, guidance_scale)
+        address = noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device))
+        with self.updater.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
+            trajectory = self.run_rollout(policy, schedule, address, prompted, guidance_scale)
+        return Batch(sample_id=sample_id, prompted=prompted, schedule=schedule, trajectory=trajectory)
+
+    def _read(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], None]:
+        """This rank's batches of images that are there already, encoded; nothing scores them."""
+        settings, fields = self.config.rollout, self.parts.image_fields
+        lines = settings.groups * settings.group_size // len(fields)
+        chosen = prompts_of_iteration(len(self.prompts), lines, iteration - 1, self.config.seed)
+        records = image_records([self.prompts.metadata[i] for i in chosen], fields)
         batches = []
         for sample_id in self._sample_ids():
             mine = [records[i] for i in sample_id]
             with clock("data"):
-                x0 = self.model.encode_images(pictures(mine, self.model.size))
-                conditioning = self.embeddings([record["prompt"] for record in mine], guidance_scale=guidance)
-            batches.append(Batch(sample_id, conditioning, None, only_final(x0)))
-        return batches
+                x0 = self.model.encode_images(load_targets(mine, self.model.size))
+                prompted = self.embeddings.prompted([record["prompt"] for record in mine], settings.guidance_scale)
+            batches.append(Batch(sample_id=sample_id, prompted=prompted, schedule=None, trajectory=only_final(x0)))
+        return batches, None
 
     def _sample_ids(self) -> Iterable[Tensor]:
         """The samples of each of this rank's batches, numbered over all ranks."""
-        rollout = self.config.rollout
-        share = rollout.groups * rollout.group_size // self.engine.world_size
-        return torch.arange(self.engine.rank * share, (self.engine.rank + 1) * share).split(rollout.batch_size)
+        settings, ranks = self.config.rollout, self.ranks
+        share = settings.groups * settings.group_size // ranks.world_size
+        return torch.arange(ranks.rank * share, (ranks.rank + 1) * share).split(settings.batch_size)
 
-    def _groups_steps(self, iteration: int) -> Steps:
-        """The steps of every group's rollout."""
-        rollout, objective = self.config.rollout, self.config.objective
-        sigmas = self.model.sigmas(rollout.num_steps)
-        return group_steps(rollout, objective, sigmas, iteration, self.config.seed).to(self.model.device)
-
-    def _rollout(self, iteration: int, sample_id: Tensor, steps: Steps, conditioning: tuple) -> Rollout:
-        with self.learning.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
-            return self.rollout(
-                policy, steps, noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device)),
-                conditioning, guidance_scale=self.config.rollout.guidance_scale,
-                latent_shape=self.model.latent_shape, model_dtype=self.model.dtype,
-                guidance_rule=self.model.guide,
-            )  # fmt: skip
+    def _group_schedules(self, iteration: int) -> Schedule:
+        """The schedule of every group's rollout, a row each."""
+        settings, sigmas = self.config.rollout, self.model.sigmas(self.config.rollout.num_steps)
+        schedule = group_schedule(settings, sigmas, iteration, self.config.seed, weighting(self.config.objective))
+        return schedule.to(self.model.device)
 
     def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
-        """Of the scores of the whole iteration (N, R), the same bits on every rank; without scores, of given images."""
-        rollout, settings = self.config.rollout, vars(self.config.advantage)
+        """Advantages and, for pairwise objectives, pairs from all ranks' scores (N, R); bitwise equal on every rank.
+
+        Without scores: those of an offline run.
+        """
+        size, settings = self.config.rollout.group_size, vars(self.config.advantage)
         if scores is None:
-            return offline_advantages(rollout.groups * rollout.group_size, self.keys, self.model.device)
-        group = torch.arange(len(scores), device=scores.device) // rollout.group_size
-        weights = list(self.reward.weights.values())
-        paired, keep = self.learning.objective.pairs, settings["keep"]
+            return offline_advantages(self.config.rollout.groups * size, self.parts.image_fields, self.model.device)
+        paired, keep = self.updater.objective.pairs, settings["keep"]
         settings = settings | {"keep": None if paired else keep}  # pairs select for themselves
-        advantages = group_advantages(scores, group, num_groups=rollout.groups, weights=weights, **settings)
-        return advantages, pairs_of_groups(advantages.values, rollout.group_size, (keep or 2) // 2) if paired else None
+        advantages = group_advantages(
+            scores, torch.arange(len(scores), device=scores.device) // size, num_groups=self.config.rollout.groups,
+            weights=list(self.reward.weights.values()), **settings,
+        )  # fmt: skip
+        return advantages, pairs_of_groups(advantages.values, size, (keep or 2) // 2) if paired else None
 
-    def _metrics(
-        self, iteration: int, batches: list[Batch], scores: Tensor | None, advantages: Advantages,
-        metrics: dict[str, Tensor], clock: Stopwatch,
-    ) -> dict:  # fmt: skip
-        """One line of metrics.jsonl, means over ranks. The only place where numbers leave the device."""
-        values = self.engine.all_reduce(torch.stack([value.double() for value in metrics.values()]))
-        forwards = sum(batch.steps.forwards(len(batch.conditioning[0])) for batch in batches if batch.steps is not None)
-        return {
-            "iteration": iteration,
-            **({} if scores is None else self._reward_metrics(scores, advantages)),
-            "rollout_forwards": forwards * self.engine.world_size,
-            **dict(zip(metrics, values.tolist(), strict=True)),
-            "images": iteration * len(advantages.values),
-            "seconds": clock.seconds,
-        }
+    def evaluate(self, iteration: int | None = None, images: int | None = None) -> dict:
+        """Accuracy on held-out prompts and samples to look at, with the averaged weights. Collective.
 
-    def _reward_metrics(self, scores: Tensor, advantages: Advantages) -> dict:
-        """scores (N, R): of several rewards each one's mean stands apart, before its weight."""
-        rewards, names = self.reward.total(scores), self.reward.names
-        groups = rewards.view(-1, self.config.rollout.group_size)
-        return {
-            "reward": rewards.mean().item(),
-            **({"rewards": dict(zip(names, scores.mean(dim=0).tolist(), strict=True))} if len(names) > 1 else {}),
-            "reward_std": groups.std(dim=1, correction=0).mean().item(),
-            "zero_groups": 1 - advantages.weight.view_as(groups).amax(dim=1).mean().item(),
-        }
+        iteration: 0 stands for the model before training; left out: the iterations done.
+        images: left out: `evaluation.images`.
+        """
+        settings, iteration = self.config.evaluation, self.iteration if iteration is None else iteration
+        images = images or settings.images
+        batches = -(-images // (settings.batch_size * self.ranks.world_size))
+        bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.ranks.rank != 0, dynamic_ncols=True)
+        with self._averaged(base=iteration == 0), self.engine.rollout_policy() as policy:
+            row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
+            samples = self.evaluator.samples(policy, settings.samples) if settings.samples else None
+        bar.close()
+        if self.ranks.rank == 0:
+            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
+        for callback in self.callbacks:
+            callback.on_evaluation(self, row, samples)
+        return row
 
     def _evaluate_if_due(self, iteration: int) -> None:
         """The evaluation that belongs to an iteration, unless the run has it already."""
-        evaluation, last = self.config.evaluation, iteration == self.config.iterations
-        if not (iteration == 0 or last or (evaluation.every and iteration % evaluation.every == 0)):
+        settings, last = self.config.evaluation, iteration == self.config.iterations
+        if not (iteration == 0 or last or (settings.every and iteration % settings.every == 0)):
             return
         # Rank 0 looks for all: the others could see the file appear.
-        rows = read_lines(self.config.output / "evaluations.jsonl")
-        if self.engine.broadcast_object(iteration not in {row["iteration"] for row in rows}):
-            images = evaluation.images if iteration == 0 or last else evaluation.images_between
-            self.evaluate(iteration, images, base=iteration == 0)
-
-    def evaluate(self, iteration: int, images: int, base: bool = False) -> None:
-        """Accuracy on held-out prompts and samples to look at, with the averaged weights."""
-        batches = -(-images // (self.config.evaluation.batch_size * self.engine.world_size))
-        bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.engine.rank != 0, dynamic_ncols=True)
-        with self._averaged(base), self.engine.rollout_policy() as policy:
-            row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
-            samples = self.evaluator.samples(policy, self.config.evaluation.samples)
-        bar.close()
-        if self.log:
-            self.log.evaluation(row)
-            self.log.samples(iteration, *samples)
-            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
+        rows = read_lines(RunFolder(self.config.output).evaluations)
+        if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
+            self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between)
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
@@ -299,53 +287,61 @@ class Trainer:
         with self.model.reference() if base and self.model.has_lora else self.engine.swapped(self.ema.weights):
             yield
 
-    def _resume(self) -> tuple[int, float]:
-        """Iterations done, and the seconds they took."""
-        loaded = load_checkpoint(self.engine, self.config.output / "checkpoints")
-        if loaded is None:
-            return 0, 0.0
-        iteration, state = loaded
-        self.ema.load_state_dict(state["ema"])
-        if self.learning.old is not None:
-            self.learning.old.load_state_dict(state["old"])
-        return iteration, state["seconds"]
+    @property
+    def _averages(self) -> dict[str, Ema]:
+        """Of weights, by the name under which a checkpoint holds them."""
+        return {"ema": self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
 
-    def _save(self, iteration: int, seconds: float) -> None:
+    def resume(self) -> int:
+        """Go on from the last checkpoint in the run's folder, if there is one; returns the iterations done. Collective."""
+        loaded = load_checkpoint(self.engine, RunFolder(self.config.output).checkpoints)
+        if loaded is not None:
+            self.iteration, state = loaded
+            self.saved, self.seconds = self.iteration, state["seconds"]
+            for name, average in self._averages.items():
+                average.load_state_dict(state[name])
+        return self.iteration
+
+    def save(self) -> Path:
+        """Write a checkpoint, and the averaged weights into the run's folder, which is returned. Collective."""
         # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
-        state = {"seconds": seconds, "ema": self.ema.state_dict()}
-        if self.learning.old is not None:
-            state["old"] = self.learning.old.state_dict()
-        folder = self.config.output
-        save_checkpoint(self.engine, folder / "checkpoints", iteration, state, keep=self.config.checkpoint.keep)
-        self.saved = iteration
-        if self.engine.rank == 0:
-            self.model.save_trained(folder, {name.removeprefix("transformer."): v for name, v in self.ema.weights.items()})
-            if self.log:
-                write_report(folder)
+        state = {"seconds": self.seconds, **{name: average.state_dict() for name, average in self._averages.items()}}
+        folder, keep = self.config.output, self.config.checkpoint.keep
+        save_checkpoint(self.engine, RunFolder(folder).checkpoints, self.iteration, state, keep=keep)
+        self.saved = self.iteration
+        if self.ranks.rank == 0:
+            weights = {name.removeprefix("transformer."): value for name, value in self.ema.weights.items()}
+            self.model.save_trained(folder, weights)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, folder)
+        return folder
 
-    def _finish(self, seconds: float) -> dict:
-        """The summary: first against last evaluation."""
-        folder = self.config.output
-        if self.engine.rank != 0:
-            return {}
-        rows = read_lines(folder / "evaluations.jsonl")
-        base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
-        last = read_lines(folder / "metrics.jsonl")[-1]
-        summary = {
-            "base_accuracy": base["overall"],
-            "final_accuracy": final["overall"],
-            "base": {tag: value for tag, value in base.items() if tag != "overall"},
-            "final": {tag: value for tag, value in final.items() if tag != "overall"},
-            "train_seconds": round(seconds, 1),
-            "images": last["images"],
-            "iterations": last["iteration"],
-            "seed": self.config.seed,
-            "status": "finished",
-            "world_size": self.engine.world_size,
-            "device": device_name(),
-            "rollout": self.rollout_kind,
-        }
-        self.log.summary(summary)
-        self.log.close()
-        write_report(folder)
-        return summary
+    def _embed(self) -> None:
+        """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
+        if self.config.prompts.cache is None:
+            return
+        records = (*self.prompts.metadata, *self.parts.held_out.metadata)
+        asking: list[str | ImagePrompt] = [as_prompt(record, self.model.image_conditioned) for record in records]
+        prompts = [*asking, *dict.fromkeys(without_text(prompt) for prompt in asking)]
+        self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
+        self.ranks.barrier()
+        self.model.release_encoders()
+
+
+def prepare(model: Model, config: Config) -> None:
+    """What the configuration asks of a model before an engine wraps it, in the only order that works."""
+    model.use_attention(config.model.attention)
+    if config.model.tiny_decoder:
+        model.load_tiny_decoder(config.model.tiny_decoder)
+    lora = config.model.lora
+    if config.model.train == "full":
+        model.train_all(keep_reference=config.objective.beta > 0)
+    else:
+        model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    if config.update.gradient_checkpointing:
+        transformer: Any = model.transformer  # of diffusers
+        transformer.enable_gradient_checkpointing()
+    if config.rollout.precision == "fp8":
+        model.prepare_drafts()
+    if config.model.compile:
+        model.compile_blocks()

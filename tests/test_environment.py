@@ -1,5 +1,6 @@
 """The set-up of the tests and of their child processes: packages, devices, and the releases that go together."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.helpers import ROOT, environment
 
+import fastgrpo
 from fastgrpo import interpreter
 from fastgrpo.interpreter import use_interpreter
 
@@ -18,6 +20,7 @@ def child(code: str, *paths: Path, **settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_children_see_what_the_callers_path_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the project and what the test itself adds."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
@@ -31,10 +34,17 @@ def test_children_see_what_the_callers_path_carries(tmp_path: Path, monkeypatch:
     assert own.is_relative_to(ROOT)
 
 
+@pytest.mark.processes
 def test_children_are_no_ranks_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert child("import os; print(os.environ.keys() & {'RANK', 'TRITON_INTERPRET'}, os.environ['A'])", A="b") == "set() b\n"
+
+
+def test_without_the_mark_no_process_is_started() -> None:
+    for start in (lambda: subprocess.run(["true"]), multiprocessing.get_context("spawn").Process(target=print).start):
+        with pytest.raises(pytest.fail.Exception, match="give it the mark `processes`"):
+            start()
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str) -> None:
@@ -65,8 +75,15 @@ def test_releases_that_go_together_are_taken(triton: str, numpy: str, monkeypatc
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
+@pytest.mark.processes
 def test_the_interpreter_is_there_before_triton_or_not_at_all() -> None:
     use = "from fastgrpo.interpreter import use_interpreter\n"
     assert child(use + "use_interpreter()\nimport triton; print(triton.knobs.runtime.interpret)") == "True\n"
     late = child(use + "import triton\ntry: use_interpreter()\nexcept RuntimeError as error: print(error)")
     assert "triton was imported before, as a compiler" in late
+
+
+def test_every_place_says_the_same_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {fastgrpo.__version__}\n" in citation
+    assert f"## [{fastgrpo.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -31,15 +31,16 @@ import torch
 
 from fastgrpo.commands import plan
 from fastgrpo.config import schema
-from fastgrpo.data.prompts import asked
-from fastgrpo.engine.zero import finish, start
+from fastgrpo.data.prompts import as_prompt
+from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.files import write_atomically
+from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
-from fastgrpo.records import TRAIN, Steps, noise_address
-from fastgrpo.reporting.runlog import write_atomically
+from fastgrpo.records import TRAIN, Prompted, Schedule, noise_address
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.sampling.schedule import group_steps
+from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import Config, ConfigError, load_config, read_config
 from fastgrpo_kernels import NoiseAddress
@@ -63,8 +64,8 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
     return load_config(path, fixed)
 
 
-def counted(config: Config) -> plan.Counts:
-    """Of the architecture that is named, else of the model in the folder, which is loaded for that."""
+def counts_of(config: Config) -> plan.Counts:
+    """Counts the architecture that the configuration names, or else the model in its folder, which is loaded for that."""
     if config.model.architecture is not None:
         return plan.count(config)
     return plan.count_model(config, configured_model(config.model, torch.device("cpu")))
@@ -86,20 +87,20 @@ def rollout_row(draw: Callable[[], Any], batch: int, num_steps: int, work: float
 
 
 class Bench:
-    """A configuration on this machine: the trainer of a run, and what is counted of it beforehand."""
+    """A configuration on this machine: the trainer of a run, and what was counted beforehand."""
 
-    def __init__(self, config: Config, device: torch.device, say: Say, counts: plan.Counts | None = None) -> None:
-        """counts: of `counted`, where they were made before."""
-        self.config, self.say, self.counts = config, say, counts or counted(config)
+    def __init__(self, config: Config, ranks: Ranks, say: Say, counts: plan.Counts | None = None) -> None:
+        """`counts` are those of `counts_of`, where they were made before."""
+        self.config, self.say, self.counts = config, say, counts or counts_of(config)
         stage = config.engine.zero_stage
         self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
         self.flops = sum(plan.flops_per_image(config, self.counts).values())
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)
         began = time.perf_counter()
-        self.trainer = Trainer(config, 1, device)
+        self.trainer = Trainer(config, ranks=ranks)
         synchronize()
-        self._compiled: list[Any] = []  # the blocks' compiled calls, once there are any
+        self.compiled: list[Any] = []  # the blocks' compiled calls, once there are any
         say("model", seconds=round(time.perf_counter() - began, 1), parameters=self.counts.parameters,
             trained=self.counts.trained, peak_flops=self.peak, peak_from=self.peak_from, **memory())  # fmt: skip
 
@@ -109,7 +110,7 @@ class Bench:
         return self.trainer.model
 
     def iterations(self, count: int = 2) -> None:
-        """Whole iterations, of which the first warms up."""
+        """Measures whole iterations, of which the first warms up."""
         for n in range(1, count + 1):
             memory(reset=True)
             began = time.perf_counter()
@@ -136,7 +137,7 @@ class Bench:
         }
 
     def rollouts(self, forms: Sequence[str] = FORMS, batches: Sequence[int] = (8, 1), rounds: int = 3) -> None:
-        """Rollouts alone, one form after the other, as a graph holds its memory. What fails is said and passed over."""
+        """Measures rollouts alone, one form after the other, as a graph holds its memory. Failures are reported."""
         for batch in batches:
             for form in forms:
                 memory(reset=True)
@@ -147,39 +148,38 @@ class Bench:
                 self.say(f"rollout, {form}, batch {batch}", form=form, batch=batch, **row)
 
     def _rollout(self, form: str, batch: int, rounds: int) -> dict[str, Any]:
-        steps, address, conditioning = self._arguments(batch)
+        schedule, address, prompted = self._arguments(batch)
         run = CapturedRollout(CudaCapture()) if "captured" in form else rollout
-        model, guidance = self.model, self.config.rollout.guidance_scale
 
         def draw() -> None:
-            with self.trainer.engine.rollout_policy() as policy, model.drafting():
-                run(policy, steps, address, conditioning, guidance_scale=guidance, latent_shape=model.latent_shape,
-                    model_dtype=model.dtype, guidance_rule=model.guide)  # fmt: skip
+            with self.trainer.engine.rollout_policy() as policy, self.model.drafting():
+                run(policy, schedule, address, prompted, self.config.rollout.guidance_scale)
 
-        work = steps.forwards(len(conditioning[0])) * self.counts.forward_flops / self.peak
-        with self._blocks("compiled" in form):
+        passes = schedule.forward_passes(batch) * (2 if prompted.guided else 1)
+        work = passes * self.counts.forward_flops / self.peak
+        with self.compiled_blocks("compiled" in form):
             return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 
-    def _arguments(self, batch: int) -> tuple[Steps, NoiseAddress, tuple]:
-        """As the trainer would hand them to a rollout of `batch` images of one group."""
+    def _arguments(self, batch: int) -> tuple[Schedule, NoiseAddress, Prompted]:
+        """What the trainer would hand to a rollout of `batch` images of one group."""
         config, device = self.config, self.model.device
-        steps = group_steps(config.rollout, config.objective, self.model.sigmas(config.rollout.num_steps), 1, config.seed)
-        record = self.trainer.prompts.metadata[0]
-        prompt = asked(record, self.model.image_conditioned)
-        conditioning = self.trainer.embeddings([prompt] * batch, guidance_scale=config.rollout.guidance_scale)
+        sigmas = self.model.sigmas(config.rollout.num_steps)
+        schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective)).to(device)
+        prompt = as_prompt(self.trainer.prompts.metadata[0], self.model.image_conditioned)
+        prompted = self.trainer.embeddings.prompted([prompt] * batch, config.rollout.guidance_scale)
         address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))
-        return steps.to(device).of(torch.zeros(batch, dtype=torch.int64, device=device)), address, conditioning
+        return schedule.of(torch.zeros(batch, dtype=torch.int64, device=device)), address, prompted
 
     @contextmanager
-    def _blocks(self, compiled: bool) -> Iterator[None]:
-        """The transformer's blocks compiled or not, whatever the configuration has them be."""
+    def compiled_blocks(self, compiled: bool) -> Iterator[None]:
+        """Inside, the transformer's blocks are compiled or not, whatever the configuration says."""
         blocks = self.model.blocks
         before = [block._compiled_call_impl for block in blocks]
-        if compiled and not self._compiled:
+        if compiled and not self.compiled:
             self.model.compile_blocks()
-            self._compiled = [block._compiled_call_impl for block in blocks]
+            self.compiled = [block._compiled_call_impl for block in blocks]
         try:
-            for block, call in zip(blocks, self._compiled if compiled else [None] * len(blocks), strict=True):
+            for block, call in zip(blocks, self.compiled if compiled else [None] * len(blocks), strict=True):
                 block._compiled_call_impl = call
             yield
         finally:
@@ -188,13 +188,13 @@ class Bench:
 
     def close(self) -> None:
         """Frees the model and the engine."""
-        self.trainer.engine.close()
+        self.trainer.close()
         del self.trainer
         memory(reset=True)
 
 
 class Record:
-    """What was measured so far: a line on the terminal and a whole JSON file, at every measurement."""
+    """Prints every measurement as a line, and each time writes all of them so far as a JSON file."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.result = path, {"format": FORMAT, **about, "measurements": []}
@@ -209,7 +209,7 @@ HEADER = f"{'':34}{'images/s':>10}{'MFU':>8}{'ms/step':>10}{'launched':>10}{'GiB
 
 
 def line(name: str, values: dict[str, Any]) -> str:
-    """One measurement as a row below `HEADER`, and below an iteration's its phases."""
+    """One measurement as a row below `HEADER`; an iteration's phases follow on the next lines."""
     if "error" in values:
         return f"{name:34}{values['error'].splitlines()[0][:88]}"
     if name == "model":
@@ -228,18 +228,44 @@ def line(name: str, values: dict[str, Any]) -> str:
     )
 
 
-def checked_forms(asked: Sequence[str] | None) -> Sequence[str]:
-    """The forms to measure; left out: all that this device has, on a CPU without the minutes that compiling takes."""
+def checked_forms(wanted: Sequence[str] | None) -> Sequence[str]:
+    """The forms to measure. The default is all of them; on a CPU only eager, as compiling takes minutes there."""
     gpu = DEVICE.type == "cuda"
-    for form in asked or ():
+    for form in wanted or ():
         if form not in FORMS:
             raise ConfigError(f"--forms {form!r}: unknown; there are {', '.join(repr(known) for known in FORMS)}")
         if "captured" in form and not gpu:
             raise ConfigError(f"--forms {form!r}: a CUDA graph needs a GPU; take eager or compiled")
-    return (FORMS if gpu else FORMS[:1]) if asked is None else asked
+    return (FORMS if gpu else FORMS[:1]) if wanted is None else wanted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML configuration, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="take the architecture with random weights, without a checkpoint"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=3,
+        help="whole iterations to measure, of which the first warms up (default: %(default)s); 0: none",
+    )
+    parser.add_argument(
+        "--forms",
+        nargs="*",
+        metavar="FORM",
+        help="forms of rollouts to measure: eager, captured, compiled, 'captured, compiled' (default: those of this device)",
+    )
+    parser.add_argument("--batches", type=int, nargs="+", help="images of a rollout (default: the configuration's, and 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write (default: bench_CONFIGURATION_DEVICE.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Measures whole iterations, then rollouts alone."""
     forms = checked_forms(arguments.forms)
     if arguments.iterations < 0 or arguments.rounds < 1 or min(arguments.batches or [1]) < 1:
         given = f"--iterations {arguments.iterations} --rounds {arguments.rounds} --batches {arguments.batches}"
@@ -263,7 +289,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def about(config: Config, path: Path, found: dict[str, Any]) -> str:
-    """What is measured, and on what."""
+    """Lines of text: what is measured, and on what."""
     rollout, packages = config.rollout, found["packages"]
     weights = "random weights" if config.model.random_weights else f"weights of {config.model.path}"
     return (

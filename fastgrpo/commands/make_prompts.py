@@ -15,13 +15,14 @@ A seed gives the same file anywhere.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice, permutations, product
 from pathlib import Path
 
 import numpy as np
 
 from fastgrpo.data.prompts import load_prompts
+from fastgrpo.files import write_atomically
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, RELATIONS, TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
 
@@ -67,15 +68,15 @@ WORDS = (
 
 
 def geneval_records(excluded: list[dict], count: int, seed: int, mix: dict[str, float]) -> list[dict]:
-    """`count` lines in the shares of `mix` by tag, shuffled; none means what a line of `excluded` means."""
+    """Makes `count` lines in the shares of `mix` by tag, shuffled, none of which means the same as one of `excluded`."""
     for record in excluded:
         check_record(record)
     rng = np.random.default_rng(seed)
     taken = {meaning(record) for record in excluded}
     records: list[dict] = []
-    for tag, wanted in shares(mix, count).items():
+    for tag, wanted in lines_per_tag(mix, count).items():
         build, choices = KINDS[tag]
-        order = rng.permutation(len(choices)) if wanted else []
+        order: Iterable[int] = rng.permutation(len(choices)) if wanted else []
         fresh = (record for i in order if meaning(record := build(*choices[i])) not in taken)
         distinct = list(islice(fresh, wanted))
         if wanted and not distinct:
@@ -84,8 +85,8 @@ def geneval_records(excluded: list[dict], count: int, seed: int, mix: dict[str, 
     return [records[i] for i in rng.permutation(len(records))]
 
 
-def shares(mix: dict[str, float], count: int) -> dict[str, int]:
-    """`count` split in the ratio of `mix`; what rounding down leaves goes to the largest remainders."""
+def lines_per_tag(mix: dict[str, float], count: int) -> dict[str, int]:
+    """Splits `count` in the ratio of `mix`; what rounding down leaves goes to the largest remainders."""
     exact = {tag: count * weight / sum(mix.values()) for tag, weight in mix.items()}
     whole = {tag: int(value) for tag, value in exact.items()}
     by_remainder = sorted(mix, key=lambda tag: whole[tag] - exact[tag])
@@ -95,7 +96,7 @@ def shares(mix: dict[str, float], count: int) -> dict[str, int]:
 
 
 def meaning(record: dict) -> frozenset:
-    """Equal for records that ask for the same picture, however they are worded and ordered."""
+    """A value that is equal for records that ask for the same picture, however they are worded and ordered."""
     asked = set()
     for clause in record["include"]:
         asked.add((clause["class"], clause["count"], clause.get("color")))
@@ -147,7 +148,7 @@ def _attribution(a: str, b: str, color_a: str, color_b: str) -> dict:
 
 THINGS = [name for name in CLASSES if name != "person"]  # people are asked for in no colour
 PAIRS, COLOR_PAIRS = list(permutations(CLASSES, 2)), list(permutations(COLORS, 2))
-# Of each tag how a record is made, and of what.
+# For each tag: how a record is made, and all that it can be made of.
 KINDS: dict[str, tuple[Callable[..., dict], Sequence]] = {
     "single_object": (_single, [(a,) for a in CLASSES]),
     "two_object": (_two, PAIRS),
@@ -159,7 +160,7 @@ KINDS: dict[str, tuple[Callable[..., dict], Sequence]] = {
 
 
 def ocr_records(excluded: list[dict], count: int, seed: int) -> list[dict]:
-    """`count` different prompts, whose texts are quoted by none of `excluded`."""
+    """Makes `count` different prompts that quote no text which one of `excluded` quotes."""
     rng = np.random.default_rng(seed)
     taken = {target_text(record["prompt"]) for record in excluded}
     prompts: dict[str, None] = {}
@@ -173,7 +174,7 @@ def ocr_records(excluded: list[dict], count: int, seed: int) -> list[dict]:
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """`tag=weight,...`; a tag left out has none."""
+    """Reads `tag=weight,...`; a tag that is left out weighs nothing."""
     mix = dict.fromkeys(TAGS, 0.0)
     for item in text.split(","):
         tag, _, weight = item.partition("=")
@@ -185,23 +186,25 @@ def parse_mix(text: str) -> dict[str, float]:
     return mix
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["geneval", "ocr"])
-    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="prompt files to stay clear of")
-    parser.add_argument("--count", type=int, required=True, help="lines to write")
-    parser.add_argument("--output", type=Path, required=True, help="a .jsonl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mix", default=MIX, help="of geneval: shares of the tags (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    try:
-        if args.count < 1:
-            raise ValueError(f"--count {args.count}: at least 1")
-        excluded = [record for path in args.exclude for record in load_prompts(path).metadata]
-        if args.kind == "geneval":
-            records = geneval_records(excluded, args.count, args.seed, parse_mix(args.mix))
-        else:
-            records = ocr_records(excluded, args.count, args.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    args.output.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("kind", choices=["geneval", "ocr"], help="the reward that the prompts are for")
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="prompt files whose prompts must not come up")
+    parser.add_argument("--count", type=int, required=True, help="number of lines to write")
+    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default: %(default)s)")
+    parser.add_argument("--mix", default=MIX, help="shares of the tags of geneval (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the prompt file."""
+    if arguments.count < 1:
+        raise ValueError(f"--count {arguments.count}: at least 1")
+    excluded = [record for path in arguments.exclude for record in load_prompts(path).metadata]
+    if arguments.kind == "geneval":
+        records = geneval_records(excluded, arguments.count, arguments.seed, parse_mix(arguments.mix))
+    else:
+        records = ocr_records(excluded, arguments.count, arguments.seed)
+    write_atomically(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return 0

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.learning.objectives import OBJECTIVES
+from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
-from fastgrpo.models import SETTINGS, model_class
-from fastgrpo.sampling.schedule import group_steps
-from fastgrpo.validation import Config, ConfigError, recomputes_old, trained_steps
+from fastgrpo.models import model_class
+from fastgrpo.models.settings import model_settings
+from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
@@ -36,11 +37,11 @@ ADAM_BYTES = 8  # two float32 moments
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one image at the configuration's size."""
+    """What one image costs at the configuration's size."""
 
     parameters: int
     trained: int
-    buffer_bytes: int  # what the transformer holds besides, in its own dtype: positions, mostly
+    buffer_bytes: int  # of what the transformer holds beside its parameters: positions, mostly
     vae_parameters: int
     latent_elements: int
     forward_flops: int
@@ -50,18 +51,18 @@ class Counts:
 
 
 def count(config: Config) -> Counts:
-    """Counts of the configuration's architecture, on the meta device."""
+    """Counts the configuration's architecture, built on the meta device."""
     if config.model.architecture is None:
         raise ConfigError("model.architecture: name the published architecture to plan for, for example sd3.5-medium")
-    settings = {key: getattr(config.model, key) for key in SETTINGS}
     return count_model(config, model_class(config.model.name).random(
-        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META, **settings
+        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META,
+        **model_settings(config.model),
     ))  # fmt: skip
 
 
 def count_model(config: Config, model: Any) -> Counts:
-    """Counts of an adapter with nothing to train yet, of which only the shapes are left afterwards."""
-    # Of as many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
+    """Counts an adapter that has nothing to train yet; only its shapes are left afterwards."""
+    # As many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
     conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
     conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
     model = type(model)(model.pipeline, dtype=model.dtype, device=META, **vars(model.settings))
@@ -97,7 +98,10 @@ def count_model(config: Config, model: Any) -> Counts:
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """On the meta device torch would take attention apart, and keep a matrix of tokens by tokens that no GPU run keeps."""
+    """Makes attention flash attention on the meta device.
+
+    There torch would take attention apart and keep a matrix of tokens by tokens, which no run on a GPU keeps.
+    """
     functional = torch.nn.functional
     stock = functional.scaled_dot_product_attention
 
@@ -122,7 +126,7 @@ def flops(function: Callable[[], Any]) -> int:
 
 
 def activation_bytes(transformer: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of a forward pass, beside the weights; each storage once."""
+    """The bytes that autograd keeps of a forward pass beside the weights; each storage counts once."""
     weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage takes a freed one's place
 
@@ -138,10 +142,11 @@ def activation_bytes(transformer: torch.nn.Module, forward: Callable[[], Any]) -
 
 
 def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
+    """FLOPs that an image takes in an iteration, by what they are for."""
     rollout, forward = config.rollout, counts.forward_flops
     guided = 2 if rollout.guidance_scale != 1 else 1
     objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
-    rescored = objective.old != "zero" if objective.forward else recomputes_old(config)
+    rescored = objective.old != "zero" if objective.on_final_images else recomputes_old(config)
     epochs = config.update.inner_epochs
     return {
         "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
@@ -153,18 +158,18 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
 
 
 def rollout_forwards(config: Config) -> float:
-    """Forward passes that an image's rollout takes, over a hundred iterations of the run: windows that move change it."""
+    """Forward passes that an image's rollout takes, the mean over a hundred iterations, as a window may move."""
     rollout, iterations = config.rollout, config.iterations
     sigmas = torch.linspace(1, 0, rollout.num_steps + 1, dtype=torch.float64)
     schedules = (
-        group_steps(rollout, config.objective, sigmas, iteration, config.seed)
+        group_schedule(rollout, sigmas, iteration, config.seed, weighting(config.objective))
         for iteration in range(1, iterations + 1, max(1, iterations // 100))
     )
-    return statistics.fmean(steps.forwards(rollout.group_size) for steps in schedules) / rollout.group_size
+    return statistics.fmean(schedule.forward_passes(rollout.group_size) for schedule in schedules) / rollout.group_size
 
 
 def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, float]:
-    """Bytes on each GPU by what they are for, at a ZeRO stage."""
+    """Bytes on each GPU at a ZeRO stage, by what they are for."""
     width = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     rollout, full = config.rollout, config.model.train == "full"
     frozen = 0 if full else counts.parameters
@@ -188,7 +193,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, f
 
 
 def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
-    """peak: FLOP/s of one GPU at the model's dtype."""
+    """All that is counted and expected. `peak` is the FLOP/s of one GPU in the model's dtype."""
     counts = count(config)
     per_image = flops_per_image(config, counts)
     total = sum(per_image.values())
@@ -208,7 +213,8 @@ def stages(config: Config) -> list[int]:
     return [0, 1, 2, 3] if config.model.dtype == "float32" else [1, 2, 3]
 
 
-def table(result: dict[str, Any], config: Config) -> str:
+def plan_table(result: dict[str, Any], config: Config) -> str:
+    """The plan as lines of text."""
     counts, per_image = Counts(**result["counts"]), result["flops_per_image"]
     share = counts.trained / (counts.parameters + counts.trained * (config.model.train == "lora"))
     lines = [
@@ -245,17 +251,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs over which the run is spread")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached, 0 to 1")
-    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of one GPU; 989 is an H100 or H200 in bfloat16")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs over which the run is spread (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that is reached, 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=989, help="TFLOP/s of one GPU (default: %(default)s, an H100 or H200 in bfloat16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
 
-def run(arguments: argparse.Namespace, config: Config) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the plan."""
+    config = load_config(arguments.config, arguments.set)
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or arguments.peak <= 0:
         given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
         raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
-    print(json.dumps(result) if arguments.json else table(result, config))
+    print(json.dumps(result) if arguments.json else plan_table(result, config))
     return 0

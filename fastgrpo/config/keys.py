@@ -1,79 +1,108 @@
-"""Every key of a configuration: its type, its default and what it means, a frozen dataclass a section.
+"""Every key of a configuration: its type, its bounds, its default and what it means, a frozen dataclass a section.
 
-`fastgrpo train --help` prints them; `config.py` reads them from YAML and checks what they are together.
+`fastgrpo train --help` prints them. `schema.py` builds them from YAML and refuses what is out of bounds; the rules over
+several keys are in `fastgrpo/validation.py`. An upper bound stands where a larger number can only be a mistake.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from fastgrpo.config.bounds import Above, AtLeast, AtMost, Below
+
+StepCount = Annotated[int, AtLeast(1), AtMost(1000)]
+StepIndex = Annotated[int, AtLeast(0), AtMost(1000)]
+IterationCount = Annotated[int, AtLeast(1), AtMost(10_000_000)]  # an iteration is one 32-bit word of a noise address
+BatchSize = Annotated[int, AtLeast(1), AtMost(10_000)]
+ImageCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
+Pixels = Annotated[int, AtLeast(1), AtMost(16_384)]
+Guidance = Annotated[float, Above(0), AtMost(1000)]
+Decay = Annotated[float, AtLeast(0), Below(1)]
+Weight = Annotated[float, AtLeast(-1_000_000), AtMost(1_000_000)]
+
+KLForm = Literal["paper", "reference"]
+LogProbWeight = Literal["exact", "cps_reference"]
+StepWeight = Literal["uniform", "tempflow", "guard"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    rank: int = 32
-    """Rank of the low-rank update of each target."""
-    alpha: int = 64
-    """Scale of the update: alpha / rank."""
+    """The low-rank update of the transformer's weights."""
+
+    rank: Annotated[int, AtLeast(1), AtMost(10_000)] = 32
+    """Rank of the low-rank update of each layer."""
+    alpha: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 64
+    """The low-rank update is scaled by alpha / rank."""
     targets: tuple[str, ...] | None = None
-    """Names of the layers to train; none given: the model's own list."""
+    """Names of the layers to train. Left out: the list of the model family."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model that is trained, and how it computes."""
+
     path: Path
-    """Folder of the pretrained pipeline, in the diffusers format; of BAGEL as published."""
+    """Folder of the pretrained pipeline in the diffusers format, or of BAGEL as published."""
     name: str = "sd3"
-    """Model family, see fastgrpo/models."""
+    """The model's family, one of those in fastgrpo/models."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights and the network's arithmetic (float32 without TF32); latents and transitions are always float32."""
+    """Data type of the weights and of the network's arithmetic; float32 is without TF32. Latents and transitions are float32
+    whatever stands here."""
     architecture: str | None = None
-    """Published architecture, see fastgrpo/models/architectures: what `fastgrpo plan` and random_weights build."""
+    """A published architecture from fastgrpo/models/architectures, which `fastgrpo plan` and random_weights build."""
     random_weights: bool = False
     """Run the architecture with random weights and random prompts, to measure speed without a checkpoint."""
-    height: int | None = None
-    """Of an image, in pixels; left out: what the model was made for."""
-    width: int | None = None
-    """Likewise."""
-    num_frames: int | None = None
-    """Of a video, in frames."""
-    distilled_guidance: float | None = None
-    """Guidance that a distilled model (FLUX.1-dev) takes as an input; it costs nothing."""
-    max_text_tokens: int = 256
-    """Length of the text sequence, max_sequence_length of the pipeline."""
+    height: Pixels | None = None
+    """Height of an image in pixels. Left out: the size that the model was made for."""
+    width: Pixels | None = None
+    """Width of an image in pixels. Left out: the size that the model was made for."""
+    num_frames: Annotated[int, AtLeast(1), AtMost(10_000)] | None = None
+    """Number of frames of a video. Left out: the number that the model was made for."""
+    distilled_guidance: Guidance | None = None
+    """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
+    max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] = 256
+    """Length of the text sequence, called max_sequence_length in the diffusers pipelines."""
     tiny_decoder: Path | None = None
-    """Folder of an AutoencoderTiny that decodes training images, for rewards that bear it; evaluation never uses it."""
+    """Folder of an AutoencoderTiny that decodes training images, for rewards that tolerate it. Evaluation never uses it."""
     attention: Literal["native", "cudnn", "flash2", "flash3", "xformers"] = "native"
-    """Attention kernels: torch's own without cuDNN, cuDNN's on a GPU, or flash-attn 2, 3 or xformers, installed apart."""
+    """Attention kernels: native is torch's own without cuDNN, and cudnn is cuDNN's on a GPU. flash2, flash3 and xformers
+    are packages of their own, which have to be installed."""
     train: Literal["lora", "full"] = "lora"
-    """A low-rank update, or every weight of the transformer."""
+    """Train a low-rank update (lora), or every weight of the transformer (full)."""
     compile: bool = False
-    """torch.compile each transformer block, once for rollout and update; takes a minute or more for each shape."""
+    """Compile each transformer block with torch.compile, once for rollout and update. Each shape takes a minute or more."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
+    """The prompts to train and to evaluate on."""
+
     train: Path
-    """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads."""
+    """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads in each line."""
     eval: Path
-    """Prompts to evaluate on; none of them may be among the training prompts."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Share of each category ("tag") of the training prompts, say {counting: 2, position: 1}; left out: as in the file."""
+    """Prompts to evaluate on. None of them may be among the training prompts."""
+    weights: dict[str, Annotated[float, AtLeast(0), AtMost(1_000_000)]] = field(default_factory=dict)
+    """How often prompts of each category ("tag") are drawn, relative to the other categories, for example
+    {counting: 2, position: 1}. Left out: every prompt equally often."""
     cache: Path | None = None
-    """Folder for the embeddings of all prompts, made once; the text encoders then leave the GPU. Left out: in memory."""
+    """Folder for the embeddings of all prompts, which are made once; the text encoders then leave the GPU. Left out:
+    embeddings are kept in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    train: str | dict[str, float]
-    """What is maximised: a name from fastgrpo/rewards or your own `module:function` or `module:Class`; or several with
-    their weights, say {tiny_shapes: 1, jpeg_compressibility: 0.01}, and their weighted sum is maximised."""
-    eval: str | dict[str, float]
-    """What evaluation reports, likewise."""
+    """What is maximised, and what is reported."""
+
+    train: str | dict[str, Weight]
+    """The reward to maximise: a name from fastgrpo/rewards, or your own `module:function` or `module:Class`. Several with
+    their weights, for example {tiny_shapes: 1, jpeg_compressibility: 0.01}, are maximised as their weighted sum."""
+    eval: str | dict[str, Weight]
+    """The reward that evaluation reports, or several with their weights, written as in reward.train."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What rewards are made with, by name, say {remote: {urls: ["http://10.0.0.2:8000"]}}."""
+    """The settings of each reward by its name, for example {remote: {urls: ["http://10.0.0.2:8000"]}}."""
     frames: Literal["each", "clip"] = "each"
-    """Of a video the mean of its frames' scores, or one score of the whole clip (B, T, 3, H, W)."""
+    """How a video is scored: as the mean of the scores of its frames (each), or once as a clip (B, T, 3, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +113,25 @@ class Window:
     """
 
     kind: Literal["all_but_last", "fixed", "random", "progressive"] = "all_but_last"
-    """Every step but the last; always at `start`; drawn anew in every iteration; sliding (MixGRPO)."""
-    size: int | None = None
-    """S, the number of trained steps; left out for `all_but_last`."""
-    start: int = 0
-    """First trained step of `fixed`."""
-    range: tuple[int, int] | None = None
-    """[lo, hi): where `random` and `progressive` windows lie, whole; None is every step but the last."""
-    stride: int = 1
-    """How many steps `progressive` slides at once."""
-    every: int = 25
-    """After how many iterations `progressive` slides (MixGRPO's tau)."""
-    decay: float = 0.0
-    """With it `progressive` slides ever faster: by exp(-decay) fewer iterations a step, rounded up (MixGRPO: 0.1)."""
-    decay_from: int = 0
-    """First step from which `decay` counts (MixGRPO: 13 of 25 steps)."""
+    """The window holds every step but the last (all_but_last), always begins at `start` (fixed), is drawn anew in every
+    iteration (random), or slides from the first steps to the last (progressive, of MixGRPO)."""
+    size: StepCount | None = None
+    """Number S of trained steps. Left out: for all_but_last, which has all steps but one; the other kinds need it."""
+    start: StepIndex = 0
+    """Index of the first trained step of a fixed window."""
+    range: tuple[StepIndex, StepIndex] | None = None
+    """Steps [first, end) in which a random or progressive window lies whole. Left out: all steps but the last."""
+    stride: StepCount = 1
+    """Number of steps by which a progressive window slides at once."""
+    every: IterationCount = 25
+    """Number of iterations after which a progressive window slides (tau of MixGRPO)."""
+    decay: Annotated[float, AtLeast(0), AtMost(100)] = 0.0
+    """With a decay a progressive window slides ever faster: each step takes exp(-decay) times the iterations of the one
+    before, rounded up (MixGRPO: 0.1)."""
+    decay_from: StepIndex = 0
+    """Index of the step from which on `decay` counts (MixGRPO: 13 of 25 steps)."""
     shared: bool = False
-    """`random`: one draw for all groups of an iteration (MixGRPO), and not one for each (Flow-GRPO-Fast)."""
+    """Draw one random window for all groups of an iteration (MixGRPO) instead of one for each group (Flow-GRPO-Fast)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,37 +139,39 @@ class AfterWindow:
     """How the steps after the window are taken. Those before it stay: the window's noise would amplify their errors."""
 
     solver: Literal["euler", "dpmpp_2m"] = "euler"
-    """The ODE's first-order step, or DPM-Solver++(2M)'s, which remembers one prediction."""
-    compress_ratio: float = 1.0
-    """Share of the schedule's steps after the window that are taken, at least one (MixGRPO-Flash: 0.4, or 0.2)."""
+    """Solver of the ODE after the window: Euler's first-order step, or DPM-Solver++(2M), which remembers one prediction."""
+    compress_ratio: Annotated[float, Above(0), AtMost(1)] = 1.0
+    """Fraction of the schedule's steps after the window that are taken, at least one step (MixGRPO-Flash: 0.4, or 0.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    num_steps: int = 10
-    """Denoising steps of a training rollout."""
+    """How training images are drawn."""
+
+    num_steps: Annotated[int, AtLeast(2), AtMost(1000)] = 10
+    """Number of denoising steps of a training rollout. The last is never trained, so there are at least two."""
     sampler: str = "flow_sde"
-    """flow_sde, dance_sde, cps or ode; the window decides which steps it takes, the others follow the ODE."""
-    noise_level: float = 0.7
-    """a of flow_sde, eta of dance_sde and cps."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance, in rollout and update alike; 1 is none, at half the cost."""
-    groups: int = 16
-    """Prompts an iteration, over all ranks."""
-    group_size: int = 16
-    """Images for each prompt: the advantage compares them."""
-    batch_size: int = 128
-    """Images a forward pass, in rollout and update alike, so that the ratio of the first update is exactly 1."""
+    """Sampler of the steps in the window: flow_sde, dance_sde, cps or ode. All other steps follow the ODE."""
+    noise_level: Annotated[float, Above(0), AtMost(10)] = 0.7
+    """Noise of the sampler, called a in flow_sde and eta in dance_sde and cps."""
+    guidance_scale: Guidance = 1.0
+    """Classifier-free guidance of rollout and update alike. At 1 there is none, which halves the cost."""
+    groups: Annotated[int, AtLeast(1), AtMost(10_000)] = 16
+    """Number of prompts in an iteration, over all ranks."""
+    group_size: Annotated[int, AtLeast(2), AtMost(10_000)] = 16
+    """Number of images for each prompt, at least two, as the advantage compares them."""
+    batch_size: BatchSize = 128
+    """Number of images in a forward pass of rollout and update alike, so that the ratio of the first update is exactly 1."""
     precision: Literal["model", "fp8"] = "model"
-    """fp8: frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity). It should
-    pay only with model.compile: each layer rounds its input in eight launches. An estimate, no GPU has run it."""
+    """With fp8 the frozen layers multiply in 8 bits during rollouts, which are scored again exactly (update.old_velocity).
+    It should pay only with model.compile: each layer rounds its input in eight launches. An estimate, no GPU has run it."""
     cuda_graph: bool = True
-    """Replay the rollout as one CUDA graph; where there is no GPU it runs eagerly, and says so."""
+    """Replay the rollout as one CUDA graph. Without a GPU the rollout runs eagerly, and says so."""
     window: Window = field(default_factory=Window)
     after_window: AfterWindow = field(default_factory=AfterWindow)
     shared_noise: bool = False
-    """A group's images start from the same noise, and are computed once until their window begins: fewer forward passes, and
-    less to compare. Flow-GRPO found different noise for each image to train better."""
+    """Start all images of a group from the same noise, and compute them once until their window begins: fewer forward
+    passes, and less to compare. Flow-GRPO found different noise for each image to train better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,121 +179,142 @@ class AdvantageConfig:
     """What `fastgrpo.learning.advantages.group_advantages` takes, under the same names."""
 
     std: Literal["group", "global"] = "global"
-    """Rewards are divided by the standard deviation of their group, or of the whole iteration."""
-    adv_clip_max: float = 5.0
-    """Advantages are clipped to plus and minus this."""
+    """Rewards are divided by the standard deviation of their group (group), or of the whole iteration (global)."""
+    adv_clip_max: Annotated[float, Above(0)] = 5.0
+    """Advantages are clipped to plus and minus this number."""
     combine: Literal["sum", "each"] = "sum"
-    """Several rewards: their weighted sum is normalised, or each is before the sum (GDPO, which has std: group)."""
+    """With several rewards, normalise their weighted sum (sum), or each reward before the sum (each). GDPO is each with
+    advantage.std: group."""
     pairwise: bool = False
-    """A reward counts as the share of its group that it beats (Pref-GRPO): of the weighted sum, or of each."""
-    keep: int | None = None
-    """Of each group only this many images are learned from, half of them the best and half the worst; left out: all."""
+    """Replace a reward by the fraction of its group that it beats (Pref-GRPO): the weighted sum, or each reward, as
+    advantage.combine says."""
+    keep: Annotated[int, AtLeast(2), AtMost(10_000)] | None = None
+    """Learn from only this many images of each group, half of them the best and half the worst. Left out: from all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
+    """What the update minimises."""
+
     name: str = "clip"
-    """Objective, see fastgrpo/objectives/."""
+    """The objective, one of those in fastgrpo/learning/objectives."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The objective's own, say {delta: 1e-6} of dppo: the keyword parameters of its function."""
+    """Settings of this objective alone, the keyword parameters of its function, for example {delta: 1e-6} for dppo."""
     offline: bool = False
-    """Train sft or dpo on images that are there already: prompts.train then has a "target", or "chosen" and "rejected",
-    in each line; or it is a folder of images with captions beside them."""
-    clip_range: float = 1e-4
-    """Clip of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
-    beta: float = 0.04
-    """Weight of the KL to the model before training; 0 saves its forward passes."""
-    kl: Literal["paper", "reference"] = "reference"
-    """The exact KL of a transition (paper), or the released code's, which leaves out the time step (reference)."""
-    log_prob_weight: Literal["exact", "cps_reference"] = "exact"
-    """Weight of the log-ratio: 1 / (2 s^2), or 1 as in the released CPS code."""
-    step_weight: Literal["uniform", "tempflow", "guard"] | None = None
-    """Weight of a step's policy loss: 1; its noise over the mean in the window (TempFlow-GRPO); 1 / |dt| (GRPO-Guard). Left
-    out: the objective's own, which is guard for guard and uniform for all others."""
+    """Train sft or dpo on existing images instead of rollouts. Each line of prompts.train then has a "target", or "chosen"
+    and "rejected"; or prompts.train is a folder of images with captions beside them."""
+    clip_range: Annotated[float, Above(0)] = 1e-4
+    """Clip range of the ratio, quoted for latents of 65,536 elements and scaled by the square root of the size."""
+    beta: Annotated[float, AtLeast(0), AtMost(1_000_000)] = 0.04
+    """Weight of the KL to the model before training. At 0 its forward passes are saved."""
+    kl: KLForm = "reference"
+    """The exact KL of a transition (paper), or that of the released code, which leaves out the time step (reference)."""
+    log_prob_weight: LogProbWeight = "exact"
+    """Weight of the log-ratio: 1 / (2 s^2) (exact), or 1 as in the released CPS code (cps_reference)."""
+    step_weight: StepWeight | None = None
+    """Weight of a step's policy loss: 1 (uniform), its noise over the mean in the window (tempflow, of TempFlow-GRPO), or
+    1 / |dt| (guard, of GRPO-Guard). Left out: the objective's own, which is guard for guard and uniform for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    learning_rate: float = 3e-4
-    """Of AdamW."""
-    final_learning_rate: float | None = None
-    """Where it falls to, in a straight line over the iterations of the run; left out: it stays."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
-    weight_decay: float = 1e-4
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    steps_per_rollout: int = 2
-    """Optimiser steps an iteration, each on its share of the samples; only the first is exactly on-policy."""
-    inner_epochs: int = 1
-    """Times the samples of an iteration are gone through; more than once asks for a trust region that holds (dppo)."""
-    ema_decay: float = 0.9
-    """Of the average that is evaluated and saved, once an iteration."""
-    micro_batch_size: int | Literal["rollout", "largest"] = "rollout"
-    """Transitions a forward pass: the rollout's batch_size, for which the ratio of the first update is exactly 1; a
-    number; or the most that GPU memory holds, found by a trial at the start."""
+    """How the weights are updated."""
+
+    learning_rate: Annotated[float, Above(0), AtMost(1)] = 3e-4
+    """Learning rate of the optimiser, AdamW."""
+    final_learning_rate: Annotated[float, AtLeast(0), AtMost(1)] | None = None
+    """Learning rate of the last iteration, to which it changes in a straight line. Left out: it stays the same."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's decay of the averages of the gradient and of its square."""
+    weight_decay: Annotated[float, AtLeast(0), AtMost(100)] = 1e-4
+    """AdamW's weight decay, by which learning_rate times the weights is subtracted in each step."""
+    max_grad_norm: Annotated[float, Above(0)] = 1.0
+    """Gradients of a larger norm are scaled down to this one."""
+    steps_per_rollout: Annotated[int, AtLeast(1), AtMost(10_000)] = 2
+    """Number of optimiser steps in an iteration, each on an equal part of its samples. Only the first is on-policy."""
+    inner_epochs: Annotated[int, AtLeast(1), AtMost(1000)] = 1
+    """How often the samples of an iteration are gone through. More than once asks for a trust region that holds (dppo)."""
+    ema_decay: Decay = 0.9
+    """Decay of the moving average of the weights, which is updated once an iteration and is what is evaluated and saved."""
+    micro_batch_size: Annotated[int, AtLeast(1), AtMost(10_000_000)] | Literal["rollout", "largest"] = "rollout"
+    """Number of transitions in a forward pass of the update. It is the rollout's batch_size (rollout), for which the ratio
+    of the first update is exactly 1; or a number; or the most that GPU memory holds, found by a trial at the start
+    (largest)."""
     old_velocity: Literal["rollout", "recompute"] | None = None
-    """v_old as the rollout left it, or from another forward pass, as the update makes it. Left out: rollout, but recompute
-    where the update's passes round in another way, so that the first ratio would not be exactly 1: with rollout.precision
-    fp8, with another micro_batch_size than the rollout's, and with model.compile below float32."""
+    """Take v_old as the rollout left it (rollout), or from another forward pass as the update makes it (recompute). Left
+    out: rollout, but recompute where the update's passes round in another way, so that the first ratio would not be exactly
+    1: with rollout.precision fp8, with another micro_batch_size than the rollout's, and with model.compile below float32."""
     skip_dead: bool = True
     """Leave out of an optimiser step the batches that would hold only samples of weight 0, whose gradient is 0: groups of
-    equal rewards, and what `advantage.keep` leaves out. It saves where a step has several batches."""
+    equal rewards, and what `advantage.keep` leaves out. It saves time where a step has several batches."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Compute activations again in the backward pass, which takes less memory and more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OldPolicyConfig:
-    limit: float = 0.0
-    """A slow average of the trained policy that samples in its place, and that v_old is of: at each iteration it keeps
-    min(rate x (iterations so far - start), limit) of itself. 0: the trained policy samples. Published for nft: 0.5."""
-    rate: float = 0.001
-    """Likewise."""
-    start: int = 0
-    """Likewise."""
+    """The slow average of the trained policy that samples in its place, as in DiffusionNFT.
+
+    At each iteration it keeps min(rate x (iterations so far - start), limit) of itself.
+    """
+
+    limit: Decay = 0.0
+    """Most that the sampling policy keeps of itself in an iteration; it is a slow average of the trained policy, and v_old
+    is its velocity. At 0 the trained policy samples. DiffusionNFT has 0.5."""
+    rate: Annotated[float, Above(0)] = 0.001
+    """How much more of itself the sampling policy keeps with each iteration, until it keeps forward.old_policy.limit."""
+    start: Annotated[int, AtLeast(0), AtMost(10_000_000)] = 0
+    """Number of iterations in which the sampling policy keeps nothing of itself, before forward.old_policy.rate counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
-    num_timesteps: int = 2
-    """Noise levels at which an objective of the forward process (nft, awm, dpo, sft) trains each sample."""
-    range: tuple[int, int] | None = None
-    """[lo, hi) of the rollout's steps whose noise levels are drawn; left out: all."""
+    """How objectives of the forward process noise the final images again."""
+
+    num_timesteps: StepCount = 2
+    """Number of noise levels at which an objective of the forward process (nft, awm, dpo, sft) trains each sample."""
+    range: tuple[StepIndex, StepIndex] | None = None
+    """Steps [first, end) of the rollout's schedule whose noise levels are drawn. Left out: all steps."""
     old_policy: OldPolicyConfig = field(default_factory=OldPolicyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
+    """How DeepSpeed divides the work over ranks."""
+
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage. With LoRA the sharded state is small: 1 is the right choice nearly always."""
+    """Stage of DeepSpeed's ZeRO. With LoRA the sharded state is small, so 1 is nearly always the right choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    every: int = 20
-    """Iterations between evaluations; 0 evaluates only before and after."""
-    num_steps: int = 40
-    """ODE steps of an evaluation."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance of an evaluation."""
-    images: int = 400
-    """Images of the first and the last evaluation, spread evenly over the prompts' categories."""
-    images_between: int = 100
-    """Images of the evaluations in between."""
-    batch_size: int = 100
-    """Images a forward pass."""
-    samples: int = 24
-    """Images drawn at each evaluation for people to look at: always the same prompts and the same noise."""
+    """How the averaged weights are scored on held-out prompts."""
+
+    every: Annotated[int, AtLeast(0), AtMost(10_000_000)] = 20
+    """Number of iterations between evaluations. At 0 only the first and the last are left."""
+    num_steps: StepCount = 40
+    """Number of ODE steps for each image of an evaluation."""
+    guidance_scale: Guidance = 1.0
+    """Classifier-free guidance of an evaluation. At 1 there is none, which halves the cost."""
+    images: ImageCount = 400
+    """Number of images of the first and the last evaluation, spread evenly over the categories of the prompts."""
+    images_between: ImageCount = 100
+    """Number of images of each evaluation in between."""
+    batch_size: BatchSize = 100
+    """Number of images in a forward pass of an evaluation."""
+    samples: Annotated[int, AtLeast(0), AtMost(10_000)] = 24
+    """Number of images drawn at each evaluation for people to look at, always of the same prompts and the same noise. At 0
+    none are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 20
-    """Iterations between checkpoints."""
-    keep: int = 2
-    """Checkpoints kept; older ones are removed."""
+    """When the state of a run is saved."""
+
+    every: IterationCount = 20
+    """Number of iterations between checkpoints. There is one after the last iteration whatever stands here."""
+    keep: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 2
+    """Number of checkpoints that are kept; older ones are removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +325,11 @@ class Config:
     prompts: PromptsConfig
     reward: RewardConfig
     output: Path
-    """Folder of the run; a run that is already there is resumed."""
-    iterations: int = 100
-    """Rollouts, each followed by its updates."""
-    seed: int = 0
-    """Of everything random: the same seed gives the same noise on any number of ranks."""
+    """Folder of the run. A run that is already there is resumed."""
+    iterations: IterationCount = 100
+    """Number of rollouts, each followed by its updates."""
+    seed: Annotated[int, AtLeast(0), AtMost(2**32 - 1)] = 0
+    """Seed of everything that is random: the same seed gives the same noise on any number of ranks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -2,20 +2,24 @@
 
 data = parse_yaml(text, "recipe.yaml")
 apply_override(data, "rollout.num_steps=8")
-config = build(Config, data)                    every key known, every value of its field's type
+config = build(Config, data)                    every key known, every value of its field's type and within its bounds
+
+A field's bounds stand beside its type: `every: Annotated[int, AtLeast(1), AtMost(1000)] = 20`. Numbers are always finite.
 """
 
-import ast
 import dataclasses
 import difflib
-import inspect
+import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+
+from fastgrpo.config.bounds import Bound
 
 
 class ConfigError(ValueError):
@@ -31,13 +35,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def choice(path: str, value: str, choices: typing.Iterable[str]) -> None:
+def choice(path: str, value: str, choices: typing.Collection[str]) -> None:
     """Refuse a name that is not among the choices."""
     if value not in choices:
         refuse(path, value, nearest(value, choices))
 
 
 def nearest(value: object, choices: typing.Iterable[Any]) -> str:
+    """The way out of a name that is not among the choices: the one that was probably meant, and all of them."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
     return (f"did you mean {close[0]!r}? " if close else "") + f"choices: {', '.join(names)}"
@@ -49,9 +54,10 @@ def refuse(path: str, value: object, way_out: str) -> typing.NoReturn:
 
 
 def parse_yaml(text: str, where: str) -> Any:
+    """The YAML in a text; `where` names the text in the error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
@@ -99,7 +105,8 @@ def build(cls: type, data: Any, prefix: str = "") -> Any:
             data,
             "expected a section with the keys " + ", ".join(f.name for f in dataclasses.fields(cls)),
         )
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
             raise ConfigError(f"{prefix}{key}: unknown key; {nearest(key, fields)}")
@@ -110,48 +117,77 @@ def build(cls: type, data: Any, prefix: str = "") -> Any:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the type `hint`, or a refusal; only int to float and list to tuple are conversions."""
+    """`value` as the type `hint`, or a refusal; int to float, list to tuple and str to Path are the only conversions."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path + ".")
+    if origin is Annotated:
+        return _within(_convert(value, arguments[0], path), arguments[1:], path)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, path)
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):  # True == 1 == 1.0
             refuse(path, value, nearest(value, arguments))
         return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            refuse(path, value, "expected a list")
-        item_hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(item_hints) != len(value):
-            refuse(path, value, f"expected {len(item_hints)} values")
-        return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True)))
+    if origin in (tuple, list, Sequence):
+        return _convert_list(value, origin, arguments, path)
     if origin is dict:
         if not isinstance(value, dict):
-            refuse(path, value, f"expected a mapping of names to {_type_name(arguments[1])}")
+            refuse(path, value, f"expected a mapping of names to {type_name(arguments[1])}")
         return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
     if hint is Any:
         return value
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return _finite(value, path)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if type(value) is not hint:
-        refuse(path, value, f"expected {_type_name(hint)}, found {type(value).__name__}")
+        refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}")
     return value
 
 
+def _within(value: Any, bounds: tuple[Bound, ...], path: str) -> Any:
+    if not all(bound.holds(value) for bound in bounds):
+        refuse(path, value, f"must be {_in_words(bounds)}")
+    return value
+
+
+def _finite(value: float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        refuse(path, value, "must be a finite number")
+    return number
+
+
+def _convert_list(value: Any, origin: Any, arguments: tuple[Any, ...], path: str) -> Any:
+    """A list as the tuple or list of the type, each item converted to its own type."""
+    if not isinstance(value, list | tuple):
+        refuse(path, value, "expected a list")
+    alike = origin is not tuple or arguments[-1] is Ellipsis
+    item_hints = [arguments[0]] * len(value) if alike else list(arguments)
+    if len(item_hints) != len(value):
+        refuse(path, value, f"expected {len(item_hints)} values")
+    items = [_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True))]
+    return tuple(items) if origin is tuple else items
+
+
 def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
-    """X | None takes null or an X; int | Literal[...] a number or one of the names; X | dict[...] a mapping or an X."""
+    """`value` as the first of the types that takes it; else the refusal of the one that was probably meant."""
     if value is None and type(None) in hints:
         return None
-    mappings = [hint for hint in hints if typing.get_origin(hint) is dict]
-    if isinstance(value, dict) and mappings:
-        return _convert(value, mappings[0], path)
     hints = tuple(hint for hint in hints if hint is not type(None))
-    names = [hint for hint in hints if typing.get_origin(hint) is Literal]
-    return _convert(value, names[0] if names and isinstance(value, str) else hints[0], path)
+    for hint in hints:
+        try:
+            return _convert(value, hint, path)
+        except ConfigError:
+            continue
+    mappings = [hint for hint in hints if typing.get_origin(hint) is dict and isinstance(value, dict)]
+    names = [hint for hint in hints if typing.get_origin(hint) is Literal and isinstance(value, str)]
+    single = [hint for hint in hints if typing.get_origin(hint) is not dict]
+    return _convert(value, (*mappings, *names, *single, *hints)[0], path)
 
 
 def plain(value: Any) -> Any:
@@ -165,37 +201,25 @@ def plain(value: Any) -> Any:
 
 def flat(data: dict, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one of dotted keys."""
-    rows = {}
+    rows: dict[str, Any] = {}
     for key, value in data.items():
         rows.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return rows
 
 
-def describe(cls: type, prefix: str = "") -> typing.Iterator[str]:
-    """Each key with its type, default and the docstring under its field."""
-    hints, docs = typing.get_type_hints(cls), _field_docs(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            yield from describe(typing.cast(type, hint), f"{prefix}{f.name}.")
-        else:
-            default = "required"
-            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING:
-                default = f"default {f.default_factory() if f.default is dataclasses.MISSING else f.default}"
-            yield f"  {prefix}{f.name} ({_type_name(hint)}, {default})\n      {docs.get(f.name, '')}"
+def type_name(hint: Any) -> str:
+    """A type as `--help` prints it, say `int at least 1 | None`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin is Annotated:
+        return f"{type_name(arguments[0])} {_in_words(arguments[1:])}"
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(type_name(a) for a in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join('...' if a is Ellipsis else type_name(a) for a in arguments)}]"
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(str(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field, read from the source: dataclasses do not keep them."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
-    docs = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[typing.cast(ast.Name, node.target).id] = " ".join(str(after.value.value).split())
-    return docs
+def _in_words(bounds: tuple[Bound, ...]) -> str:
+    return " and ".join(str(bound) for bound in bounds)

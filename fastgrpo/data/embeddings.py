@@ -2,18 +2,19 @@
 
 import functools
 import hashlib
-import os
-import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.records import concatenate, with_unconditional
+from fastgrpo.files import atomic_file
+from fastgrpo.policy import Model
+from fastgrpo.records import Prompted, concatenate
 
 IN_MEMORY = 1024  # prompts whose embeddings are kept in memory when they are also on disk: a few GB for SD3
 
@@ -26,53 +27,54 @@ class Embeddings:
     resume.
     """
 
-    def __init__(self, model, folder: Path | None = None) -> None:
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self._known: OrderedDict[str, tuple] = OrderedDict()
+        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str | ImagePrompt], *, guidance_scale: float) -> tuple:
-        """Rows for `rollout`: the prompts', and under guidance those of the empty prompt before them."""
-        conditioning = concatenate([self._one(prompt) for prompt in prompts])
+    def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
+        """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
+        cond = concatenate([self._one(prompt) for prompt in prompts])
         if guidance_scale == 1:
-            return conditioning
-        if isinstance(prompts[0], str):
-            return with_unconditional(conditioning, self._one(""))
-        return concatenate([*(self._one(without_text(prompt)) for prompt in prompts), conditioning])
+            return Prompted(cond)
+        if not isinstance(prompts[0], str):
+            return Prompted(cond, concatenate([self._one(without_text(prompt)) for prompt in prompts]))
+        empty = self._one("")
+        return Prompted(cond, type(cond)(*(tensor.expand(len(prompts), *tensor.shape[1:]) for tensor in empty)))
 
     def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
-        """Puts the embeddings of all prompts on disk, so that the text encoders are not asked again."""
+        """Puts the embeddings of all prompts into the folder, so that the text encoders are not asked again."""
+        if self._folder is None:
+            raise ValueError("these embeddings are kept in memory: give Embeddings a folder to prepare them in")
         for prompt in tqdm(prompts, desc="embeddings", disable=not show, dynamic_ncols=True):
-            if not self._file(prompt).exists():
-                self._write(self._file(prompt), self._model.encode([prompt]))
+            if not (path := self._file(self._folder, prompt)).exists():
+                self._write(path, self._model.encode([prompt]))
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
-        if prompt not in self._known:
-            self._known[prompt] = self._read(prompt)
-            if len(self._known) > IN_MEMORY and self._folder is not None:
-                self._known.popitem(last=False)
-        self._known.move_to_end(prompt)
-        return self._known[prompt]
+        if prompt not in self.in_memory:
+            self.in_memory[prompt] = self._read(prompt)
+            if len(self.in_memory) > IN_MEMORY and self._folder is not None:
+                self.in_memory.popitem(last=False)
+        self.in_memory.move_to_end(prompt)
+        return self.in_memory[prompt]
 
     def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
             return self._model.encode([prompt])
-        path = self._file(prompt)
+        path = self._file(self._folder, prompt)
         if not path.exists():
             self._write(path, self._model.encode([prompt]))
         return self._model.Conditioning(**load_file(path, device=str(self._model.device)))
 
-    def _file(self, prompt: str | ImagePrompt) -> Path:
+    def _file(self, folder: Path, prompt: str | ImagePrompt) -> Path:
         text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
-        name = hashlib.sha256(f"{self._fingerprint}\n{text}".encode()).hexdigest()
-        return self._folder / name[:2] / f"{name}.safetensors"
+        name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
+        return folder / name[:2] / f"{name}.safetensors"
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
+    def fingerprint(self) -> str:
+        """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
-        # An input image goes through the autoencoder.
-        images = [self._model.pipeline.vae] if self._model.image_conditioned else []
-        for encoder in (*self._model.text_encoders, *images):
+        for encoder in self._model.encoders:
             for name, tensor in encoder.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 picked = tensor.flatten()[:: max(1, tensor.numel() // 256)]
@@ -80,12 +82,10 @@ class Embeddings:
         return digest.hexdigest()
 
     @staticmethod
-    def _write(path: Path, conditioning: tuple) -> None:
-        """Whole or not at all: another process may be reading or writing the same prompt."""
+    def _write(path: Path, conditioning: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
-        os.replace(partial, path)
+        with atomic_file(path) as partial:  # another process may be reading or writing the same prompt
+            save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
 
 
 def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:

@@ -1,9 +1,9 @@
-"""Training on images that are there already, instead of rollouts: the last stage of data in a trainer of its own kind.
+"""Offline training: existing images instead of rollouts.
 
-    sft      a prompt and the image to draw, "target"; or a folder of images with their captions beside them
+    sft      a prompt with the image to draw, "target"; or a folder of images with their captions beside them
     dpo      a prompt with the better image, "chosen", and the worse, "rejected"
 
-An iteration takes as many images as one of rollouts would draw; the two of a pair stand side by side.
+An iteration takes as many images as its rollouts would draw. The two images of a pair stand side by side.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-DATA = {"sft": ("target",), "dpo": ("chosen", "rejected")}  # by objective: what the images are called in a line
+TARGET_FIELDS = {"sft": ("target",), "dpo": ("chosen", "rejected")}  # objective -> the images in a line of prompts.train
 
 
-def pictures(records: Sequence[dict], size: tuple[int, int]) -> Tensor:
-    """The targets of records as (B, 3, H, W) uint8: scaled to cover the size (height, width), and cut in the middle."""
+def load_targets(records: Sequence[dict], size: tuple[int, int]) -> Tensor:
+    """The "target" images of B records as (B, 3, H, W) uint8, scaled to cover the size (height, width) and cropped to it."""
     arrays = []
     for record in records:
         with Image.open(record["target"]) as image:
@@ -26,6 +26,6 @@ def pictures(records: Sequence[dict], size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def image_records(records: Sequence[dict], keys: Sequence[str]) -> list[dict]:
-    """A record for each image, its file as "target": the line's own, or its two one after the other."""
-    return [{**record, "target": record[key]} for record in records for key in keys]
+def image_records(records: Sequence[dict], image_fields: Sequence[str]) -> list[dict]:
+    """A record for each image, with the image's file as "target": the lines in turn, and in each line its image fields."""
+    return [{**record, "target": record[field]} for record in records for field in image_fields]

@@ -1,8 +1,8 @@
 """Prompt files, and which prompts an iteration trains on.
 
-A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads.
-GenEval's metadata files are read as they are. A folder of images, each with its caption in a .txt of the same name, is read
-as such lines too, for training on images.
+A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads, as GenEval's
+metadata files have it. A folder of images, each with its caption in a .txt of the same name, is read as such lines too, for
+offline training.
 """
 
 import json
@@ -20,23 +20,23 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ImagePrompt(NamedTuple):
-    """What an image-conditioned model is asked: a text about an input image."""
+    """A prompt of an image-conditioned model: a text about an input image."""
 
     text: str
     image: Path
 
 
-INPUT = ("image",)  # what a prompt of an image-conditioned model has besides
+IMAGE_FIELD = "image"  # the input image in a line of prompts for an image-conditioned model
 
 
-def asked(record: dict, images: bool) -> str | ImagePrompt:
-    """What a model reads of a prompt's record: the text, for an image-conditioned model with its image."""
-    return ImagePrompt(record["prompt"], Path(record["image"])) if images else record["prompt"]
+def as_prompt(record: dict, with_image: bool) -> str | ImagePrompt:
+    """The prompt in a line's record: its text, and for an image-conditioned model its input image too."""
+    return ImagePrompt(record["prompt"], Path(record[IMAGE_FIELD])) if with_image else record["prompt"]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with the metadata of their lines."""
+    """Prompts, and the record of each one's line as metadata."""
 
     prompts: list[str]
     metadata: list[dict]
@@ -45,20 +45,21 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_prompts(path: Path, images: Sequence[str] = ()) -> PromptSet:
+def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
     """Read a .txt or .jsonl file, or a folder of captioned images; what is no prompt is refused with its line's number.
 
-    images: keys that every line must have, each an image's path (relative to the prompt file's folder), which is opened.
+    image_fields: fields that every line must have, each the path of an image, relative to the folder of the prompt file.
+    Each image is opened once, so that one that cannot be read is found before training.
     """
     if path.is_dir():
-        return _load_folder(path, *images)
+        return _load_folder(path, image_fields)
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
     records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
             record = _parse(line, path, number)
-            records.append({**record, **{key: _image(record, key, path, number) for key in images}})
+            records.append({**record, **{field: _image(record, field, path, number) for field in image_fields}})
     if not records:
         raise ValueError(f"{path}: holds no prompts")
     return PromptSet([record["prompt"] for record in records], records)
@@ -76,32 +77,32 @@ def _parse(line: str, path: Path, number: int) -> dict:
     return record
 
 
-def _load_folder(folder: Path, *keys: str) -> PromptSet:
-    """Images with their captions beside them, by name."""
-    if len(keys) != 1:
+def _load_folder(folder: Path, image_fields: Sequence[str]) -> PromptSet:
+    """Images with their captions beside them, in the order of their names."""
+    if len(image_fields) != 1:
         raise ValueError(f"{folder}: is a folder, which holds one image a prompt; give a .txt or .jsonl file")
     records = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
             raise ValueError(f"{file}: has no caption; write it to {caption.name} beside it")
-        _opened(file, str(file))
-        records.append({"prompt": caption.read_text().strip(), keys[0]: str(file.resolve())})
+        _check_image(file, str(file))
+        records.append({"prompt": caption.read_text().strip(), image_fields[0]: str(file.resolve())})
     if not records:
         raise ValueError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return PromptSet([record["prompt"] for record in records], records)
 
 
-def _image(record: dict, key: str, path: Path, number: int) -> str:
-    """The absolute path of a record's image, after a look at whether it is one."""
-    if not isinstance(record.get(key), str):
-        raise ValueError(f'{path}:{number}: every prompt needs an image here: give "{key}", a file, in a .jsonl')
-    file = (path.parent / record[key]).resolve()
-    _opened(file, f"{path}:{number}: {key} {file}")
+def _image(record: dict, field: str, path: Path, number: int) -> str:
+    """The absolute path of a record's image, which is checked to be one."""
+    if not isinstance(record.get(field), str):
+        raise ValueError(f'{path}:{number}: every prompt needs an image here: give "{field}", a file, in a .jsonl')
+    file = (path.parent / record[field]).resolve()
+    _check_image(file, f"{path}:{number}: {field} {file}")
     return str(file)
 
 
-def _opened(file: Path, what: str) -> None:
+def _check_image(file: Path, what: str) -> None:
     if not file.is_file():
         raise ValueError(f"{what}: no such file")
     try:
@@ -114,16 +115,16 @@ def _opened(file: Path, what: str) -> None:
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     """Refuse evaluation prompts that are trained on."""
 
-    def keys(prompts: PromptSet) -> set[tuple[str, str]]:
-        return {(p, str(record.get("image", ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
+    def lines(prompts: PromptSet) -> set[tuple[str, str]]:
+        return {(p, str(record.get(IMAGE_FIELD, ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
 
-    shared = sorted(keys(train) & keys(evaluation))
+    shared = sorted(lines(train) & lines(evaluation))
     if shared:
         raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
 
 
-def shares(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
-    """The share of each prompt (N,) where categories ("tag") are drawn by weight; None without weights: all alike.
+def prompt_probabilities(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
+    """The probability of each prompt (N,) where categories ("tag") are drawn by weight; None without weights.
 
     Flow-GRPO trains GenEval on position, counting, attribution and the rest as 7 : 5 : 3 : 1 : 1 : 0.
     """
@@ -139,24 +140,24 @@ def shares(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.
             raise ValueError(f"prompts.weights: {tag} has no weight, and {counts[tag]} prompts; give it 0 to leave it out")
         if not 0 <= weights[tag] < math.inf:
             raise ValueError(f"prompts.weights.{tag} = {weights[tag]}: a weight is finite and not negative")
-    share = np.array([weights[tag] / counts[tag] for tag in tags], dtype=np.float64)
-    if (share > 0).sum() < groups:
-        live = int((share > 0).sum())
+    probabilities = np.array([weights[tag] / counts[tag] for tag in tags], dtype=np.float64)
+    if (probabilities > 0).sum() < groups:
+        live = int((probabilities > 0).sum())
         raise ValueError(f"rollout.groups = {groups}: only {live} prompts have a weight above 0, and each is taken once")
-    return share / share.sum()
+    return probabilities / probabilities.sum()
 
 
 def prompts_of_iteration(
-    num_prompts: int, groups: int, iteration: int, seed: int, share: np.ndarray | None = None
+    num_prompts: int, groups: int, iteration: int, seed: int, probabilities: np.ndarray | None = None
 ) -> np.ndarray:
-    """The indices (groups,) of an iteration's prompts: seeded shuffles of all prompts, one after the other.
+    """The indices (groups,) of an iteration's prompts, taken in turn from seeded shuffles of all prompts.
 
-    With shares (num_prompts,) instead drawn anew for each iteration, a prompt at most once. A function of the iteration
-    alone, so every rank has the same, and a resumed run goes on where it stopped.
+    With probabilities (num_prompts,) they are drawn anew for each iteration instead, each prompt at most once. The indices
+    depend on seed and iteration alone: every rank has the same, and a resumed run goes on where it stopped.
     """
-    if share is not None:
+    if probabilities is not None:
         rng = np.random.Generator(np.random.Philox(key=[seed, iteration]))
-        return rng.choice(num_prompts, groups, replace=False, p=share)
+        return rng.choice(num_prompts, groups, replace=False, p=probabilities)
     positions = np.arange(iteration * groups, (iteration + 1) * groups)
     shuffles = {epoch: _shuffle(num_prompts, int(epoch), seed) for epoch in np.unique(positions // num_prompts)}
     return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])

@@ -1,1 +1,1 @@
-"""DeepSpeed, ranks and checkpoints."""
+"""The update of the trained weights with DeepSpeed, the processes of a run, and its checkpoints."""

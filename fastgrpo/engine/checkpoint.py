@@ -5,10 +5,9 @@
                       engine/       the engine's own files, a part from each rank
     checkpoints/00013.partial/      being written, or left over from a crash
 
-All ranks write into `00012.partial` and wait for each other; then rank 0 lists the files in COMPLETE, flushes
-everything to disk and renames the folder, in this order. So a crash at any point leaves a folder that is
-never picked up, and that the next save removes. The ranks load what rank 0 found, so they cannot disagree.
-Nodes must share the folder.
+All ranks write into `00012.partial` and wait for each other; then rank 0 lists the files in COMPLETE, flushes everything to
+the disk and renames the folder, in this order. So a crash at any point leaves a folder that is never loaded, and that the
+next save removes. The ranks load what rank 0 found, so they cannot disagree. Nodes must share the folder.
 """
 
 import json
@@ -20,45 +19,46 @@ from typing import Any, Protocol
 
 import torch
 
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.files import flush, move_into_place
+
 MARKER = "COMPLETE"
 STATE = "state.pt"
 ENGINE = "engine"
 
 
 class SavedEngine(Protocol):
-    """What is needed of `fastgrpo.engine.zero.Engine`."""
+    """The part of `fastgrpo.engine.zero.Engine` that checkpoints use."""
 
-    rank: int
-    world_size: int
+    ranks: Ranks
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> Any: ...
-    def barrier(self) -> None: ...
-    def broadcast_object(self, value: Any = None) -> Any: ...
 
 
 def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Saves the engine and rank 0's `state`, then removes all complete checkpoints but `keep`. Collective.
+    """Saves the engine and rank 0's `state`, then removes all complete checkpoints but the last `keep`. Collective.
 
-    `state` holds tensors, numbers, strings, lists and dicts only, so that reading it runs no code.
+    `state` may hold tensors, numbers, strings, lists and dicts only, so that reading it runs no code: else TypeError.
+    Returns the checkpoint's folder.
     """
     if keep < 1:
         raise ValueError(f"keep {keep} must be at least 1")
     final = root / f"{iteration:05d}"
     partial = final.with_suffix(".partial")
-    if engine.rank == 0:
+    if engine.ranks.rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         partial.mkdir()
         _save_state(state, partial / STATE)
-    engine.barrier()  # the folder is there, and nobody writes into a leftover
+    engine.ranks.barrier()  # the folder is there, and nobody writes into a leftover
     engine.save(partial / ENGINE)
-    engine.barrier()  # every part is written
-    if engine.rank == 0:
-        _complete(partial, final, iteration, engine.world_size)
-        for old in _complete_ones(root)[:-keep]:
+    engine.ranks.barrier()  # every part is written
+    if engine.ranks.rank == 0:
+        _complete(partial, final, iteration, engine.ranks.world_size)
+        for old in complete_checkpoints(root)[:-keep]:
             _remove(old)
-    engine.barrier()
+    engine.ranks.barrier()
     return final
 
 
@@ -67,16 +67,16 @@ def latest_checkpoint(root: Path) -> Path | None:
 
     A folder that only holds unfinished ones is a run that crashed before its first save: it starts afresh.
     """
-    return next(reversed(_complete_ones(root)), None)
+    return next(reversed(complete_checkpoints(root)), None)
 
 
 def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any]] | None:
-    """Loads the latest checkpoint; its iteration and state, or None if there is none. Collective.
+    """Loads the latest checkpoint and returns its iteration and state, or None if there is none. Collective.
 
-    The state's tensors are on the CPU. A complete checkpoint that was damaged later is an error.
+    The state's tensors are on the CPU. A complete checkpoint that was damaged later raises ValueError or FileNotFoundError.
     """
     # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
-    folder = engine.broadcast_object(latest_checkpoint(root) if engine.rank == 0 else None)
+    folder = engine.ranks.broadcast_object(latest_checkpoint(root) if engine.ranks.rank == 0 else None)
     if folder is None:
         return None
     iteration = check_files(folder)
@@ -85,7 +85,7 @@ def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any
 
 
 def check_files(folder: Path) -> int:
-    """Compares the files with the marker, by size; returns the iteration."""
+    """Compares the sizes of the files with the marker's; returns the iteration of a checkpoint that is whole."""
     way_out = f"restore it, or remove {folder} to go on from an older checkpoint"
     marker = folder / MARKER
     try:
@@ -104,7 +104,7 @@ def check_files(folder: Path) -> int:
 
 def _save_state(state: dict[str, Any], file: Path) -> None:
     torch.save(state, file)
-    # Now, rather than when it is needed.
+    # Checked now, rather than when a run has to go on from it.
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
         names = ", ".join(unsafe)
@@ -119,25 +119,14 @@ def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> No
         "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
     }
     (partial / MARKER).write_text(json.dumps(record, indent=1))
-    for path in (*files, partial / MARKER, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _flush(path)
-    if final.exists():  # of a run that went on from an older one
+    if final.exists():  # of a run that went on from an older one; it goes when this one is safe
+        flush(partial)
         _remove(final)
-    os.replace(partial, final)
-    _flush(final.parent)
+    move_into_place(partial, final)
 
 
-def _flush(path: Path) -> None:
-    """fsync; of a folder, its list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _complete_ones(root: Path) -> list[Path]:
-    """In rising order of iteration."""
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The folders of the complete checkpoints, in rising order of iteration."""
     if not root.is_dir():
         return []
     folders = (path for path in root.iterdir() if re.fullmatch(r"\d{5,}", path.name))
@@ -145,7 +134,7 @@ def _complete_ones(root: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: a crash in the middle must not leave a checkpoint that looks complete."""
+    """Removes a checkpoint, renamed first: a crash in the middle must not leave one that looks complete."""
     removed = folder.with_suffix(".removed")
     os.replace(folder, removed)
     shutil.rmtree(removed)

@@ -4,18 +4,18 @@ One update is one step of AdamW on
 
     g = 1/W sum over W ranks of (sum over the rank's micro-batches of grad(loss)),  clipped to `max_grad_norm`
 
-summed in float32. ZeRO splits over the ranks, beside the data (arXiv 1910.02054):
+summed in float32. Beside the data, ZeRO splits over the ranks (arXiv 1910.02054):
 
-    stage 0   nothing                            float32 only
-    stage 1   optimiser state, float32 masters   LoRA; addresses of the parameters stay, as CUDA graphs need
-    stage 2   and gradients                      the same
-    stage 3   and parameters                     full fine-tuning; they move, so nothing can be captured
+    stage 0   nothing                            for float32 only
+    stage 1   optimiser state, float32 masters   for LoRA: the parameters keep their addresses, as CUDA graphs need
+    stage 2   gradients as well                  the same
+    stage 3   parameters as well                 for full fine-tuning: they move, so nothing can be captured
 
-In a low-precision policy AdamW steps float32 masters, made from the rounded weights and rounded into them
-after each step. An update whose gradient is not finite is skipped on all ranks, and its norm is inf.
+A low-precision policy has float32 masters, made from its rounded weights. AdamW steps the masters, which are rounded into
+the policy after each step. An update whose gradient is not finite is skipped on all ranks, and its norm is inf.
 
-    device = start()
-    engine = Engine(policy.to(device), zero_stage=1, dtype=torch.float32, ...)
+    ranks = start()
+    engine = Engine(policy.to(ranks.device), ranks, EngineOptions(zero_stage=1, dtype=torch.float32, learning_rate=1e-4))
     with torch.no_grad(), engine.rollout_policy() as policy: ...
     for n, batch in enumerate(batches):
         engine.backward(loss(engine(batch)) / len(batches), last=n + 1 == len(batches))
@@ -23,210 +23,140 @@ after each step. An update whose gradient is not finite is skipped on all ranks,
     engine.close()
     finish()
 
-A method marked collective must be called by all ranks. No other file imports deepspeed.
+A method marked collective must be called by all ranks.
 """
 
-import functools
 import gc
 import io
 import json
-import logging
-import os
-import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import Ranks, load_deepspeed
+
 State = dict[str, Tensor]
+PolicyType = TypeVar("PolicyType", bound=nn.Module)
 
 
-@functools.cache
-def _deepspeed() -> ModuleType:
-    """Imported on first use, as it takes seconds and chooses its accelerator there and then."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # It calls torch.distributed by names that torch has deprecated, in every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*_tensor` is deprecated.*")
-    return deepspeed
-
-
-def start() -> torch.device:
-    """Joins the processes that the launcher started, or makes a group of one; returns this rank's device."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed = _deepspeed()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        _refuse_shm_op(deepspeed)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return device
-
-
-def _refuse_shm_op(deepspeed: ModuleType) -> None:
-    """DeepSpeed's shared-memory all-reduce serves its inference only, but a CPU start would compile it first.
-
-    That takes ninja, a C++ compiler and a minute, and the lock of a killed build hangs the next start.
-    """
-    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
-        ops["deepspeed_shm_comm"] = False
-    else:
-        warnings.warn(
-            f"deepspeed {deepspeed.__version__} has no known switch for its shared-memory operation: "
-            "it may compile it now, for which it needs ninja and a C++ compiler",
-            stacklevel=3,
-        )
-
-
-def finish() -> None:
-    """Leaves the group. Close the engines before.
-
-    Not for a `finally`: after an error the other ranks may not come, and the launcher ends them all.
-    """
-    # A tensor that a thread of gloo frees while the interpreter shuts down aborts the process: free all now.
-    gc.collect()
-    if dist.is_initialized():
-        _deepspeed().comm.destroy_process_group()
-
-
-class Engine:
-    """A policy under DeepSpeed: its forward, its update, its trained weights, the talk between its ranks."""
+class Engine(Generic[PolicyType]):
+    """A policy under DeepSpeed: its forward pass, its update, its trained weights. `deepspeed` is DeepSpeed's own engine."""
 
     def __init__(
         self,
-        policy: nn.Module,  # on the device that `start` returned; what requires a gradient is trained
-        *,
-        zero_stage: int,
-        dtype: torch.dtype,  # float32 leaves the policy as it is, also a frozen base of lower precision
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 1e-4,
-        adam_eps: float = 1e-8,
-        max_grad_norm: float = 1.0,  # 0 does not clip
-        micro_batch_size: int = 1,  # for DeepSpeed's books only
-        zero_options: dict[str, Any] | None = None,  # more of DeepSpeed's `zero_optimization` section
+        policy: PolicyType,  # on the ranks' device; the parameters that require a gradient are trained
+        ranks: Ranks,
+        options: EngineOptions,
     ) -> None:
-        self.zero_stage, self.dtype, self.max_grad_norm = zero_stage, dtype, max_grad_norm
+        self.ranks, self.zero_stage, self.dtype = ranks, options.zero_stage, options.dtype
+        self._max_grad_norm = options.max_grad_norm
         # Kept, because while an adapter is switched off its parameters do not require a gradient.
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        _check(zero_stage, dtype, self._trained)
+        options.check(self._trained)
         self._shapes = {name: list(p.shape) for name, p in self._trained.items()}
         parameters = list(self._trained.values())
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=adam_eps)
-        size = sum(p.numel() for p in parameters)
-        config = _config(zero_stage, dtype, max_grad_norm, micro_batch_size, size, zero_options or {})
-        kept = [(p, p.data) for p in _kept_in_float32(policy)] if zero_stage < 3 else []  # stage 3 has shards of one dtype
+        # Stage 3 has shards of one dtype.
+        kept = [(p, p.data) for p in _kept_in_float32(policy)] if self.zero_stage < 3 else []
         with redirect_stdout(io.StringIO()):  # it prints its memory
-            self._engine, *_ = _deepspeed().initialize(
-                model=policy, optimizer=optimizer, model_parameters=parameters, config=config
+            self.deepspeed, *_ = load_deepspeed().initialize(
+                model=policy,
+                optimizer=options.optimizer(parameters),
+                model_parameters=parameters,
+                config=options.deepspeed_config(parameters),
             )
         for p, data in kept:
             p.data = data.to(p.device)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(self._engine.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The policy's forward for the update. Collective in stage 3."""
-        return self._engine(*args, **kwargs)
+        """Runs the policy's forward pass for the update. Collective in stage 3."""
+        return self.deepspeed(*args, **kwargs)
 
     @contextmanager
-    def rollout_policy(self) -> Iterator[nn.Module]:
-        """The policy to sample from, without gradients: each rank may call it as often as it likes.
+    def rollout_policy(self) -> Iterator[PolicyType]:
+        """Opens the policy for sampling without gradients; each rank may call it as often as it likes.
 
         Collective in stage 3, where every rank holds all the weights for as long as the context is open.
         """
         if self.zero_stage < 3:
-            yield self._engine.module
+            yield self.deepspeed.module
             return
         error = None
-        with _deepspeed().zero.unwrap_model_for_generation(self._engine) as unwrapped:
+        with load_deepspeed().zero.unwrap_model_for_generation(self.deepspeed) as unwrapped:
             try:
                 yield unwrapped.module
-            # Held back until DeepSpeed has put its hooks on again: it has no `finally` for that.
+            # An error is held back until DeepSpeed has put its hooks on again: it has no `finally` for that.
             except BaseException as raised:
                 error = raised
         if error is not None:
             raise error
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of one micro-batch; `last` of an update also sums over the ranks, collectively.
+        """Adds the gradient of one micro-batch; the last one of an update is collective and sums over the ranks.
 
         The caller has divided the loss by the number of micro-batches, which may differ between updates.
         """
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """From the next step on."""
-        for group in self._engine.optimizer.param_groups:
+        """Sets the learning rate of the next step and those after it."""
+        for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def step(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before clipping, (). Collective."""
         if self.zero_stage > 0:
-            self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-            return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+            self.deepspeed.step()
+            norm = self.deepspeed.get_global_grad_norm()
+            return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
         # DeepSpeed has no norm for us in stage 0 and would step on a gradient that is not finite.
         parameters = self._trained.values()
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or torch.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or torch.inf)
         if not norm.isfinite():
             norm = torch.full_like(norm, torch.inf)
             for p in parameters:
                 p.grad = None  # AdamW passes it over
-        self._engine.step()
+        self.deepspeed.step()
         return norm
 
     @property
     def loss_scale(self) -> float | None:
-        """What DeepSpeed multiplies float16 losses with; None at any other dtype."""
-        return float(self._engine.optimizer.loss_scale) if self.dtype == torch.float16 else None
+        """The factor that DeepSpeed multiplies float16 losses with; None for any other dtype."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.dtype == torch.float16 else None
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that were left out because a gradient was not finite."""
-        return self._engine.skipped_steps
+        """The number of updates that were left out because a gradient was not finite."""
+        return self.deepspeed.skipped_steps
 
     @torch.no_grad()
     def trained_state(self, device: torch.device | str | None = None) -> State:
-        """Copies of the trained weights by name, whole and float32, from the masters if any. Collective.
+        """Copies the trained weights by name, whole and in float32, from the masters if there are any. Collective.
 
-        On the engine's device unless another is given, to which they are moved one by one. The adapter must
-        be switched on: else stage 3 knows no masters.
+        The copies are on the ranks' device, or on `device`, to which they are moved one by one. The adapter must be
+        switched on: while it is off, stage 3 knows no masters.
         """
-        device = device or self.device
+        device = device or self.ranks.device
         if self.zero_stage == 3 or self.dtype != torch.float32:
-            full = _deepspeed().utils.safe_get_full_fp32_param
+            full = load_deepspeed().utils.safe_get_full_fp32_param
             return {name: full(p).to(device, copy=True) for name, p in self._trained.items()}
         # Masters of float32 weights are equal to them, and nothing has to be sent.
         return {name: p.detach().to(device, copy=True) for name, p in self._trained.items()}
 
     @contextmanager
     def swapped(self, state: State) -> Iterator[None]:
-        """Puts other trained weights, an average say, into the policy, and back on leaving. Collective.
+        """Puts other weights, an average for example, in place of the trained ones until the block ends. Collective.
 
-        Only for looking: no backward or step inside. Written in place, so that captured graphs see them. To
-        sample with them, open `rollout_policy` inside: stage 3 cannot write a policy while it is gathered.
+        Inside, only forward passes are allowed, no `backward` or `step`. The weights are written in place, so that captured
+        graphs see them. To sample with them open `rollout_policy` inside: stage 3 cannot write a policy that is gathered.
         """
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        _check_same("the given weights", shapes, self._shapes)
+        check_shapes("the given weights", shapes, self._shapes)
         with self._gathered():
             saved = {name: p.detach().clone() for name, p in self._trained.items()}
         try:
@@ -244,25 +174,26 @@ class Engine:
     def _gathered(self, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
         if self.zero_stage < 3:
             return nullcontext()
-        return _deepspeed().zero.GatheredParameters(list(self._trained.values()), modifier_rank=modifier_rank)
+        return load_deepspeed().zero.GatheredParameters(list(self._trained.values()), modifier_rank=modifier_rank)
 
     def save(self, folder: Path, client_state: dict[str, Any] | None = None) -> None:
-        """Writes the trained weights and the optimiser's state, to go on from exactly. Collective.
+        """Writes the trained weights and the optimiser's state, from which `load` goes on bit by bit. Collective.
 
-        Every rank writes its part into `folder`, which all nodes must share. A crash leaves a part of it: see
-        `fastgrpo.engine.checkpoint`, which makes it complete or absent.
+        Every rank writes its part into `folder`, which all nodes must share. A crash can leave it unfinished;
+        `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             (folder / "engine.json").write_text(json.dumps(self._identity()))
         state = {"client": client_state or {}}
-        self._engine.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
-        self.barrier()
+        self.deepspeed.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
+        self.ranks.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Goes on from `save`, with a new engine like the saved one; returns the client state. Collective.
+        """Loads what `save` wrote into a new engine with the same options; returns the client state. Collective.
 
-        Unpickles DeepSpeed's files: load only what you trust.
+        ValueError where the world size, the stage, the dtype or the trained weights are others. It unpickles DeepSpeed's
+        files: load only what you trust.
         """
         saved, own = json.loads((folder / "engine.json").read_text()), self._identity()
         for key, fix in (
@@ -272,95 +203,34 @@ class Engine:
         ):
             if saved[key] != own[key]:
                 raise ValueError(f"{folder} has {key} {saved[key]}, this run has {own[key]}; {fix}")
-        _check_same(str(folder), saved["trained"], own["trained"])
+        check_shapes(str(folder), saved["trained"], own["trained"])
         with redirect_stdout(io.StringIO()):  # it prints its keys
             # Not strict, because the frozen weights are not in it; the trained ones were just checked.
-            loaded, state = self._engine.load_checkpoint(str(folder), "deepspeed", load_module_strict=False)
+            loaded, state = self.deepspeed.load_checkpoint(str(folder), "deepspeed", load_module_strict=False)
         if loaded is None:
             raise FileNotFoundError(f"{folder} holds no checkpoint of DeepSpeed")
         return state["client"]
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for the split state of the optimiser to fit."""
+        """The properties that must be the same for the split state of the optimiser to fit."""
         return {
-            "world_size": self.world_size,
+            "world_size": self.ranks.world_size,
             "zero_stage": self.zero_stage,
             "dtype": str(self.dtype).removeprefix("torch."),
             "trained": self._shapes,
         }
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(n, ...) on each rank, the same n -> (W n, ...) by rank, without gradient. Collective."""
-        tensor = tensor.detach().contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    def all_reduce(self, tensor: Tensor, op: Literal["mean", "sum", "min", "max"] = "mean") -> Tensor:
-        """The tensor over all ranks, element by element; a new one, without gradient. Collective."""
-        reduced = tensor.detach().clone()
-        kind = dist.ReduceOp.SUM if op == "mean" else getattr(dist.ReduceOp, op.upper())
-        dist.all_reduce(reduced, kind)
-        return reduced / self.world_size if op == "mean" else reduced
-
-    def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's value, on every rank. It is pickled. Collective."""
-        values = [value]
-        dist.broadcast_object_list(values, device=self.device)
-        return values[0]
-
-    @contextmanager
-    def together(self, kind: type[Exception]) -> Iterator[None]:
-        """What is raised inside on one rank is raised on every rank when all have left the block, so that all can save.
-
-        Collective on leaving; inside, nothing may be. Other kinds of exceptions pass at once, and the launcher ends the job.
-        """
-        lost = None
-        try:
-            yield
-        except kind as error:
-            lost = error
-        messages = [None] * self.world_size
-        dist.all_gather_object(messages, str(lost) if lost else None)
-        if any(messages):
-            rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
-            raise lost or kind(f"on rank {rank}: {message}")
-
-    def barrier(self) -> None:
-        """Waits until all ranks are here. Collective."""
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""
-        self._engine.destroy()
+        self.deepspeed.destroy()
         self._trained.clear()
-        del self._engine
+        del self.deepspeed
         gc.collect()
 
 
-def _check(zero_stage: int, dtype: torch.dtype, trained: dict[str, nn.Parameter]) -> None:
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage {zero_stage} is unknown; use 0, 1, 2 or 3")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype {dtype} is not for training; use float32, bfloat16 or, on CUDA, float16")
-    if dtype == torch.float16 and not torch.cuda.is_available():
-        raise ValueError("dtype float16 needs CUDA; on a CPU use float32 or bfloat16")
-    if dtype != torch.float32 and zero_stage == 0:
-        # Its masters are made by a step of AdamW on zero gradients: one weight decay and one count too many.
-        raise ValueError(f"zero_stage 0 with {dtype} is not plain AdamW in DeepSpeed; use 1, or float32")
-    if not trained:
-        raise ValueError("no parameter of the policy requires a gradient; add an adapter or unfreeze some")
-    for name, p in trained.items():
-        if dtype == torch.float32 and p.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is trained in {p.dtype}, which float32 training would step without float32 masters; "
-                f"make it float32, or set dtype to {p.dtype}"
-            )
-
-
 def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
-    """Frozen weights that a network of diffusers keeps in float32 whatever it is loaded in, and DeepSpeed would cast."""
-    networks = [m for m in policy.modules() if getattr(m, "_keep_in_fp32_modules", None)]
+    """The frozen weights that diffusers keeps in float32 whatever a network is loaded in, and that DeepSpeed would cast."""
+    networks: list[Any] = [m for m in policy.modules() if getattr(m, "_keep_in_fp32_modules", None)]
     return [
         p for network in networks for name, p in network.named_parameters()
         if p.dtype == torch.float32 and not p.requires_grad
@@ -368,40 +238,11 @@ def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
     ]  # fmt: skip
 
 
-def _check_same(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+def check_shapes(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+    """Raises ValueError for the first name whose shape differs: `theirs` are those of `what`, `ours` the policy's."""
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(
                 f"{what}: {name} has shape {theirs.get(name)}, that of the policy {ours.get(name)}; "
                 "use the same model and adapter"
             )
-
-
-def _config(
-    zero_stage: int,
-    dtype: torch.dtype,
-    max_grad_norm: float,
-    micro_batch_size: int,
-    size: int,  # number of trained weights
-    zero_options: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": 1,  # `backward` says itself which one is the last
-        "gradient_clipping": max_grad_norm if zero_stage > 0 else 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        # By itself DeepSpeed times every forward from the third update on, and waits for the device before each: in rollouts
-        # too, which then run only as fast as the host can launch, and whose capture as a graph it would end.
-        "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {
-            "stage": zero_stage,
-            # DeepSpeed allocates a whole bucket, of 5e8 elements by itself.
-            "reduce_bucket_size": min(size, 500_000_000),
-            # Stage 3 would replace torch's linear in the whole process, also for encoders and rewards.
-            "memory_efficient_linear": False,
-            **zero_options,
-        },
-    }

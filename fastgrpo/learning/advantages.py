@@ -61,7 +61,7 @@ def group_advantages(
     normalised, alive = zip(*(_normalise(column, group, num_groups, std, eps) for column in columns), strict=True)
     values = _weighted_sum(normalised, weights)
     if combine == "each":
-        values = values / (_batch_std(values) + eps)
+        values = values / (batch_std(values) + eps)
     # A reward of weight 0 is only watched: that it varies teaches nothing.
     live = torch.stack([one & (weight != 0) for one, weight in zip(alive, weights, strict=True)]).any(dim=0)
     # Before the clip, which makes equal what is not.
@@ -75,9 +75,8 @@ def offline_advantages(samples: int, keys: Sequence[str], device: torch.device) 
     ones = torch.ones(samples, device=device)
     if len(keys) == 1:
         return Advantages(ones, ones), None
-    place = torch.arange(samples, device=device)
-    chosen = place - place % 2
-    return Advantages(1.0 - 2.0 * (place % 2), ones), Pairs(noise_id=chosen, place=place, weight=ones)
+    number = torch.arange(samples, device=device)
+    return Advantages(1.0 - 2.0 * (number % 2), ones), Pairs(noise_id=number - number % 2, sort_key=number, weight=ones)
 
 
 def win_rate(rewards: Tensor, group: Tensor) -> Tensor:
@@ -121,14 +120,14 @@ def _normalise(rewards: Tensor, group: Tensor, num_groups: int, std: str, eps: f
         variance = torch.where(real, (ranked - mean).square(), 0.0).sum(dim=1, keepdim=True) / count  # (G, 1)
         scale = variance.sqrt()
     else:
-        scale = _batch_std(rewards).expand_as(mean)  # (G, 1)
+        scale = batch_std(rewards).expand_as(mean)  # (G, 1)
     alive = ranked[:, :1] != ranked.gather(1, (count - 1).clamp(min=0))  # (G, 1) min and max
 
     mean, scale, alive = (row[:, 0][group] for row in (mean, scale, alive))  # (N,)
     return torch.where(alive, (rewards - mean) / (scale + eps), 0.0), alive
 
 
-def _batch_std(values: Tensor) -> Tensor:
+def batch_std(values: Tensor) -> Tensor:
     return values.sort().values.std(correction=0)
 
 

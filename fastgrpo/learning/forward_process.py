@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.objectives import TargetMoments
-from fastgrpo.records import FORWARD, Experience, noise_address
-from fastgrpo_kernels import Moments, normal
+from fastgrpo.learning.objectives import Moments, TargetMoments
+from fastgrpo.records import Experience, Prompted
+from fastgrpo_kernels import NoiseAddress, normal
 
 
 @torch.no_grad()
@@ -28,7 +28,14 @@ def target_moments(moments: Moments, target: Tensor, v: Tensor, v_old: Tensor, m
     v, v_old, target: (B, *D), guided. mix: how far NFT's implicit policies lie from the old one.
     """
     e, d = (target - v_old).flatten(1), (v.float() - v_old).flatten(1)
-    return TargetMoments(*moments, e.square().mean(1), (e - mix * d).abs().mean(1), (e + mix * d).abs().mean(1))
+    return TargetMoments(
+        m1=moments.m1,
+        m2=moments.m2,
+        m3=moments.m3,
+        m0=e.square().mean(1),
+        abs_plus=(e - mix * d).abs().mean(1),
+        abs_minus=(e + mix * d).abs().mean(1),
+    )
 
 
 def noise_levels(samples: int, size: int, choices: range, iteration: int, seed: int) -> Tensor:
@@ -40,19 +47,16 @@ def noise_levels(samples: int, size: int, choices: range, iteration: int, seed: 
     return torch.from_numpy(choices.start + drawn)
 
 
-def noised(
+def add_noise(
     x0: Tensor,  # (B, *D) float32
     sigma: Tensor,  # (B, S) float32
-    noise_id: Tensor,  # (B,) int64, whose noise each takes
-    conditioning: tuple,
+    address: NoiseAddress,  # of each sample's noise
+    prompted: Prompted,
     advantages: Tensor,  # (B,)
     weight: Tensor,  # (B,)
-    *,
-    seed: int,
-    iteration: int,
 ) -> Experience:
     """A batch of samples at S noise levels each, to learn from; v_old is 0 until `recompute_old` has made it."""
-    address, shape = noise_address(FORWARD, seed, iteration, noise_id), x0.shape
+    shape = x0.shape
     noise = torch.stack([normal(address, s, math.prod(shape[1:])).view(shape) for s in range(sigma.shape[1])])
     sigma = sigma.T.contiguous()  # (S, B)
     t = sigma.view(*sigma.shape, *[1] * (x0.dim() - 1))
@@ -65,7 +69,7 @@ def noised(
         coefficients=torch.stack([torch.zeros_like(sigma), ones, sigma, ones], dim=-1),
         kl_weight=ones,
         loss_weight=ones,
-        conditioning=conditioning,
+        prompted=prompted,
         advantages=advantages,
         weight=weight,
     )

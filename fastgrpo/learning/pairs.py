@@ -11,7 +11,7 @@ from torch import Tensor
 
 class Pairs(NamedTuple):
     noise_id: Tensor  # (N,) int64: both of a pair are noised alike, with the noise of the chosen one
-    place: Tensor  # (N,) int64: sorted by it, pairs that teach come first, the chosen one before the rejected
+    sort_key: Tensor  # (N,) int64: sorted by it, pairs that teach come first, the chosen one before the rejected
     weight: Tensor  # (N,) float32, 0 for what is in no pair, or in one of equals
 
 
@@ -29,8 +29,8 @@ def pairs_of_groups(values: Tensor, group_size: int, count: int) -> Pairs:
     # Past the pairs that teach come those that do not, and then everything else: whole pairs only, as batches are even.
     number = torch.arange(chosen.numel(), device=device).view_as(chosen)
     pair = torch.where(differ, number, number + samples)
-    place = torch.full((samples,), 4 * samples, dtype=torch.int64, device=device)
-    place[chosen.flatten()], place[rejected.flatten()] = 2 * pair.flatten(), 2 * pair.flatten() + 1
+    sort_key = torch.full((samples,), 4 * samples, dtype=torch.int64, device=device)
+    sort_key[chosen.flatten()], sort_key[rejected.flatten()] = 2 * pair.flatten(), 2 * pair.flatten() + 1
     weight = torch.zeros(samples, device=device)
     weight[chosen.flatten()] = weight[rejected.flatten()] = differ.flatten().float()
-    return Pairs(noise_id, place, weight)
+    return Pairs(noise_id, sort_key, weight)

@@ -10,19 +10,20 @@ that the ratio of the first update is exactly 1. At any other size the network's
 that matters, `recompute_old` makes v_old anew in the update's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgrpo.learning.batches import micro_batches
 from fastgrpo.learning.forward_process import target_moments
-from fastgrpo.learning.objectives import Loss, StepRows
-from fastgrpo.records import STEPS_FIRST, Experience, conditioning_rows, join, select
-from fastgrpo.sampling.rollout import GuidanceRule, velocities
-from fastgrpo_kernels import guided_velocity, transition
+from fastgrpo.learning.objectives import Loss, Moments, StepRows
+from fastgrpo.policy import GuidanceRule, Network, Policy, prompted_velocity
+from fastgrpo.records import Experience
+from fastgrpo_kernels import Guided, guided_velocity, transition
 
 
 class Engine(Protocol):
@@ -31,76 +32,38 @@ class Engine(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self) -> Tensor: ...
-    def rollout_policy(self) -> AbstractContextManager[nn.Module]: ...
+    def rollout_policy(self) -> AbstractContextManager[Policy]: ...
 
 
-class Learner(NamedTuple):
-    """What stays the same from one update to the next."""
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What stays the same from one optimiser step to the next."""
 
     engine: Engine
+    network: Network | None = None  # the policy's forward pass; None: the engine's
     objective: Callable[..., Loss]  # (moments, step rows, advantages, weight) -> Loss
     reference: Callable[[], AbstractContextManager] | None  # switches to the model before training; None: no KL
     guidance_scale: float
     model_dtype: torch.dtype
     micro_batch_size: int  # transitions a forward pass; divides S B
-    guidance_rule: GuidanceRule | None = None  # the model's own, where it has one
-    mix: float | None = None  # of `forward.target_moments`; None: the objective is one of denoising transitions
+    guide: GuidanceRule | None = None  # the model's own guidance, where it has one
+    mix: float | None = None  # see `forward_process.target_moments`; None: the objective trains on denoising transitions
+
+    def velocity(self, batch: Experience) -> Guided:
+        """The policy's velocities of a micro-batch, with a gradient where gradients are on."""
+        velocity = prompted_velocity(self.network or self.engine, batch.prompted, self.guidance_scale, self.guide)
+        return velocity(batch.x.to(self.model_dtype), batch.sigma)
+
+    @torch.no_grad()
+    def reference_velocity(self, batch: Experience) -> Tensor | None:
+        """The guided velocity of the model before training, (N, *D) float32; None where no KL needs it."""
+        if self.reference is None:
+            return None
+        with self.reference():
+            return guided_velocity(self.velocity(batch))
 
 
-class Transitions(NamedTuple):
-    """Some transitions of an experience: N of its S B."""
-
-    x: Tensor  # (N, *D) float32, what the network sees
-    x_next: Tensor  # (N, *D) float32, after the step; of the forward process the velocity to match
-    v_old: Tensor  # (N, *D) float32, or without guidance in the model's dtype
-    sigma: Tensor  # (N,) float32
-    coefficients: Tensor  # (N, 4) float32
-    kl_weight: Tensor  # (N,) float32
-    loss_weight: Tensor  # (N,) float32
-    conditioning: tuple  # of tensors (N, ...), or (2 N, ...) under guidance
-    advantages: Tensor  # (N,) float32
-    weight: Tensor  # (N,) float32
-
-
-def micro_batches(experience: Experience, size: int) -> Iterator[Transitions]:
-    """The transitions of an experience, step by step and `size` at a time."""
-    trained, batch = experience.sigma.shape
-    if trained * batch % size:
-        raise ValueError(f"micro_batch_size {size} does not divide {trained} steps of {batch} samples into whole batches")
-    sample = torch.arange(batch, device=experience.sigma.device).repeat(trained)  # (S B,)
-    flat = [getattr(experience, name).flatten(0, 1) for name in STEPS_FIRST]
-    for start in range(0, trained * batch, size):
-        part = slice(start, start + size)
-        who = sample[part]
-        yield Transitions(
-            *(tensor[part] for tensor in flat), conditioning_rows(experience.conditioning, who, batch),
-            experience.advantages[who], experience.weight[who],
-        )  # fmt: skip
-
-
-def live_batches(experiences: Sequence[Experience], count: int, place: Tensor | None = None) -> list[Experience]:
-    """The samples that teach something, in `count` batches of the same size, the last filled up with others.
-
-    Samples of weight 0 add nothing to the gradient: a batch of them need not be run. The shapes stay what they were, so
-    that neither ratios nor captured graphs nor compiled blocks know of it.
-
-    place: (n,), by which all samples are sorted where more is asked of their order than the live ones first.
-    """
-    if count == len(experiences) and place is None:
-        return list(experiences)
-    batch, every = len(experiences[0].advantages), join(experiences)
-    order = ((every.weight == 0).to(torch.uint8) if place is None else place).argsort(stable=True)
-    return [select(every, chosen) for chosen in order[: count * batch].split(batch)]
-
-
-def live_count(experiences: Sequence[Experience]) -> Tensor:
-    """How many batches their live samples fill, () int64; at least one, as an optimiser step needs a gradient."""
-    live = sum((experience.weight > 0).sum() for experience in experiences)
-    batch = len(experiences[0].advantages)
-    return torch.div(live + batch - 1, batch, rounding_mode="floor").clamp(min=1)
-
-
-def update(learner: Learner, experiences: Sequence[Experience], samples: int | None = None) -> dict[str, Tensor]:
+def optimizer_step(learner: Learner, experiences: Sequence[Experience], samples: int | None = None) -> dict[str, Tensor]:
     """One optimiser step on all transitions of `experiences`; metrics as scalars on the device.
 
     samples: over how many the loss is a mean, if some that teach nothing were left out (`live_batches`).
@@ -109,45 +72,25 @@ def update(learner: Learner, experiences: Sequence[Experience], samples: int | N
     steps, batch = experiences[0].sigma.shape
     passes = len(experiences) * steps * batch // size
     total = (samples or len(experiences) * batch) * steps / size
-    losses = []
+    losses: list[Loss] = []
     for experience in experiences:
         for transitions in micro_batches(experience, size):
             loss = transition_loss(learner, transitions)
             losses.append(loss)
             learner.engine.backward(loss.loss / total, last=len(losses) == passes)
-    metrics = {"grad_norm": learner.engine.step()}
-    for name in Loss._fields:
-        values = torch.stack([getattr(loss, name).detach() for loss in losses])
-        if name in ("ratio_min", "ratio_max"):
-            metrics[name] = values.amin() if name == "ratio_min" else values.amax()
-        else:  # what is weighted is a mean over all samples, the rest over those that were run
-            metrics[name] = values.sum() / (total if name in ("loss", "policy", "kl") else passes)
-    return metrics
+    return {"grad_norm": learner.engine.step(), **Loss.over(losses, total)}
 
 
-def transition_loss(learner: Learner, transitions: Transitions) -> Loss:
+def transition_loss(learner: Learner, batch: Experience) -> Loss:
     """The objective on a micro-batch, each sample's mean over elements."""
-    x, x_next, v_old, sigma, coefficients, kl_weight, loss_weight, conditioning, advantages, weight = transitions
-    x_model = x.to(learner.model_dtype)
-    v_ref = reference_velocity(learner, x_model, sigma, conditioning)
-    v, v_uncond = velocities(learner.engine, x_model, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
-    moments = transition(
-        x_next, x, v, v_old, coefficients, v_uncond=v_uncond, guidance_scale=learner.guidance_scale, v_ref=v_ref
-    )
+    v_ref = learner.reference_velocity(batch)
+    velocity = learner.velocity(batch)
+    moments: Moments = transition(batch.x_next, batch.x, velocity, batch.v_old, batch.coefficients, v_ref=v_ref)
     if learner.mix is not None:
-        guided = guided_velocity(v, v_uncond, learner.guidance_scale)
-        moments = target_moments(moments, x_next, guided, v_old, learner.mix)
-    step_rows = StepRows(s=coefficients[:, 2], w=coefficients[:, 3], kl_weight=kl_weight, loss_weight=loss_weight)
-    return learner.objective(moments, step_rows, advantages, weight)
-
-
-@torch.no_grad()
-def reference_velocity(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor | None:
-    """The guided velocity of the model before training, (B, *D) float32; None where no KL asks for it."""
-    if learner.reference is None:
-        return None
-    with learner.reference():
-        return _guided(learner, x, sigma, conditioning)
+        moments = target_moments(moments, batch.x_next, guided_velocity(velocity), batch.v_old, learner.mix)
+    s, w = batch.coefficients[:, 2], batch.coefficients[:, 3]
+    rows = StepRows(s=s, w=w, kl_weight=batch.kl_weight, loss_weight=batch.loss_weight)
+    return learner.objective(moments, rows, batch.advantages, batch.weight)
 
 
 def recompute_old(learner: Learner, experience: Experience) -> Experience:
@@ -156,17 +99,10 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
     With gradients on, though none is used: that can change which kernels a network runs.
     """
     parts = []
-    for transitions in micro_batches(experience, learner.micro_batch_size):
+    for batch in micro_batches(experience, learner.micro_batch_size):
         with torch.enable_grad():
-            x_model = transitions.x.to(learner.model_dtype)
-            parts.append(_guided(learner, x_model, transitions.sigma, transitions.conditioning))
+            parts.append(guided_velocity(learner.velocity(batch)))
     return replace(experience, v_old=torch.cat(parts).view_as(experience.v_old))
-
-
-def _guided(learner: Learner, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
-    """The guided velocity, (B, *D) float32, without gradient."""
-    v, v_uncond = velocities(learner.engine, x, sigma, conditioning, learner.guidance_scale, learner.guidance_rule)
-    return guided_velocity(v, v_uncond, learner.guidance_scale)
 
 
 def largest_micro_batch(learner: Learner, experience: Experience) -> int:
@@ -178,7 +114,7 @@ def largest_micro_batch(learner: Learner, experience: Experience) -> int:
     # The bare policy: the engine would count a gradient that is only tried as part of an update.
     with learner.engine.rollout_policy() as policy:
         trained = [p for p in policy.parameters() if p.requires_grad]
-        bare = learner._replace(engine=policy)
+        bare = replace(learner, network=policy)
         for size in (n for n in range(transitions, 0, -1) if transitions % n == 0):
             try:
                 loss = transition_loss(bare, next(micro_batches(experience, size))).loss

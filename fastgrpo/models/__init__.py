@@ -1,11 +1,19 @@
-"""Model adapters by name. The names are strings, so that a family's libraries load only when it is used.
+"""Model families by name. The names are strings, so that a family's libraries load only when it is used.
 
-A new family is one file here, a class as `fastgrpo.models.adapter` says, and one line in `MODELS`.
+A family is one file here, with a class as `fastgrpo.models.adapter` describes it, and one line in `MODELS`.
 """
 
 import importlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.models.settings import model_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastgrpo.models.adapter import Adapter
+    from fastgrpo.policy import Model
 
 MODELS = {
     "sd3": "fastgrpo.models.sd3:SD3",
@@ -21,27 +29,30 @@ MODELS = {
 }
 
 
-SETTINGS = ("max_text_tokens", "height", "width", "num_frames", "distilled_guidance")
-
-
-def model_class(name: str) -> type:
-    """The adapter's class; none of its libraries loads weights."""
-    # diffusers asks transformers for image processors that no text-to-image model needs, which says so at every start.
+def model_class(name: str) -> "type[Adapter]":
+    """The class of a model family. Importing it loads no weights."""
+    # diffusers asks transformers for image processors that no text-to-image model needs, and transformers then complains at
+    # every start that torchvision is missing.
     logging.getLogger("transformers.utils.import_utils").addFilter(lambda r: "requires torchvision" not in r.getMessage())
     module, _, attribute = MODELS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def load_model(name: str, **arguments: Any) -> Any:
-    """The adapter called `name`, from its class's own `load`."""
+def load_model(name: str, **arguments: Any) -> "Adapter":
+    """A pretrained model of the family `name`, made by its class's `load`.
+
+        load_model("sd3", path=Path("stable-diffusion-3.5-medium"), dtype=torch.bfloat16, device=torch.device("cuda"))
+
+    Further arguments are the fields of `fastgrpo.models.settings.Settings`, such as height=512.
+    """
     return model_class(name).load(**arguments)
 
 
-def configured_model(section: Any, device: Any) -> Any:
-    """The adapter that a configuration's `model` section asks for, with nothing to train yet."""
+def configured_model(section: Any, device: "torch.device") -> "Model":
+    """The model that a configuration's `model` section asks for. Nothing in it is trainable yet."""
     import torch
 
-    settings = {key: getattr(section, key) for key in SETTINGS}
+    settings = model_settings(section)
     dtype = getattr(torch, section.dtype)
     if section.random_weights:
         return model_class(section.name).random(section.architecture, dtype=dtype, device=device, **settings)

@@ -1,13 +1,15 @@
 """Attention kernels by name, for any transformer of diffusers."""
 
 import importlib.util
+from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
-BACKENDS = {  # name -> diffusers' name, the module that must be importable, how to get it
+# name -> diffusers' name, the module that must be importable, how to install that
+BACKENDS = {
     "native": ("native", "torch", ""),
     "cudnn": ("_native_cudnn", "torch", ""),
     "flash2": ("flash", "flash_attn", "pip install flash-attn"),
@@ -16,7 +18,7 @@ BACKENDS = {  # name -> diffusers' name, the module that must be importable, how
 }
 
 
-def use_attention(transformer: torch.nn.Module, name: str) -> None:
+def use_attention(transformer: Any, name: str) -> None:
     """Route the attention of every block to the kernels called `name`; ValueError if they cannot run here."""
     if name == "native":
         return
@@ -31,7 +33,7 @@ def use_attention(transformer: torch.nn.Module, name: str) -> None:
     _route(transformer, backend)
 
 
-def _route(transformer: torch.nn.Module, backend: str) -> None:
+def _route(transformer: Any, backend: str) -> None:
     processors = transformer.attn_processors
     if all(hasattr(processor, "_attention_backend") for processor in processors.values()):
         transformer.set_attention_backend(backend)
@@ -44,17 +46,17 @@ def _route(transformer: torch.nn.Module, backend: str) -> None:
 
 
 class JointAttention:
-    """diffusers' `JointAttnProcessor2_0` with the kernels left to choose.
+    """diffusers' `JointAttnProcessor2_0`, with a choice of kernels.
 
     B samples, N image tokens, L text tokens, H heads, K width of a head.
     """
 
     def __init__(self, backend: str) -> None:
-        self.backend = backend
+        self.backend = AttentionBackendName(backend)
 
     def __call__(
         self,
-        attn,
+        attn: Any,  # diffusers' Attention
         hidden_states: Tensor,  # (B, N, H K)
         encoder_hidden_states: Tensor | None = None,  # (B, L, H K)
         attention_mask: None = None,
@@ -72,7 +74,7 @@ class JointAttention:
             v = torch.cat([v, heads(attn.add_v_proj(text), None)], dim=1)
         out = dispatch_attention_fn(q, k, v, backend=self.backend).flatten(2)
         tokens = hidden_states.shape[1]
-        # A linear layer of a slice that is not contiguous becomes one small product a sample.
+        # Contiguous, because a linear layer would multiply a slice sample by sample.
         image = attn.to_out[1](attn.to_out[0](out[:, :tokens].contiguous()))
         if encoder_hidden_states is None:
             return image

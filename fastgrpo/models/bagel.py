@@ -1,9 +1,9 @@
-"""BAGEL (arXiv 2505.14683): one model that reads text and makes images, here as far as it does the second for the first.
+"""BAGEL (arXiv 2505.14683): one model that reads text and makes images, here as far as it makes images of text.
 
 It is not in diffusers, so its network is `fastgrpo.models.bagel_network`, and its folder is read as published by
-`fastgrpo.models.bagel_folder`. Its text encoder is one half of its transformer, the understanding weights, which stay as
-they are: what they make of a prompt is read once and kept. Trained is the other half, the generation weights, as Flow-GRPO
-does (arXiv 2505.05470).
+`fastgrpo.models.bagel_folder`. Its text encoder is one half of its transformer, the understanding weights. They stay as they
+are, so they read each prompt once and their keys and values are kept. The other half, the generation weights, is trained, as
+in Flow-GRPO (arXiv 2505.05470).
 
 Letters: B samples, L text tokens, G heads of keys and values, K width of a head, N image tokens, C channels of a latent.
 """
@@ -11,12 +11,13 @@ Letters: B samples, L text tokens, G heads of keys and values, K width of a head
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
@@ -25,13 +26,13 @@ from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, r
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
 from fastgrpo.quiet import quiet
 
-SHIFT = 3.0  # of the noise levels
+SHIFT = 3.0  # how far the noise levels are shifted towards noise
 
 
-class Conditioning(NamedTuple):
-    """A prompt as the generation path sees it: its keys and values in every layer, zero from its length on.
+class BagelConditioning(NamedTuple):
+    """A prompt as the generation path sees it: its keys and values in every layer, zero beyond its length.
 
-    In bfloat16 and at full size 57 kB for each of the L tokens.
+    Each of the L tokens takes 57 kB in bfloat16 at full size.
     """
 
     keys: Tensor  # (B, layers, G, L, K)
@@ -40,7 +41,7 @@ class Conditioning(NamedTuple):
 
 
 class BagelPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
-    """The parts under diffusers' names. Of its loaders this is the one that knows a transformer's LoRA and nothing else."""
+    """The parts of BAGEL under diffusers' names, with the loader of diffusers that reads a transformer's LoRA alone."""
 
     def __init__(
         self,
@@ -51,13 +52,13 @@ class BagelPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.default_sample_size = transformer.config.max_latent_size * PATCH
 
 
 class Bagel(Adapter):
     pipeline_class = "BagelPipeline"
-    Conditioning = Conditioning
+    Conditioning = BagelConditioning
     lora_targets = (
         "self_attn.q_proj_moe_gen", "self_attn.k_proj_moe_gen", "self_attn.v_proj_moe_gen", "self_attn.o_proj_moe_gen",
         "mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj",
@@ -65,8 +66,8 @@ class Bagel(Adapter):
     masks = "the end of short prompts"
 
     @classmethod
-    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> "Bagel":
-        """From the published folder; nothing is downloaded."""
+    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
+        """The model in the published folder. Nothing is downloaded."""
         check_bagel_folder(path)
         with quiet("diffusers", "transformers"):
             tokenizer = read_tokenizer(path)
@@ -77,7 +78,7 @@ class Bagel(Adapter):
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod
-    def part_class(cls, name: str) -> type:
+    def part_class(cls, name: str) -> Any:
         own = {kind.__name__: kind for kind in (BagelPipeline, BagelTransformer)}
         return own.get(name) or super().part_class(name)
 
@@ -107,10 +108,10 @@ class Bagel(Adapter):
         return [] if self.pipeline.tokenizer is None else [self.transformer.understanding()]
 
     def release_encoders(self) -> None:
-        """Nothing to release: every step needs the understanding weights too, for the marks around the latents."""
+        """Do nothing: every step needs the understanding weights too, for the marks around the latents."""
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """A prompt too long is cut before its closing mark."""
+    def encode_text(self, prompts: Sequence[str]) -> BagelConditioning:
+        """The keys and values of prompts. A prompt that is too long is cut before its closing mark."""
         if not self.transformer.embed_tokens.weight.numel():
             raise ValueError("engine.zero_stage = 3: shards the weights that BAGEL reads prompts with; take 1 or 2")
         tokenizer, room = self.pipeline.tokenizer, self.settings.max_text_tokens
@@ -118,22 +119,24 @@ class Bagel(Adapter):
         texts = [[opening, *tokenizer.encode(text)[: room - 2], closing] if text else [] for text in prompts]
         ids = torch.tensor([[*text, *[closing] * (room - len(text))] for text in texts], device=self.device)
         length = torch.tensor([len(text) for text in texts], device=self.device)
-        return Conditioning(*self.transformer.read(ids, length), length)
+        keys, values = self.transformer.read(ids, length)
+        return BagelConditioning(keys, values, length)
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def placeholder(self, batch: int) -> BagelConditioning:
         config, tokens = self.transformer.config, self.settings.max_text_tokens
         shape = (batch, config.num_hidden_layers, config.num_key_value_heads, tokens, self.transformer.head_width)
         keys, values = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
-        return Conditioning(keys, values, torch.full((batch,), tokens, device=self.device))
+        return BagelConditioning(keys, values, torch.full((batch,), tokens, device=self.device))
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: BagelConditioning) -> Tensor:
         return self.network(x, sigma, conditioning.keys, conditioning.values, conditioning.length, self.grid)
 
     @staticmethod
     def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """Guidance that never makes a sample's velocity longer than it is without (cfg_renorm "global", from 0 to 1).
+        """Guidance that never makes a sample's velocity longer than v (cfg_renorm "global", between 0 and 1).
 
-        v_uncond has no text at all. Always on, as in Flow-GRPO; the published demo guides only where sigma > 0.4.
+        v_uncond was made without any text. Guidance holds at every sigma, as in Flow-GRPO; the published demo guides only
+        where sigma > 0.4.
         """
         plain, without = v.float(), v_uncond.float()
         guided = without + scale * (plain - without)
@@ -142,20 +145,20 @@ class Bagel(Adapter):
         return (guided * ratio.clamp(max=1)).to(v.dtype)
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """s t / (1 + (s - 1) t) of evenly spaced t: the published schedule of num_timesteps = num_steps + 1 points."""
+        """s t / (1 + (s - 1) t) at evenly spaced t, with s = SHIFT: as published with num_timesteps = num_steps + 1."""
         scheduler = self.scheduler()
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps))
         return scheduler.sigmas.cpu()
 
-    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
-        """A token is its square of latents row by row, channels last."""
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
+        """The image of latents (B, C, H, W), at the decoder's scale. A token is its square row by row, channels last."""
         rows, columns = self.grid
         squares = latents.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, 2, 2, C)
         image = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return super().vae_latents(image, decoder)
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
-        """Only beside weights that the prompt is not read with, as what was read of it is kept."""
+        """Refuse targets among the understanding weights, because prompts are read once and their keys and values kept."""
         reading = set(self.transformer.understanding())
         for name, module in self.transformer.named_modules():
             if module in reading and any(name == t or name.endswith("." + t) for t in targets or ()):
@@ -166,9 +169,9 @@ class Bagel(Adapter):
         super().add_lora(rank=rank, alpha=alpha, targets=targets)
 
     def train_all(self, *, keep_reference: bool) -> None:
-        """Make the generation weights trainable, as published those of the layers; the copy shares all others."""
+        """Make the generation weights of the layers trainable, as published. The copy for `reference` shares all others."""
         fixed = {id(p): p for name, p in self.transformer.named_parameters() if GEN not in name}
         if keep_reference:
-            self._frozen = copy.deepcopy(self.transformer, fixed)
+            self.untrained = copy.deepcopy(self.transformer, fixed)
         for name, parameter in self.transformer.named_parameters():
             parameter.requires_grad_(GEN in name)

@@ -1,9 +1,9 @@
-"""BAGEL as it is published, not in the diffusers format but as one folder:
+"""BAGEL's folder as it is published, which is not in the diffusers format, and how it is read:
 
-ema.safetensors    the network; of it the generation path is read, the rest (vision tower, text head) is left
+ema.safetensors    the network; only the generation path is read of it, and not the vision tower or the text head
 ae.safetensors     FLUX's autoencoder under its original names
 llm_config.json    sizes of the language model
-tokenizer files    Qwen2's
+tokenizer files    Qwen2's tokenizer
 """
 
 import json
@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
-from fastgrpo.models.adapter import build
 from fastgrpo.models.bagel_network import BagelTransformer
+from fastgrpo.models.loading import build
 
 NETWORK, AUTOENCODER, SIZES = "ema.safetensors", "ae.safetensors", "llm_config.json"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of them
@@ -27,16 +27,16 @@ SIZE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "rope_theta", "rms_norm_eps",
 )  # fmt: skip
-TEXT = "language_model.model."  # before the language model's published names
+TEXT = "language_model.model."  # the prefix of the language model's published names
 BESIDE_TEXT = ("time_embedder.", "latent_pos_embed.", "vae2llm.", "llm2vae.")
-# For understanding images and for writing text: a picture needs neither.
-LEFT = ("vit_model.", "connector.", "vit_pos_embed.", "language_model.lm_head.", TEXT + "norm.")
-SCALE, SHIFT = 0.3611, 0.1159  # of the autoencoder's latents
-GROUPS = 32  # of its norms
+# Tensors that are not read: they serve to understand images and to write text, and a picture needs neither.
+NOT_READ = ("vit_model.", "connector.", "vit_pos_embed.", "language_model.lm_head.", TEXT + "norm.")
+SCALE, SHIFT = 0.3611, 0.1159  # the autoencoder's scaling_factor and shift_factor
+GROUPS = 32  # groups of its norms
 
 
 def check_bagel_folder(path: Path) -> None:
-    """Refuse a folder in which a file is missing, before anything is loaded."""
+    """Refuse a folder in which a file is missing, before anything is loaded: ValueError."""
     lists = min(TOKENIZERS, key=lambda names: len(_absent(path, names)))
     absent = _absent(path, (SIZES, NETWORK, AUTOENCODER, *lists))
     if absent:
@@ -51,11 +51,12 @@ def _absent(path: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def published_name(name: str) -> str:
-    """The key in ema.safetensors of a parameter of `BagelTransformer`."""
+    """The key under which ema.safetensors holds the parameter `name` of `BagelTransformer`."""
     return name if name.startswith(BESIDE_TEXT) else TEXT + name
 
 
 def read_tokenizer(path: Path) -> Qwen2Tokenizer:
+    """The tokenizer in the folder; ValueError if it lacks one of BAGEL's marks."""
     tokenizer = Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
     known = tokenizer.get_vocab()
     for mark in ("<|im_start|>", "<|im_end|>", *MARKS):
@@ -65,14 +66,14 @@ def read_tokenizer(path: Path) -> Qwen2Tokenizer:
 
 
 def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
-    """The generation path of ema.safetensors, each tensor straight to its device."""
+    """The generation path of ema.safetensors; each tensor is read straight to its device."""
     sizes = json.loads((path / SIZES).read_text())
     absent = [key for key in SIZE_KEYS if key not in sizes]
     if absent:
         raise ValueError(f"model.path = {path}: {SIZES} lacks {', '.join(absent)}")
-    marks = tuple(tokenizer.convert_tokens_to_ids(list(MARKS)))
+    ids = tokenizer.get_vocab()
     with torch.device("meta"):
-        network = BagelTransformer(**{key: sizes[key] for key in SIZE_KEYS}, mark_ids=marks)
+        network = BagelTransformer(**{key: sizes[key] for key in SIZE_KEYS}, mark_ids=tuple(ids[mark] for mark in MARKS))
     names = {published_name(name): name for name in network.state_dict()}
     with safe_open(path / NETWORK, "pt", device=str(device)) as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
@@ -86,7 +87,7 @@ def _check_shapes(path: Path, found: dict[str, tuple], expected: dict[str, tuple
     missing = [key for key in expected if key not in found]
     if missing:
         raise ValueError(f"{where} lacks {missing[0]}, one of {len(missing)} tensors of the generation path")
-    unknown = [key for key in found if key not in expected and not key.startswith(LEFT)]
+    unknown = [key for key in found if key not in expected and not key.startswith(NOT_READ)]
     if unknown:
         raise ValueError(f"{where} holds {unknown[0]}, one of {len(unknown)} tensors that BAGEL as {SIZES} has it does not")
     for key, shape in expected.items():
@@ -95,6 +96,7 @@ def _check_shapes(path: Path, found: dict[str, tuple], expected: dict[str, tuple
 
 
 def read_autoencoder(path: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """FLUX's autoencoder in the folder; ValueError if ae.safetensors holds another."""
     state = load_file(path / AUTOENCODER, device=str(device))
     try:
         config = autoencoder_config(state)
@@ -106,7 +108,7 @@ def read_autoencoder(path: Path, dtype: torch.dtype, device: torch.device) -> Au
 
 
 def autoencoder_config(state: dict[str, Tensor]) -> dict[str, object]:
-    """FLUX's, with the sizes that its tensors tell."""
+    """The config of FLUX's autoencoder, with sizes taken from its tensors."""
     firsts = sorted(key for key in state if key.startswith("encoder.down.") and key.endswith(".block.0.conv1.weight"))
     blocks = [key for key in state if key.startswith("encoder.down.0.block.") and key.endswith(".conv1.weight")]
     return {

@@ -3,16 +3,18 @@
 Each layer holds its weights twice: the understanding weights, for text and for the two marks around an image, and the
 generation weights (`_moe_gen`), for latents. All tokens meet in one attention.
 
-    prompt  <|im_start|> text <|im_end|>               causal; `read` keeps its keys and values, once for all steps
+    prompt  <|im_start|> text <|im_end|>               causal; `read` returns its keys and values, once for all steps
     step    <|vision_start|> latents <|vision_end|>    sees the prompt and itself in both directions, at one rope position
 
     x = vae2llm(latents) + time(sigma) + position,   v = llm2vae(norm(layers(x)))
 
-What is at one rope position and sees all of itself has no order: here the marks come before the latents, so that the two
-kinds of weights each get one slice. Parameters are named as published, less the prefix `language_model.model.`.
+Tokens at one rope position that all see each other have no order. Here the marks come before the latents, so that each kind
+of weights gets one slice. Parameters are named as published, without the prefix `language_model.model.`.
 
 Letters: B samples, L prompt tokens, N latents, S tokens, D width, H heads, G heads of keys and values, K width of a head.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,33 +27,33 @@ from torch import Tensor, nn
 GEN = "_moe_gen"
 EXPERTS = ("", GEN)
 PATCH = 2  # a token is a square of 2 x 2 latents
-FREQUENCIES = 256  # numbers that stand for a noise level
+FREQUENCIES = 256  # numbers that represent a noise level
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (B, 1, S, K); S is 1 where all tokens are at one position
 
 
 def rotation(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Rotary embedding (arXiv 2104.09864) of positions (B, S), rounded to the network's dtype as the published model's."""
+    """Rotary embedding (arXiv 2104.09864) of positions (B, S), rounded to the network's dtype as in the published model."""
     frequency = theta ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
     angle = (position[:, None, :, None] * frequency).repeat(1, 1, 1, 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """x (B, heads, S, K), whose first half are the real and whose second half the imaginary parts."""
+    """x (B, heads, S, K) rotated. The first half of K holds the real parts, the second half the imaginary parts."""
     real, imaginary = x.chunk(2, dim=-1)
     return x * by[0] + torch.cat([-imaginary, real], dim=-1) * by[1]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, S, H, K) of q (B, H, S, K) and k, v (B, G, ., K); without a mask causal."""
-    # Repeated here: under a mask torch's fast kernels do not take fewer heads of keys than of queries.
+    """Attention (B, S, H, K) of q (B, H, S, K) to k and v (B, G, any, K); causal if there is no mask."""
+    # Keys are repeated, because under a mask torch's fast kernels want as many heads of keys as of queries.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
 
 
 class BagelAttention(nn.Module):
-    """The projections of both kinds of weights, keys and queries normed a head at a time (arXiv 2302.05442)."""
+    """The projections of both kinds of weights. Keys and queries are normed head by head (arXiv 2302.05442)."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_norm{expert}", nn.RMSNorm(self.head_width, eps))
 
     def project(self, x: Tensor, expert: str, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, S, K), k and v (B, G, S, K) of x (B, S, D)."""
+        """q (B, H, S, K), k and v (B, G, S, K) of tokens x (B, S, D), by one kind of weights."""
         part = self.get_submodule
         q, k, v = (part(f"{n}_proj{expert}")(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for n in "qkv")
         return rotate(part(f"q_norm{expert}")(q), by), rotate(part(f"k_norm{expert}")(k), by), v
@@ -98,7 +100,7 @@ class BagelLayer(nn.Module):
         latents: Tensor,  # (B, N, D)
         keys: Tensor,  # (B, G, L, K) of the prompt
         values: Tensor,  # (B, G, L, K)
-        mask: Tensor,  # (B, 1, 1, L + 2 + N), true where there is something to see
+        mask: Tensor,  # (B, 1, 1, L + 2 + N) bool, false for the padding of prompts
         by: Rotation,
     ) -> tuple[Tensor, Tensor]:
         of_marks, of_latents = self._project(marks, "", by), self._project(latents, GEN, by)
@@ -107,7 +109,7 @@ class BagelLayer(nn.Module):
         return self._finish(marks, seen[:, :2], ""), self._finish(latents, seen[:, 2:], GEN)
 
     def read(self, text: Tensor, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """The next layer's text (B, L, D), and the keys and values of this one's, (B, G, L, K)."""
+        """The text for the next layer (B, L, D), and this layer's keys and values of it (B, G, L, K)."""
         q, k, v = self._project(text, "", by)
         return self._finish(text, attend(q, k, v, None), ""), k, v
 
@@ -115,7 +117,7 @@ class BagelLayer(nn.Module):
         return self.self_attn.project(self.get_submodule(f"input_layernorm{expert}")(x), expert, by)
 
     def _finish(self, x: Tensor, seen: Tensor, expert: str) -> Tensor:
-        # Contiguous, because a linear layer of a slice of the sequence becomes one small product a sample.
+        # Contiguous, because a linear layer would multiply a slice of the sequence sample by sample.
         x = x + self.self_attn.get_submodule(f"o_proj{expert}")(seen.flatten(2).contiguous())
         return x + self.get_submodule(f"mlp{expert}")(self.get_submodule(f"post_attention_layernorm{expert}")(x))
 
@@ -126,7 +128,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, D) of sigma (B,), as it is and not in thousandths."""
+        """The embedding (B, D) of sigma (B,), which runs from 0 to 1 and not from 0 to 1000."""
         waves = get_timestep_embedding(sigma, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         return self.mlp(waves.to(dtype))
 
@@ -141,19 +143,22 @@ class PositionTable(nn.Module):
         self.pos_embed = nn.Parameter(table.to(torch.get_default_dtype()), requires_grad=False)  # (side^2, D)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """(N, D), row by row."""
+        """The embedding (N, D) of the positions in a grid of rows and columns, row by row."""
         return self.pos_embed.unflatten(0, (self.side, self.side))[: grid[0], : grid[1]].flatten(0, 1)
 
 
 class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The generation path; `_repeated_blocks` and the mixins are what diffusers expects of a transformer."""
+    """The generation path of BAGEL. diffusers expects `_repeated_blocks` and the mixins of a transformer."""
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["BagelLayer"]
+    config: Any  # the arguments of __init__ as attributes
+    layers: Any  # nn.ModuleList of BagelLayer
 
     @register_to_config
     def __init__(
         self,
+        *,
         hidden_size: int,
         intermediate_size: int,
         num_hidden_layers: int,
@@ -183,7 +188,7 @@ class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.config.hidden_size // self.config.num_attention_heads
 
     def understanding(self) -> nn.ModuleList:
-        """The modules that read a prompt, which is what the text encoder is here; they are not copied."""
+        """The modules that read a prompt: BAGEL's text encoder. They are the transformer's own, not copies."""
         kinds = (nn.Embedding, nn.Linear, nn.RMSNorm)
         return nn.ModuleList(
             module for name, module in self.named_modules()
@@ -191,14 +196,14 @@ class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )  # fmt: skip
 
     def read(self, ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, layers, G, L, K) of prompts ids (B, L), zero from length (B,) on."""
-        place = torch.arange(ids.shape[1], device=ids.device)
+        """Keys and values (B, layers, G, L, K) of prompts ids (B, L), zero beyond their lengths (B,)."""
+        position = torch.arange(ids.shape[1], device=ids.device)
         text, pairs = self.embed_tokens(ids), []
-        by = rotation(place[None], self.head_width, self.config.rope_theta, text.dtype)
+        by = rotation(position[None], self.head_width, self.config.rope_theta, text.dtype)
         for layer in self.layers:
             text, k, v = layer.read(text, by)
             pairs.append((k, v))
-        known = (place < length[:, None])[:, None, None, :, None]
+        known = (position < length[:, None])[:, None, None, :, None]
         keys, values = (torch.stack(side, dim=1) * known for side in zip(*pairs, strict=True))
         return keys, values
 
@@ -208,7 +213,7 @@ class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sigma: Tensor,  # (B,)
         keys: Tensor,  # (B, layers, G, L, K)
         values: Tensor,  # (B, layers, G, L, K)
-        length: Tensor,  # (B,) int64, of the prompt
+        length: Tensor,  # (B,) int64, tokens of the prompt
         grid: tuple[int, int],  # rows and columns of the N tokens
     ) -> Tensor:
         """The velocity (B, N, 4 C), noise - data."""

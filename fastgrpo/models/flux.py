@@ -1,7 +1,7 @@
-"""FLUX.1 (dev, schnell) and FLUX.1 Kontext, which edits an image: T5 and a pooled CLIP, guidance distilled into an input.
+"""FLUX.1 (dev, schnell), and FLUX.1 Kontext, which edits an image. Prompts are read by T5 and, pooled, by CLIP.
 
-dev and Kontext read `distilled_guidance` as a number; schnell has none. Classifier-free guidance with the empty prompt,
-the pipeline's true_cfg_scale, can be had on top, at twice the cost.
+Guidance is distilled into an input of the network: dev and Kontext read `distilled_guidance`, schnell has no such input.
+Classifier-free guidance with the empty prompt, the pipeline's true_cfg_scale, is possible on top, at twice the cost.
 
 Letters: B samples, L text tokens, E text width, P pooled width, N latent tokens of K numbers (2 x 2 latent pixels each).
 """
@@ -19,26 +19,26 @@ from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class FluxConditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, L, E)
     pooled: Tensor  # (B, P)
 
 
 class KontextConditioning(NamedTuple):
-    """Likewise, with the image to edit."""
+    """The tensors that the transformer reads of a prompt and of the image to edit."""
 
     embeds: Tensor  # (B, L, E)
     pooled: Tensor  # (B, P)
     image: Tensor  # (B, N, K)
 
 
-class Flux(Adapter):
-    pipeline_class = "FluxPipeline"
-    Conditioning = Conditioning
+class FluxFamily(Adapter):
+    """The network that FLUX.1 and Kontext share, and all that they do alike."""
+
     takes = frozenset({"distilled_guidance"})
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
@@ -47,7 +47,7 @@ class Flux(Adapter):
 
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
         super().__init__(pipeline, **arguments)
-        # The same for all samples and steps. Made here, because making them in `velocity` would be part of every rollout.
+        # The same for all samples and steps. Made in `velocity` they would be made again in every step of a rollout.
         self.text_ids = torch.zeros(self.settings.max_text_tokens, 3, device=self.device, dtype=self.dtype)  # (L, 3)
         self.latent_ids = self._latent_ids()  # (N, 3), for Kontext (2 N, 3)
         guidance = self.settings.distilled_guidance
@@ -78,59 +78,76 @@ class Flux(Adapter):
         return rows * columns, self.transformer.config.in_channels
 
     def _latent_ids(self) -> Tensor:
-        """The place of each token: 0, row, column."""
+        """The position of each token: 0, row, column."""
         return self.pipeline._prepare_latent_image_ids(1, *self.token_grid, self.device, self.dtype)
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """As the pipeline makes them: where the scheduler shifts dynamically, more noise for more tokens."""
+        """The pipeline's noise levels. A scheduler that shifts dynamically takes more noise for more tokens."""
         return self.shifted_sigmas(np.linspace(1.0, 1 / num_steps, num_steps), self.latent_shape[0])
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def _read(self, texts: Sequence[str]) -> FluxConditioning:
+        """The text encoders' output."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), max_sequence_length=self.settings.max_text_tokens, device=self.text_encoders[0].device
+            list(texts), max_sequence_length=self.settings.max_text_tokens, device=self.text_encoders[0].device
         )
-        return Conditioning(embeds.to(self.device), pooled.to(self.device))
+        return FluxConditioning(embeds.to(self.device), pooled.to(self.device))
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def _random_text(self, batch: int) -> FluxConditioning:
+        """Random numbers in place of the text encoders' output."""
         config, tokens = self.transformer.config, self.settings.max_text_tokens
-        return Conditioning(
+        return FluxConditioning(
             torch.randn(batch, tokens, config.joint_attention_dim, device=self.device, dtype=self.dtype),
             torch.randn(batch, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
         )
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+    def _run(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+        """The transformer on tokens (B, any, K)."""
         return self.network(
-            # The transformer multiplies by 1000 again; the pipeline rounds in between, and so must this.
-            hidden_states=x, timestep=(sigma * 1000).to(x.dtype) / 1000,
-            guidance=None if self.guidance is None else self.guidance.expand(len(x)),
-            pooled_projections=conditioning.pooled, encoder_hidden_states=conditioning.embeds,
+            # Rounded to the model's dtype before the division, as in the pipeline. The transformer multiplies by 1000 again.
+            hidden_states=tokens, timestep=(sigma * 1000).to(tokens.dtype) / 1000,
+            guidance=None if self.guidance is None else self.guidance.expand(len(tokens)),
+            pooled_projections=pooled, encoder_hidden_states=embeds,
             txt_ids=self.text_ids, img_ids=self.latent_ids, return_dict=False,
         )[0]  # fmt: skip
 
-    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
-        """(B, N, K) as (B, C, H, W), at the scale of the decoder's data."""
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
+        """Latents (B, N, K) unpacked to (B, C, H, W), at the scale of the decoder's data."""
         return super().vae_latents(
             self.pipeline._unpack_latents(latents, *self.size, self.pipeline.vae_scale_factor), decoder
         )
 
 
-class FluxKontext(Flux):
-    """The input image's latents stand behind the sample's as N more tokens, whose prediction is thrown away.
+class Flux(FluxFamily):
+    pipeline_class = "FluxPipeline"
+    Conditioning = FluxConditioning
 
-    An input image is resized to the output's size, whatever its proportions, as Flow-GRPO does it: all samples of a batch
-    must have as many tokens. So this is the stock pipeline called with an image of the output's size, `max_area` = height x
-    width and `_auto_resize=False`; left to itself that pipeline takes the nearest of its sizes of a million pixels, for the
-    input image and for the output.
+    def encode_text(self, prompts: Sequence[str]) -> FluxConditioning:
+        return self._read(prompts)
+
+    def placeholder(self, batch: int) -> FluxConditioning:
+        return self._random_text(batch)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: FluxConditioning) -> Tensor:
+        return self._run(x, sigma, conditioning.embeds, conditioning.pooled)
+
+
+class FluxKontext(FluxFamily):
+    """FLUX.1 with an input image: its latents follow the sample's as N more tokens, whose prediction is thrown away.
+
+    An input image is resized to the output's size, whatever its proportions, as in Flow-GRPO, because all samples of a batch
+    must have the same number of tokens. The stock pipeline does the same when it is called with an image of the output's
+    size, `max_area` = height x width and `_auto_resize=False`. By default it would choose the nearest of its own sizes of
+    about a million pixels, for the input image and for the output.
     """
 
     pipeline_class = "FluxKontextPipeline"
     Conditioning = KontextConditioning
     image_conditioned = True
-    lora_targets = (*Flux.lora_targets, "proj_mlp")
+    lora_targets = (*FluxFamily.lora_targets, "proj_mlp")
     published_guidance = 2.5
 
     def _latent_ids(self) -> Tensor:
-        """The sample's tokens, then the input image's, told apart by a 1 in the first place."""
+        """The positions of the sample's tokens, then of the input image's, which begin with 1 instead of 0."""
         ids = super()._latent_ids()
         image_ids = ids.clone()
         image_ids[:, 0] = 1
@@ -141,8 +158,8 @@ class FluxKontext(Flux):
         return {**super().encoder_settings, "size": self.size}
 
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> KontextConditioning:
-        text = super().encode_text([prompt.text for prompt in prompts])
-        return KontextConditioning(*text, torch.cat([self.encode_image(prompt.image) for prompt in prompts]))
+        embeds, pooled = self._read([prompt.text for prompt in prompts])
+        return KontextConditioning(embeds, pooled, torch.cat([self.encode_image(prompt.image) for prompt in prompts]))
 
     def encode_image(self, path: Path) -> Tensor:
         """The latents (1, N, K) of an image file."""
@@ -152,8 +169,10 @@ class FluxKontext(Flux):
 
     def placeholder(self, batch: int) -> KontextConditioning:
         image = torch.randn(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
-        return KontextConditioning(*super().placeholder(batch), image)
+        embeds, pooled = self._random_text(batch)
+        return KontextConditioning(embeds, pooled, image)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: KontextConditioning) -> Tensor:
-        v = super().velocity(torch.cat([x, conditioning.image], dim=1), sigma, conditioning)
+        embeds, pooled, image = conditioning
+        v = self._run(torch.cat([x, image], dim=1), sigma, embeds, pooled)
         return v[:, : x.shape[1]].contiguous()

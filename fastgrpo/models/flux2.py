@@ -1,35 +1,35 @@
-"""FLUX.2: dev, its guidance distilled into an input of the network, and klein, with true guidance. Text to image only.
+"""FLUX.2: dev, whose guidance is distilled into an input of the network, and klein, with true guidance. Text to image only.
 
-Both are one transformer over packed latents, a token for each square of two by two. They differ in the text encoder, three
-of whose layers are read: Mistral 3, whose processor of texts and images needs torchvision, or Qwen3. A prompt's padding is
-attended to, so that `max_text_tokens` is part of the model: it was published with 512.
+Both are one transformer over packed latents, with a token for each square of two by two latents. They differ in the text
+encoder, of which three layers are read: dev has Mistral 3, whose processor of texts and images needs torchvision, klein has
+Qwen3. The transformer attends to a prompt's padding too, so `max_text_tokens` is part of the model: 512 as published.
 
-klein of 4 steps was distilled without guidance, so take `guidance_scale` 1; klein-base, of 50 steps, was published with 4.
+The klein of 4 steps was distilled without guidance: take `guidance_scale` 1. klein-base, of 50 steps, was published with 4.
 
 Letters: B samples, N = h w image tokens of C channels each, L text tokens, E text width.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class Flux2Conditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, L, E)
 
 
 class Flux2(Adapter):
     pipeline_class = "Flux2Pipeline"
-    Conditioning = Conditioning
+    Conditioning = Flux2Conditioning
     takes = frozenset({"distilled_guidance"})
 
     def _check_settings(self) -> None:
@@ -42,7 +42,7 @@ class Flux2(Adapter):
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        # The name "attn.to_out" alone would also find the lists of layers of that name in the blocks of two streams.
+        # "attn.to_out" alone would also match the lists of layers that have this name in the blocks of two streams.
         single = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.transformer.config.num_single_layers))
         return (
             "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -52,7 +52,7 @@ class Flux2(Adapter):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """h, w: the image in tokens."""
+        """h and w, the rows and columns of an image's tokens."""
         return self.size[0] // self.pixels_per_token, self.size[1] // self.pixels_per_token
 
     @property
@@ -65,39 +65,41 @@ class Flux2(Adapter):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
         return scheduler.sigmas.cpu()
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_text(self, prompts: Sequence[str]) -> Flux2Conditioning:
         embeds, _ = self.pipeline.encode_prompt(
             list(prompts), self.text_encoders[0].device, max_sequence_length=self.settings.max_text_tokens
         )
-        return Conditioning(embeds.to(self.device))
+        return Flux2Conditioning(embeds.to(self.device))
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def placeholder(self, batch: int) -> Flux2Conditioning:
         shape = batch, self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
-        return Conditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
+        return Flux2Conditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
 
     @cached_property
     def positions(self) -> tuple[Tensor, Tensor]:
         """(frame, row, column, place in the text) of all text tokens (L, 4) and image tokens (N, 4).
 
-        The same for all samples, so that they are no part of the conditioning.
+        They are the same for all samples, so they are no part of the conditioning.
         """
-        one, (h, w) = (1,), self.grid
-        axes = (one, one, one, (self.settings.max_text_tokens,)), (one, (h,), (w,), one)
-        return tuple(torch.cartesian_prod(*(torch.arange(*n, device=self.device) for n in sizes)) for sizes in axes)
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        def numbered(*sizes: int) -> Tensor:
+            return torch.cartesian_prod(*(torch.arange(size, device=self.device) for size in sizes))
+
+        return numbered(1, 1, 1, self.settings.max_text_tokens), numbered(1, *self.grid, 1)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Flux2Conditioning) -> Tensor:
         text, image = self.positions
         guidance = self.settings.distilled_guidance
         return self.network(
-            # In the model's dtype before the division, as in the pipeline.
+            # Rounded to the model's dtype before the division, as in the pipeline.
             hidden_states=x, timestep=(sigma * 1000).to(x.dtype) / 1000,
             guidance=None if guidance is None else torch.full_like(sigma, guidance),
             encoder_hidden_states=conditioning.embeds, txt_ids=text, img_ids=image, return_dict=False,
         )[0]  # fmt: skip
 
-    def vae_latents(self, latents: Tensor, decoder: nn.Module) -> Tensor:
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
         vae = self.pipeline.vae
-        if decoder is vae:  # its data are normalised two by two; a distilled decoder reads the network's own scale
+        if decoder is vae:  # its data are normalised in squares of two by two; a tiny decoder reads the network's own scale
             std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).to(latents.dtype)
             latents = latents * std + vae.bn.running_mean.to(latents.dtype)
         x = latents.unflatten(2, (-1, 2, 2)).unflatten(1, self.grid)  # (B, h, w, C / 4, 2, 2)

@@ -1,4 +1,4 @@
-"""Is a folder a pipeline that can be loaded? Asked before anything heavy starts, of its file names alone."""
+"""Checks that a folder holds a pipeline that can be loaded, by its file names alone, before anything heavy starts."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")
 
 
 def check_folder(path: Path, pipeline_class: str) -> None:
-    """Refuse a folder that is no pipeline in the diffusers format, another family's, or incomplete."""
+    """Refuse a folder that holds no pipeline in the diffusers format, another family's, or an incomplete one: ValueError."""
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model.path = {path}: holds no model_index.json, so it is no diffusers pipeline folder")

@@ -3,9 +3,9 @@
     x8 = x / a,  a = max |x| of a row / 448            w8 = W / b,  b = max |W| of an output / 448
     y = a b (x8 w8^T) + bias                           summed in float32, rounded to x's dtype
 
-LoRA, norms, attention and everything outside the blocks stay as they are. What rolls out is then not quite the policy that
-is trained, so v_old is made again by that one (`update.old_velocity`): the ratio is again of exact
-policies, and 8-bit numbers only decide which samples are looked at.
+LoRA, norms, attention and everything outside the blocks stay as they are. The policy that samples is then not quite the
+policy that is trained, so the trained one computes v_old again (`update.old_velocity`). The ratio is one of exact policies
+then, and 8-bit numbers only decide which samples are looked at.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,25 @@ import torch
 from torch import Tensor, nn
 
 E4M3_MAX = 448.0
-MULTIPLE = 16  # of both sides of a weight, as the kernels ask
+MULTIPLE = 16  # the kernels ask that both sides of a weight are a multiple of this
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer that can also multiply in e4m3; it becomes one in place, so names and adapters stay."""
+    """A frozen linear layer that can also multiply e4m3 numbers. It is converted in place, so names and adapters stay."""
 
-    drafting: bool
+    drafting: bool = False
     w8: Tensor  # (out, in) float8_e4m3fn
     w_scale: Tensor  # (1, out) float32
 
     @classmethod
-    def convert(cls, linear: nn.Linear) -> None:
+    def convert(cls, linear: nn.Linear) -> "Fp8Linear":
+        """Make an `Fp8Linear` of a linear layer, in place."""
         scale = (linear.weight.detach().abs().amax(1, keepdim=True).float() / E4M3_MAX).clamp(min=1e-12)
         linear.__class__ = cls
-        linear.drafting = False
         linear.register_buffer("w8", (linear.weight.detach().float() / scale).to(torch.float8_e4m3fn), persistent=False)
         linear.register_buffer("w_scale", scale.T.contiguous(), persistent=False)
+        assert isinstance(linear, Fp8Linear)
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
@@ -49,23 +51,22 @@ def prepare_fp8(blocks: Sequence[nn.Module]) -> list[Fp8Linear]:
 
     One layer of each kind multiplies once: ValueError where the device cannot, before a rollout would find out.
     """
-    found = [
+    frozen = [
         layer for block in blocks for layer in block.modules()
         if type(layer) is nn.Linear and not layer.weight.requires_grad and not any(n % MULTIPLE for n in layer.weight.shape)
     ]  # fmt: skip
-    if not found:
+    if not frozen:
         raise ValueError("rollout.precision = 'fp8': no frozen linear layer in the transformer's blocks; take model")
-    for layer in found:
-        Fp8Linear.convert(layer)
-    kinds = {(layer.weight.shape, layer.weight.dtype, layer.bias is None): layer for layer in found}
+    layers = [Fp8Linear.convert(layer) for layer in frozen]
+    kinds = {(layer.weight.shape, layer.weight.dtype, layer.bias is None): layer for layer in layers}
     for layer in kinds.values():
         _try_product(layer)
-    return found
+    return layers
 
 
 @torch.no_grad()
 def _try_product(layer: Fp8Linear) -> None:
-    """What can be multiplied depends on the device, on torch's release, on the dtype and on the bias: only trying tells."""
+    """Multiply once. Whether that works depends on the device, torch's release, the dtype and the bias: only a try tells."""
     weight = layer.weight
     try:
         with drafting([layer]):
@@ -73,7 +74,7 @@ def _try_product(layer: Fp8Linear) -> None:
     except (RuntimeError, ValueError) as error:
         dtype = str(weight.dtype).removeprefix("torch.")
         device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"the {weight.device.type.upper()}"
-        reason, _, _ = str(error).partition("\n")  # and not the C++ stack below it
+        reason, _, _ = str(error).partition("\n")  # without the C++ stack that follows
         take = "rollout.precision=model" if dtype == "bfloat16" else "model.dtype=bfloat16, or rollout.precision=model"
         raise ValueError(
             f"rollout.precision = 'fp8': {device} multiplies no 8-bit numbers with model.dtype={dtype} "
@@ -83,7 +84,7 @@ def _try_product(layer: Fp8Linear) -> None:
 
 @contextmanager
 def drafting(layers: Sequence[Fp8Linear]) -> Iterator[None]:
-    """Inside, the layers, those that `prepare_fp8` returned, multiply in 8 bits."""
+    """Inside, the layers multiply in 8 bits. layers: the ones that `prepare_fp8` returned."""
     try:
         for layer in layers:
             layer.drafting = True

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) in three operations a layer instead of five.
 
-PEFT computes base(x) + B(A(x)) * scaling, of which the product with `scaling` and the sum each read and write a whole output
-of the layer again, forward and backward. Here the last matrix product adds itself to the first one's result:
+PEFT computes base(x) + B(A(x)) * scaling. The product with `scaling` and the sum each read and write a whole output of the
+layer once more, forward and backward. Here the last matrix product is added to the result of the first as it is computed:
 
     y = base(x)          y += scaling (x A^T) B^T
 """
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 
 class LeanLinear(Linear):
-    """PEFT's LoRA layer, with another forward for the one case that training and sampling run all the time."""
+    """PEFT's LoRA layer, with its own forward pass for the one case that training and sampling run all the time."""
+
+    lora_A: Any  # nn.ModuleDict, an adapter's name -> nn.Linear
+    lora_B: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out)"""
@@ -24,12 +27,12 @@ class LeanLinear(Linear):
         name = self.active_adapters[0]
         y = self.base_layer(x)
         down = nn.functional.linear(x, self.lora_A[name].weight).flatten(0, -2)
-        # In place: nothing in the backward pass asks for the base layer's own output.
+        # In place, because the backward pass does not need the base layer's own output.
         y.view(-1, y.shape[-1]).addmm_(down, self.lora_B[name].weight.T, alpha=self.scaling[name])
         return y
 
     def _plain(self, x: Tensor) -> bool:
-        """One adapter, of the input's dtype, without dropout, bias or one of PEFT's variants (DoRA and others)."""
+        """Whether there is one adapter, in the input's dtype, without dropout, bias or a variant of PEFT's such as DoRA."""
         if len(self.active_adapters) != 1 or self.active_adapters[0] not in self.lora_A:
             return False
         name = self.active_adapters[0]
@@ -41,6 +44,7 @@ class LeanLinear(Linear):
 
 
 def lora_config(*, rank: int, alpha: int, targets: list[str]) -> LoraConfig:
+    """PEFT's configuration for a LoRA of `LeanLinear` layers."""
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-    config._register_custom_module({torch.nn.Linear: LeanLinear})  # PEFT's own way for layers of one's own
+    config._register_custom_module({torch.nn.Linear: LeanLinear})  # the way that PEFT offers for custom layers
     return config

@@ -1,7 +1,7 @@
 """Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): Qwen2.5-VL reads the prompt, true guidance keeps the velocity's norm.
 
-Prompts are of different lengths, and a batch has one: so each is padded to `max_text_tokens`, with a mask that the
-transformer's attention obeys. The prompt of no prompt is a space, as in the published examples: "" is read as " ".
+Prompts differ in length and a batch has one length, so each prompt is padded to `max_text_tokens`, with a mask for the
+transformer's attention. The prompt "" is read as a space, which the published examples take for no prompt.
 
 Letters: B samples, L text tokens, E text width, N latent tokens, C their channels.
 """
@@ -23,15 +23,15 @@ from fastgrpo.models.adapter import Adapter
 from fastgrpo.records import concatenate
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class QwenConditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, L, E)
     mask: Tensor  # (B, L) bool, False for padding
 
 
-class EditConditioning(NamedTuple):
-    """What the transformer reads of a prompt and its image."""
+class QwenEditConditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt and of the image to edit."""
 
     embeds: Tensor  # (B, L, E)
     mask: Tensor  # (B, L) bool, False for padding
@@ -41,19 +41,20 @@ class EditConditioning(NamedTuple):
 class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
     """diffusers' attention, which takes the mask of the text from `attention_kwargs` too.
 
-    A mask that goes the transformer's own way makes it build a tensor from a Python number at every call: a copy from
-    the host, which no CUDA graph can record.
+    From a mask that it is handed in the usual way the transformer makes a tensor of a Python number at every call. That is a
+    copy from the host, which no CUDA graph can record.
     """
 
     def __call__(
         self,
-        attn,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        # Tensors, but diffusers types them as FloatTensor, which a tensor in bfloat16 is not.
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        encoder_hidden_states_mask: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
         mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
         return super().__call__(
             attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask=mask, image_rotary_emb=image_rotary_emb
@@ -63,20 +64,20 @@ class MaskedAttention(QwenDoubleStreamAttnProcessor2_0):
 class ImageProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor of texts and images without its part for videos, which cannot be loaded without torchvision."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
-class QwenImage(Adapter):
-    pipeline_class = "QwenImagePipeline"
-    Conditioning = Conditioning
+class QwenFamily(Adapter):
+    """The network that Qwen-Image and Qwen-Image-Edit share, and all that they do alike."""
+
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
     masks = "the padding of prompts"
-    longest_text: ClassVar[int] = 1024  # tokens, of the stock pipeline's max_sequence_length
+    longest_text: ClassVar[int] = 1024  # tokens; the stock pipeline allows no larger max_sequence_length
 
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
         super().__init__(pipeline, **arguments)
@@ -92,7 +93,7 @@ class QwenImage(Adapter):
 
     @staticmethod
     def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """The guided velocity at the norm, token by token, of the one with the prompt."""
+        """v_uncond + scale (v - v_uncond), each token rescaled to the norm that it has in v."""
         combined = v_uncond + scale * (v - v_uncond)
         return combined * (torch.norm(v, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
 
@@ -108,45 +109,39 @@ class QwenImage(Adapter):
         return rows * columns, self.transformer.config.in_channels
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """As the pipeline's scheduler shifts them for an image of this many tokens."""
+        """The noise levels as the pipeline's scheduler shifts them for an image of this many tokens."""
         return self.shifted_sigmas(np.linspace(1.0, 1 / num_steps, num_steps), self.latent_shape[0])
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        # One by one, so that what a prompt becomes does not depend on the others.
-        return concatenate([Conditioning(*self._read(prompt)) for prompt in prompts])
-
-    def _read(self, text: str, **image: Any) -> tuple[Tensor, Tensor]:
-        """The text encoder's (1, L, E), padded with zeros, and which of them are a prompt's (1, L)."""
+    def _read(self, text: str, **image: Any) -> QwenConditioning:
+        """The text encoder's output (1, L, E), padded with zeros, and which tokens are the prompt's (1, L)."""
         length = self.settings.max_text_tokens
         embeds, _ = self.pipeline.encode_prompt(
             [text or " "], device=self.text_encoders[0].device, max_sequence_length=length, **image
         )
         found = embeds.shape[1]
-        if found > length:  # the pipeline has cut the prompt where it may be cut
+        if found > length:  # a prompt that may be cut has been cut by the pipeline
             raise ValueError(f"model.max_text_tokens = {length}: {text!r} with its image is {found} tokens; raise it")
         mask = torch.arange(length, device=self.device) < found
-        return pad(embeds.to(self.device), (0, 0, 0, length - found)), mask[None]
+        return QwenConditioning(pad(embeds.to(self.device), (0, 0, 0, length - found)), mask[None])
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def _random_text(self, batch: int) -> QwenConditioning:
+        """Random numbers in place of the text encoder's output, without padding."""
         length, width = self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
-        return Conditioning(
+        return QwenConditioning(
             torch.randn(batch, length, width, device=self.device, dtype=self.dtype),
             torch.ones(batch, length, device=self.device, dtype=torch.bool),
         )
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._run(x, sigma, conditioning, [self.grid])
-
-    def _run(self, tokens: Tensor, sigma: Tensor, conditioning: tuple, grids: list[tuple[int, int, int]]) -> Tensor:
-        """The transformer on the tokens (B, any, C) of images that have these grids."""
+    def _run(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, images: int = 1) -> Tensor:
+        """The transformer on tokens (B, images N, C), those of so many images of the output's size."""
         return self.network(
-            # The pipeline rounds the time to the latents' dtype before it divides.
+            # Rounded to the model's dtype before the division, as in the pipeline.
             hidden_states=tokens, timestep=(sigma * 1000).to(tokens.dtype) / 1000,
-            encoder_hidden_states=conditioning.embeds, attention_kwargs={"attention_mask": conditioning.mask},
-            img_shapes=[grids] * len(tokens), return_dict=False,
+            encoder_hidden_states=embeds, attention_kwargs={"attention_mask": mask},
+            img_shapes=[[self.grid] * images] * len(tokens), return_dict=False,
         )[0]  # fmt: skip
 
-    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
         height, width = self.size
         latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
         mean, std = (
@@ -156,27 +151,42 @@ class QwenImage(Adapter):
         return latents * std + mean
 
     def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
-        return super().decode(latents, draft=draft)[:, :, 0]  # the one frame of a video
+        return super().decode(latents, draft=draft)[:, :, 0]  # the autoencoder is one of videos; this is its one frame
 
     def load_tiny_decoder(self, path: Path) -> None:
         raise ValueError(f"model.tiny_decoder = {path}: no AutoencoderTiny reads latents of Qwen-Image; leave it out")
 
 
-class QwenImageEdit(QwenImage):
-    """Qwen-Image that is shown an image to edit, by its text encoder and as latents beside the noisy ones.
+class QwenImage(QwenFamily):
+    pipeline_class = "QwenImagePipeline"
+    Conditioning = QwenConditioning
 
-    The image is resized to the output's size, so that all rows of a batch have as many tokens. At 1024 x 1024 that is
-    what the stock pipeline does with a square image. It enlarges the input of a smaller output to a megapixel too; here,
-    as in Flow-GRPO's published script, a training at 512 x 512 reads 512 x 512, at less than half the tokens.
+    def encode_text(self, prompts: Sequence[str]) -> QwenConditioning:
+        # One by one, so that the encoding of a prompt does not depend on the others.
+        return concatenate([self._read(prompt) for prompt in prompts])
 
-    `max_text_tokens` counts the image's tokens in the text encoder too: height / 28 times width / 28, each rounded.
-    A prompt that is longer is refused: the stock pipeline cuts none here.
+    def placeholder(self, batch: int) -> QwenConditioning:
+        return self._random_text(batch)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: QwenConditioning) -> Tensor:
+        return self._run(x, sigma, conditioning.embeds, conditioning.mask)
+
+
+class QwenImageEdit(QwenFamily):
+    """Qwen-Image with an image to edit, which the text encoder sees and whose latents follow the noisy ones.
+
+    The image is resized to the output's size, so that all rows of a batch have the same number of tokens. At 1024 x 1024 the
+    stock pipeline does the same with a square image. For a smaller output it would still enlarge the input to a megapixel;
+    here, as in Flow-GRPO's published script, a training at 512 x 512 reads 512 x 512, at less than half the tokens.
+
+    `max_text_tokens` counts the tokens of the image in the text encoder too: height / 28 times width / 28, each rounded.
+    A prompt that is longer is refused, because the stock pipeline cuts none here.
     """
 
     pipeline_class = "QwenImageEditPipeline"
-    Conditioning = EditConditioning
+    Conditioning = QwenEditConditioning
     image_conditioned = True
-    longest_text = 3072  # the table of rotary positions has 4096, and the first are the image's
+    longest_text = 3072  # the table of rotary positions has 4096 rows, and the first are the image's
 
     @classmethod
     def own_parts(cls, path: Path) -> dict[str, Any]:
@@ -186,21 +196,24 @@ class QwenImageEdit(QwenImage):
     def encoder_settings(self) -> dict[str, Any]:
         return super().encoder_settings | {"size": self.size}
 
-    def encode_text(self, prompts: Sequence[ImagePrompt]) -> EditConditioning:
+    def encode_text(self, prompts: Sequence[ImagePrompt]) -> QwenEditConditioning:
         return concatenate([self._read_both(prompt) for prompt in prompts])
 
-    def _read_both(self, prompt: ImagePrompt) -> EditConditioning:
+    def _read_both(self, prompt: ImagePrompt) -> QwenEditConditioning:
         processor, (height, width) = self.pipeline.image_processor, self.size
         image = processor.resize(load_image(str(prompt.image)), height, width)
         pixels = processor.preprocess(image, height, width).unsqueeze(2)  # (1, 3, 1, height, width)
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])
-        return EditConditioning(*self._read(prompt.text, image=image), packed)
+        embeds, mask = self._read(prompt.text, image=image)
+        return QwenEditConditioning(embeds, mask, packed)
 
-    def placeholder(self, batch: int) -> EditConditioning:
+    def placeholder(self, batch: int) -> QwenEditConditioning:
         image = torch.randn(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
-        return EditConditioning(*super().placeholder(batch), image)
+        embeds, mask = self._random_text(batch)
+        return QwenEditConditioning(embeds, mask, image)
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: EditConditioning) -> Tensor:
-        tokens = torch.cat([x, conditioning.image], dim=1)
-        return self._run(tokens, sigma, conditioning, [self.grid, self.grid])[:, : x.shape[1]].contiguous()
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: QwenEditConditioning) -> Tensor:
+        embeds, mask, image = conditioning
+        v = self._run(torch.cat([x, image], dim=1), sigma, embeds, mask, images=2)
+        return v[:, : x.shape[1]].contiguous()

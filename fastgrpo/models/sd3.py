@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two CLIPs and T5, true guidance.
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): prompts are read by two CLIPs and T5, guidance is true guidance.
 
 Letters: B samples, L text tokens, E text width, P pooled width, (C, H, W) a latent.
 """
@@ -14,8 +14,8 @@ from fastgrpo.models.adapter import Adapter
 CLIP_TOKENS = 77
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class SD3Conditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, L, E)
     pooled: Tensor  # (B, P)
@@ -23,7 +23,7 @@ class Conditioning(NamedTuple):
 
 class SD3(Adapter):
     pipeline_class = "StableDiffusion3Pipeline"
-    Conditioning = Conditioning
+    Conditioning = SD3Conditioning
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -34,21 +34,21 @@ class SD3(Adapter):
         height, width = (side // self.pipeline.vae_scale_factor for side in self.size)
         return self.transformer.config.in_channels, height, width
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_text(self, prompts: Sequence[str]) -> SD3Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, do_classifier_free_guidance=False,
             max_sequence_length=self.settings.max_text_tokens, device=self.text_encoders[0].device,
         )  # fmt: skip
-        return Conditioning(embeds.to(self.device), pooled.to(self.device))
+        return SD3Conditioning(embeds.to(self.device), pooled.to(self.device))
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def placeholder(self, batch: int) -> SD3Conditioning:
         config, tokens = self.transformer.config, CLIP_TOKENS + self.settings.max_text_tokens
-        return Conditioning(
+        return SD3Conditioning(
             torch.randn(batch, tokens, config.joint_attention_dim, device=self.device, dtype=self.dtype),
             torch.randn(batch, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
         )
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: SD3Conditioning) -> Tensor:
         return self.network(
             hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=conditioning.embeds,
             pooled_projections=conditioning.pooled, return_dict=False,

@@ -1,10 +1,10 @@
-"""Wan 2.1 text-to-video and Wan2.2-TI2V-5B (arXiv 2503.20314): UMT5, true guidance, videos.
+"""Wan 2.1 text-to-video and Wan2.2-TI2V-5B (arXiv 2503.20314): videos, prompts read by UMT5, true guidance.
 
-The published folders sample with UniPC; here the schedule is that of the Euler scheduler with the same shift, as the
-sampler's own steps are the Euler steps of the flow. Guidance compares with the empty prompt, as Flow-GRPO does: the long
-negative prompt that Wan publishes would be one more thing that training has to undo.
-TI2V-5B draws from text alone. Its pipeline gives each token a timestep, so that an input frame could be clean; without one
-they are all equal, and one timestep a sample says the same in a fraction of the memory.
+The published folders sample with UniPC. Here the schedule is that of the Euler scheduler with the same shift, because the
+steps of this project's samplers are the Euler steps of the flow. Guidance compares with the empty prompt, as Flow-GRPO does:
+the long negative prompt that Wan publishes would be one more thing that training has to undo.
+TI2V-5B draws from text alone here. Its pipeline gives each token a timestep of its own, so that an input frame could be
+clean. Without an input frame all of them are equal, and one timestep a sample says the same in a fraction of the memory.
 
 Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F frames, T frames of a video.
 """
@@ -12,7 +12,7 @@ Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F fram
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,25 +21,25 @@ from torch import Tensor
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.folder import check_folder
 
-HEIGHT, WIDTH, FRAMES = 480, 832, 81  # the pipeline's own
+HEIGHT, WIDTH, FRAMES = 480, 832, 81  # the pipeline's defaults
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class WanConditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, L, E), zero past the prompt
 
 
 class Wan(Adapter):
     pipeline_class = "WanPipeline"
-    Conditioning = Conditioning
-    # Flow-GRPO's: both attentions, to the video (attn1) and to the text (attn2), and not the feed-forward.
+    Conditioning = WanConditioning
+    # As Flow-GRPO trains it: both attentions, to the video (attn1) and to the text (attn2), without the feed-forward layers.
     lora_targets = tuple(f"{a}.{layer}" for a in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     takes = frozenset({"num_frames"})
-    vae_dtype = torch.float32  # as Wan's own code and Flow-GRPO run it
+    vae_dtype = torch.float32  # as Wan's own code and Flow-GRPO run the decoder
 
     @classmethod
-    def load(cls, path: Path, **arguments: Any) -> "Wan":
+    def load(cls, path: Path, **arguments: Any) -> Self:
         check_folder(path, cls.pipeline_class)
         if json.loads((path / "model_index.json").read_text()).get("transformer_2", [None])[0]:
             raise ValueError(
@@ -76,37 +76,37 @@ class Wan(Adapter):
         height, width = (side // self.pipeline.vae_scale_factor_spatial for side in self.size)
         return self.transformer.config.in_channels, frames, height, width
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        config = self.pipeline.scheduler.config  # UniPC calls the shift flow_shift
+    def scheduler(self) -> Any:
+        config = self.pipeline.scheduler.config  # UniPC's name of the shift is flow_shift
         return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.get("flow_shift", config.get("shift")))
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_text(self, prompts: Sequence[str]) -> WanConditioning:
         embeds, _ = self.pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.settings.max_text_tokens,
             device=self.text_encoders[0].device,
         )  # fmt: skip
-        return Conditioning(embeds.to(self.device, self.dtype))
+        return WanConditioning(embeds.to(self.device, self.dtype))
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def placeholder(self, batch: int) -> WanConditioning:
         shape = batch, self.settings.max_text_tokens, self.transformer.config.text_dim
-        return Conditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
+        return WanConditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: WanConditioning) -> Tensor:
         v = self.network(
             hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=conditioning.embeds, return_dict=False
         )[0]
-        return v.contiguous()  # of videos one token wide it is a view
+        return v.contiguous()  # it is a view where a video is one token wide
 
     def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
         """Videos (B, T, 3, H, W) uint8 of latents (B, C, F, H, W)."""
         return super().decode(latents, draft=draft).transpose(1, 2).contiguous()
 
-    def vae_latents(self, latents: Tensor, decoder: torch.nn.Module) -> Tensor:
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
         mean, std = (
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
             for values in (decoder.config.latents_mean, decoder.config.latents_std)
         )
-        return latents / (1 / std) + mean  # by the pipeline's own arithmetic, for its bits
+        return latents / (1 / std) + mean  # the pipeline's own arithmetic, so that the bits are the same
 
     def load_tiny_decoder(self, path: Path) -> None:
         raise ValueError(f"model.tiny_decoder = {path}: an AutoencoderTiny draws images, not videos; leave it out")

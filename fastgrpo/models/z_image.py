@@ -1,19 +1,19 @@
-"""Z-Image and Z-Image-Turbo (arXiv 2511.22699): one stream of image and text tokens, Qwen3 for the text.
+"""Z-Image and Z-Image-Turbo (arXiv 2511.22699): one stream of image and text tokens, prompts read by Qwen3.
 
-The stock transformer takes captions as lists of tensors, and their lengths, from which it makes masks and positions, on the
-host. `velocity` runs its layers on padded captions instead, with lengths as tensors: a batch has one shape whatever its
-prompts, a sample's result depends on no other's length, and nothing in a rollout waits for the device.
+The stock transformer takes captions as lists of tensors of different lengths, and makes masks and positions of the lengths
+on the host. `velocity` runs its layers on padded captions instead, with the lengths in a tensor: a batch has one shape
+whatever its prompts, a sample's result depends on no other sample's length, and nothing in a rollout waits for the device.
 
-A caption has n tokens, then the network's own pad token up to p, the next multiple of 32, then what is masked up to P:
+A caption has n tokens. The network's own pad token follows up to p, the next multiple of 32, and masked tokens up to P:
 
     sequence    image tokens 0..N, text tokens 0..n, pad token n..p, masked p..P
     positions   text token i at (1 + i, 0, 0), image token at row h and column w at (1 + p, h, w)
 
-The stock pipeline adds G (v - v_uncond) to v, so that its guidance_scale of G is one of 1 + G here, where 1 is none as with
-every other model: published are G = 0 for Z-Image-Turbo and 3 to 5 for Z-Image.
+The stock pipeline adds G (v - v_uncond) to v, so its guidance_scale of G is a scale of 1 + G here, where 1 means no guidance
+as with every other model. The published values are G = 0 for Z-Image-Turbo and 3 to 5 for Z-Image.
 
-Letters: B samples, (C, H, W) a latent, N image tokens, a multiple of 32 by its own pad token, P text tokens, E text width,
-K width of a head.
+Letters: B samples, (C, H, W) a latent, N image tokens, padded to a multiple of 32, P text tokens, E text width, K width of a
+head.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgrpo.models.adapter import Adapter
 
-PATCH = "2-1"  # the key of the layers for patches of two by two pixels and one frame, the only ones published
+PATCH = "2-1"  # the key of the layers for patches of two by two pixels and one frame; no others are published
 
 
-class Conditioning(NamedTuple):
-    """What the transformer reads of a prompt."""
+class ZImageConditioning(NamedTuple):
+    """The tensors that the transformer reads of a prompt."""
 
     embeds: Tensor  # (B, P, E), zeros from n on
     length: Tensor  # (B,) int64, n
@@ -39,7 +39,7 @@ class Conditioning(NamedTuple):
 
 class ZImage(Adapter):
     pipeline_class = "ZImagePipeline"
-    Conditioning = Conditioning
+    Conditioning = ZImageConditioning
     lora_targets = (
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
@@ -48,7 +48,7 @@ class ZImage(Adapter):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        # Past their ends the tables of rotations would be read out of bounds, which on a GPU ends the process.
+        # Beyond the ends of its tables of rotations the network would read out of bounds, which ends the process on a GPU.
         places, rows, columns = self.transformer.config.axes_lens
         most = {
             "max_text_tokens": (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF,
@@ -61,7 +61,7 @@ class ZImage(Adapter):
 
     @property
     def default_size(self) -> int:
-        return 1024  # of the pipeline, which keeps it in no attribute
+        return 1024  # the pipeline's default, which it keeps in no attribute
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -70,25 +70,25 @@ class ZImage(Adapter):
 
     @property
     def text_tokens(self) -> int:
-        """P"""
+        """P, the number of text tokens: max_text_tokens, rounded up to a multiple of 32."""
         return -(-self.settings.max_text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
     def sigmas(self, num_steps: int) -> Tensor:
         return self.shifted_sigmas(get_default_z_image_sigmas(num_steps), self.latent_shape[1] * self.latent_shape[2] // 4)
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_text(self, prompts: Sequence[str]) -> ZImageConditioning:
         captions, _ = self.pipeline.encode_prompt(
             list(prompts), self.text_encoders[0].device, do_classifier_free_guidance=False,
             max_sequence_length=self.settings.max_text_tokens,
         )  # fmt: skip
         embeds = torch.stack([pad(caption, (0, 0, 0, self.text_tokens - len(caption))) for caption in captions])
         length = torch.tensor([len(caption) for caption in captions])
-        return Conditioning(embeds.to(self.device), length.to(self.device))
+        return ZImageConditioning(embeds.to(self.device), length.to(self.device))
 
-    def placeholder(self, batch: int) -> Conditioning:
+    def placeholder(self, batch: int) -> ZImageConditioning:
         width, tokens = self.transformer.config.cap_feat_dim, self.settings.max_text_tokens
         embeds = torch.randn(batch, tokens, width, device=self.device, dtype=self.dtype)
-        return Conditioning(
+        return ZImageConditioning(
             pad(embeds, (0, 0, 0, self.text_tokens - tokens)), torch.full((batch,), tokens, device=self.device)
         )
 
@@ -98,9 +98,9 @@ class ZImage(Adapter):
         exact = v.float()
         return (exact + (scale - 1) * (exact - v_uncond.float())).to(v.dtype)
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: ZImageConditioning) -> Tensor:
         network, (embeds, length) = self.network, conditioning
-        # 1 - sigma, rounded as the pipeline makes it of the scheduler's timesteps.
+        # 1 - sigma, rounded as the pipeline rounds it on the way from the scheduler's timesteps.
         time = network.t_embedder((1000 - sigma * 1000) / 1000 * network.t_scale).type_as(x)
         real = torch.arange(embeds.shape[1], device=x.device)[None] < length[:, None]  # (B, P)
         rotations, text_mask = positions(network, x, conditioning)
@@ -118,34 +118,34 @@ class ZImage(Adapter):
         return -images(network.all_final_layer[PATCH](both, c=time), x)  # the network's own sign is data - noise
 
 
-def run(network: nn.Module, block: nn.Module, *inputs: Any) -> Tensor:
-    """A block, its activations kept for the backward pass or, with gradient checkpointing, made again there."""
+def run(network: Any, block: Any, *inputs: Any) -> Tensor:
+    """The output of a block. With gradient checkpointing its activations are computed again in the backward pass."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
         return network._gradient_checkpointing_func(block, *inputs)
     return block(*inputs)
 
 
 def patches(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W / 4, 4 C), the pixels of a patch before their channels."""
+    """(B, C, H, W) -> (B, H W / 4, 4 C). Within a token the pixel comes first, then its channel."""
     B, C, H, W = x.shape
     return x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(B, H * W // 4, 4 * C)
 
 
 def images(tokens: Tensor, x: Tensor) -> Tensor:
-    """The inverse of `patches`, of the first tokens, in the shape of x."""
+    """The inverse of `patches` on the first H W / 4 tokens (B, N, 4 C), in the shape of x (B, C, H, W)."""
     B, C, H, W = x.shape
     tokens = tokens[:, : H * W // 4].view(B, H // 2, W // 2, 2, 2, C)
     return tokens.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
 
 def pad_image(tokens: Tensor, token: Tensor) -> Tensor:
-    """Image tokens and the network's own pad token, to a multiple of 32 of them: (B, N, width)."""
+    """Image tokens, followed by the network's own pad token up to a multiple of 32: (B, N, width)."""
     B, count, width = tokens.shape
     return torch.cat([tokens, token.expand(B, -count % SEQ_MULTI_OF, width)], dim=1)
 
 
-def positions(network: nn.Module, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-    """Rotations (B, N + P, K / 2) complex by the positions of all tokens, and which text tokens are attended to (B, P)."""
+def positions(network: Any, x: Tensor, conditioning: ZImageConditioning) -> tuple[Tensor, Tensor]:
+    """The rotations of all tokens (B, N + P, K / 2) complex, and which text tokens are attended to (B, P) bool."""
     (B, _, H, W), device = x.shape, x.device
     text = torch.arange(conditioning.embeds.shape[1], device=device)  # (P,)
     padded = (conditioning.length + SEQ_MULTI_OF - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF  # (B,) p

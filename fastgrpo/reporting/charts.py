@@ -101,6 +101,7 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """A list of classes of the template and what they stand for."""
     return '<ul class="legend">' + "".join(f'<li class="{c}"><i></i>{text}</li>' for c, text in entries) + "</ul>"
 
 

@@ -1,16 +1,20 @@
-"""What a run says of itself while it runs: seconds by phase, the end of the progress bar, a line of scores."""
+"""What a run shows on the terminal: the end of the progress bar and a line of scores; and the watch for its phases."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fastgrpo.reporting.text import are_shares, score_text
+from fastgrpo.reporting.text import in_percent, score_text
 
 
 class Stopwatch:
-    """Seconds by phase. On a GPU a phase ends when its work is done: a handful of waits an iteration, none in a loop."""
+    """Adds up the seconds of each phase, `with stopwatch("rollout"): ...`.
+
+    On a GPU a phase ends when its work there is done. That is a handful of waits an iteration, and none in a loop.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,13 +29,14 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
-def progress(metrics: dict) -> str:
-    """The end of the progress bar."""
+def progress(metrics: dict[str, Any]) -> str:
+    """The text at the end of the progress bar: the main metrics of an iteration and its seconds by phase."""
     times = " ".join(f"{phase} {seconds:.1f}s" for phase, seconds in metrics["seconds"].items())
-    told = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {metrics['loss']:.3f}"
-    return f"{told} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
+    main = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {metrics['loss']:.3f}"
+    return f"{main} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
 
 
 def accuracy_line(accuracy: dict[str, float]) -> str:
-    shares = are_shares(accuracy.values())
-    return "  ".join(f"{tag} {score_text(value, shares)}" for tag, value in accuracy.items())
+    """The scores of an evaluation by category, on one line."""
+    percent = in_percent(accuracy.values())
+    return "  ".join(f"{tag} {score_text(value, percent)}" for tag, value in accuracy.items())

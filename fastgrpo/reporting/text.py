@@ -1,24 +1,25 @@
-"""How a score is shown to people."""
+"""How scores are shown to people, as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
-def are_shares(scores: Iterable[float]) -> bool:
-    """Whether scores are shares of 1, to be shown in percent: some rewards have another range."""
+def in_percent(scores: Iterable[float]) -> bool:
+    """Whether scores are shown in percent: all of them lie between 0 and 1, which those of some rewards do not."""
     return all(0 <= score <= 1 for score in scores)
 
 
-def score_text(score: float, shares: bool) -> str:
-    return f"{score:.1%}" if shares else f"{score:.4g}"
+def score_text(score: float, percent: bool) -> str:
+    return f"{score:.1%}" if percent else f"{score:.4g}"
 
 
 Row = tuple[str, dict[str, float]]  # its name, and its scores by column
 
 
-def scores_by_reward(name: str, row: Mapping, rewards: Sequence[str]) -> list[Row]:
+def scores_by_reward(name: str, row: Mapping[str, Any], rewards: Sequence[str]) -> list[Row]:
     """A prompt file's mean score by each reward, and below it those of its categories if it has some.
 
-    row: what `Evaluator.accuracy` returns, which lays out one reward by category, and several by name.
+    `row` is what `Evaluator.accuracy` returned, which lays out one reward by category, and several by name.
     """
     accuracy = row["accuracy"]
     if len(rewards) == 1:
@@ -29,12 +30,12 @@ def scores_by_reward(name: str, row: Mapping, rewards: Sequence[str]) -> list[Ro
     return [(name, whole), *((f"  {tag}", scores) for tag, scores in categories.items() if len(categories) > 1)]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text; a column of shares is in percent."""
+def score_table(rows: Sequence[Row]) -> str:
+    """The rows as lines of text below a line of column names. Each column is in percent if all its scores can be."""
     columns = list(rows[0][1])
-    shares = {column: are_shares(scores[column] for _, scores in rows) for column in columns}
+    percent = {column: in_percent(scores[column] for _, scores in rows) for column in columns}
     cells = [["", *columns]]
-    cells += [[name, *(score_text(scores[column], shares[column]) for column in columns)] for name, scores in rows]
+    cells += [[name, *(score_text(scores[column], percent[column]) for column in columns)] for name, scores in rows]
     first, *widths = (max(len(line[i]) for line in cells) for i in range(len(columns) + 1))
     lines = []
     for name, *texts in cells:

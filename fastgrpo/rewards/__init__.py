@@ -1,14 +1,15 @@
-"""Rewards by name: a callable `(images, prompts, metadata) -> (B,) float32`, of which more is better, and nothing else.
+"""Rewards by name. A reward is a callable `(images, prompts, metadata) -> (B,) float32`; higher scores are better.
 
     images     (B, 3, H, W) uint8, what a viewer would see; of a clip (B, T, 3, H, W)
     prompts    list of B strings
     metadata   list of B dicts: the prompts' lines of the prompt file
 
-It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. Either may say in its
-attributes `low` and `high` in which range its scores lie. A new reward is one file here and one line in `REWARDS`; your own
-needs neither: name it `package.module:function` or `package.module:Class`.
+It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. The parameters of the
+class are the keys of its reward.settings, checked against their annotations. Attributes `low` and `high`, where it has them,
+bound the scores. A new reward is one file here and one line in `REWARDS`; your own needs neither: name it
+`package.module:function` or `package.module:Class`.
 
-A run may maximise several: B scores of R rewards are a tensor (B, R), and what is maximised is their weighted sum.
+A run may maximise several rewards: the B scores of R rewards are a tensor (B, R), whose weighted sums are maximised.
 """
 
 import hashlib
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import __version__
-from fastgrpo.config.schema import nearest
+from fastgrpo.config.schema import ConfigError
+from fastgrpo.config.settings import settings_from_signature
+from fastgrpo.version import __version__
 
 Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
@@ -51,7 +53,7 @@ REWARDS = {
 
 
 class RewardUnavailable(RuntimeError):
-    """What scores is gone and did not come back: the run saves its state and stops, for no score may be made up."""
+    """The server of a reward is gone and did not come back. The run saves its state and stops: no score may be made up."""
 
 
 def load_reward(
@@ -63,44 +65,46 @@ def load_reward(
 ) -> Reward:
     """The reward of that name from `REWARDS`, or the `module:attribute` that it spells out.
 
-    device, settings: what a class is made with; a function has none.
-    frames: of videos (B, T, 3, H, W) it is given each frame, and the mean is the score, or the whole clip.
+    device, settings: the arguments of a class. A function has no settings.
+    frames: how videos (B, T, 3, H, W) are scored: each frame, whose mean is the score, or the whole clip.
+
+    Raises ConfigError for settings that the class does not take, also by their types where it is annotated.
     """
     module, colon, attribute = REWARDS.get(name, name).partition(":")
     if not colon:
         raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
     try:
-        reward = getattr(importlib.import_module(module), attribute)
+        reward: Any = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: {error}") from error
-    _check_settings(name, reward, settings or {})
-    if inspect.isclass(reward):
-        reward = reward(device=torch.device(device), **(settings or {}))
-    return reward if frames == "clip" else _mean_over_frames(reward)
+    path, owner = f"reward.settings.{name}", f"reward {name!r}"
+    is_class = inspect.isclass(reward)
+    if is_class:
+        arguments = settings_from_signature(reward, settings or {}, path, owner=owner, passed=["device"])
+        reward = reward(device=torch.device(device), **arguments)
+    elif settings:
+        raise ConfigError(f"{path}: {owner} is a function, which has no settings; leave them out")
+    return _seen_by(reward, frames)
 
 
-def _check_settings(name: str, reward: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the reward does not take, and a reward without one that it needs."""
-    parameters = dict(inspect.signature(reward).parameters) if inspect.isclass(reward) else {}
-    parameters.pop("device", None)
-    kinds = {parameter.kind for parameter in parameters.values()}
-    takes = [key for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    for key in settings:
-        if key not in takes and inspect.Parameter.VAR_KEYWORD not in kinds:
-            way_out = nearest(key, takes) if takes else "it takes none"
-            raise ValueError(f"reward.settings.{name}.{key}: not a setting of this reward; {way_out}")
-    for key in takes:
-        if key not in settings and parameters[key].default is inspect.Parameter.empty:
-            raise ValueError(f"reward.settings.{name}.{key}: missing; reward {name!r} takes {', '.join(takes)}")
+def reward_name(reward: Reward) -> str:
+    """The name `module:attribute` of a function or of an object's class, as a configuration would spell it out."""
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _seen_by(reward: Reward, frames: str) -> Reward:
+    """The reward as it is given videos: whole, or frame by frame."""
+    return reward if frames == "clip" else _MeanOverFrames(reward)
 
 
 def score_range(reward: Reward) -> tuple[float, float]:
-    """The lowest and the highest score that there are."""
+    """The lowest and the highest score that a reward can give; infinite where it does not say."""
     return float(getattr(reward, "low", -math.inf)), float(getattr(reward, "high", math.inf))
 
 
 def reward_version(name: str, settings: Mapping[str, Any]) -> str:
-    """Equal where scores must be: a hash of the reward's name, its settings and this package's version."""
+    """A hash of the reward's name, its settings and this package's version: rewards of one version give equal scores."""
     text = json.dumps([name, settings, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -122,7 +126,7 @@ def checked(rewards: Tensor, name: str, prompts: Sequence[str], low: float = -ma
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSum:
-    """What a run maximises or reports: rewards by name, each checked apart, and their weighted sum."""
+    """What a run maximises or reports: rewards by name, whose scores are checked one by one, and their weighted sum."""
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
@@ -145,29 +149,51 @@ class RewardSum:
 
 
 def load_rewards(
-    *asked: Weights, device: torch.device | str, settings: Mapping[str, Mapping[str, Any]], frames: str
+    *sums: Weights,
+    device: torch.device | str,
+    settings: Mapping[str, Mapping[str, Any]],
+    frames: str,
+    given: Mapping[str, Reward] | None = None,
 ) -> list[RewardSum]:
-    """A `RewardSum` for each of what a configuration asks for; a reward that stands in several is loaded once."""
-    weights = [weights_of(one) for one in asked]
+    """A `RewardSum` for each of the sums, written as in reward.train; a reward that stands in several is loaded once.
+
+    given: rewards that are there already, by `reward_name`.
+    """
+    weights = [weights_of(one) for one in sums]
     rewards = {
-        name: load_reward(name, device=device, settings=settings.get(name), frames=frames)
+        name: _seen_by(given[name], frames)
+        if given and name in given
+        else load_reward(name, device=device, settings=settings.get(name), frames=frames)
         for name in dict.fromkeys(name for one in weights for name in one)
     }
     return [RewardSum(rewards=rewards, weights=one) for one in weights]
 
 
-def weights_of(asked: Weights) -> dict[str, float]:
-    return {asked: 1.0} if isinstance(asked, str) else dict(asked)
+def weights_of(rewards: Weights) -> dict[str, float]:
+    """Rewards by name with their weights; the weight of a single reward is 1."""
+    return {rewards: 1.0} if isinstance(rewards, str) else dict(rewards)
 
 
-def _mean_over_frames(reward: Reward) -> Reward:
-    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+def each_frame(
+    videos: Tensor,  # (B, T, 3, H, W)
+    prompts: list[str],
+    metadata: list[dict],
+) -> tuple[Tensor, list[str], list[dict]]:
+    """The frames of videos as images (B T, 3, H, W), each with its video's prompt and metadata."""
+    count = videos.shape[1]
+    return videos.flatten(0, 1), [p for p in prompts for _ in range(count)], [m for m in metadata for _ in range(count)]
+
+
+class _MeanOverFrames:
+    """An image reward that scores a video too, by the mean of its frames' scores."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.low, self.high = score_range(reward)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         if images.dim() == 4:
-            return reward(images, prompts, metadata)
-        count = images.shape[1]
-        every = [[item for item in items for _ in range(count)] for items in (prompts, metadata)]
+            return self.reward(images, prompts, metadata)
+        scores = self.reward(*each_frame(images, prompts, metadata)).view(images.shape[:2])
         # In double: rounding must not carry a mean out of the range of its scores.
-        return reward(images.flatten(0, 1), *every).view(-1, count).double().mean(dim=1).float()
-
-    score.low, score.high = score_range(reward)
-    return score
+        return scores.double().mean(dim=1).float()

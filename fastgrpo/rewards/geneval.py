@@ -12,6 +12,7 @@ The checks are `geneval_rules`; here are the models that see, from local folders
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
+from fastgrpo.config.bounds import AtLeast
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, THRESHOLD, Detection, check_record, judge, whose_colors
 
-GREY = 0x99  # what surrounds an object whose colour is asked for
+GREY = 0x99  # what surrounds an object whose colour is to be named
 MAX_DETECTIONS = 100  # an image, as mmdet keeps
 # A colour is the mean of its wordings.
 WORDINGS = ["a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object"]
@@ -33,9 +35,14 @@ class GenEval:
     low, high = 0.0, 1.0
     score = "strict"
 
-    def __init__(self, device: torch.device, detector: Path, clip: Path, batch_size: int = 8) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: how many images the detector sees at once, at least 1")
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        detector: Path,  # folder of the detector
+        clip: Path,  # folder of CLIP
+        batch_size: Annotated[int, AtLeast(1)] = 8,  # images that the detector sees at once, and objects that CLIP does
+    ) -> None:
         self.detector, self.colors, self.batch_size = Detector(detector, device), Colors(clip, device), batch_size
 
     @staticmethod
@@ -49,16 +56,16 @@ class GenEval:
         self.check(metadata)
         seen = [found for batch in images.split(self.batch_size) for found in self.detector(batch)]
         pairs = list(zip(seen, metadata, strict=True))
-        asked = [(image, item) for image, pair in zip(images, pairs, strict=True) for item in whose_colors(*pair)]
+        objects = [(image, item) for image, pair in zip(images, pairs, strict=True) for item in whose_colors(*pair)]
         colors: dict[Detection, str] = {}
-        for start in range(0, len(asked), self.batch_size):
-            colors |= self.colors(asked[start : start + self.batch_size])
+        for start in range(0, len(objects), self.batch_size):
+            colors |= self.colors(objects[start : start + self.batch_size])
         verdicts = [judge(found, record, colors.__getitem__) for found, record in pairs]
         return torch.tensor([graded if self.score == "graded" else float(strict) for strict, graded, _ in verdicts])
 
 
 class GenEvalGraded(GenEval):
-    """With credit for parts."""
+    """Images (B, 3, H, W) uint8 -> (B,), with credit for each part of the prompt that an image shows."""
 
     score = "graded"
 
@@ -86,13 +93,13 @@ class Detector:
         outputs = self.model(**inputs)
         # Images of a batch are of one size, so padding is the same for all: at the bottom and on the right.
         shown = inputs["pixel_mask"][0].sum(0).max().item(), inputs["pixel_mask"][0].sum(1).max().item()
-        sizes = tuple(inputs["pixel_values"].shape[-2:]), shown, tuple(images.shape[-2:])
+        padded, size = tuple(inputs["pixel_values"].shape[-2:]), tuple(images.shape[-2:])
         logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [_detections(classes, masks, *sizes) for classes, masks in logits]
+        return [detections(classes, masks, padded, shown, size) for classes, masks in logits]
 
 
-def _detections(
-    classes: Tensor, masks: Tensor, padded: tuple[int, int], shown: tuple[int, int], size: tuple[int, int]
+def detections(
+    classes: Tensor, masks: Tensor, padded: tuple[int, ...], shown: tuple[int, ...], size: tuple[int, ...]
 ) -> list[Detection]:
     """From the logits of an image's queries: classes (Q, 81), the last for no object, and masks (Q, h, w).
 
@@ -126,7 +133,7 @@ class Colors:
 
     def __call__(self, items: list[tuple[Tensor, Detection]]) -> dict[Detection, str]:
         """Pairs of an image (3, H, W) uint8 and a detection in it -> the colour of each detection."""
-        crops = [_cut_out(image, item) for image, item in items]
+        crops = [cut_out(image, item) for image, item in items]
         inputs = self.processor(crops, return_tensors="pt").to(self.model.device)
         features = self.model.get_image_features(**inputs).pooler_output  # (n, D)
         classifiers = torch.stack([self._classifier(item.name) for _, item in items])  # (n, 10, D)
@@ -143,7 +150,7 @@ class Colors:
         return self.classifiers[name]
 
 
-def _cut_out(image: Tensor, item: Detection) -> Image.Image:
+def cut_out(image: Tensor, item: Detection) -> Image.Image:
     """The object alone on grey, within its box."""
     left, top, right, bottom = (round(edge) for edge in item.box)
     if item.mask is not None:
@@ -155,7 +162,8 @@ def _pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _from_folder(load: Callable, folder: Path, setting: str):
+def _from_folder(load: Callable[..., Any], folder: Path, setting: str) -> Any:
+    """What `load` makes of a local folder, or an error that names the setting."""
     if not Path(folder).is_dir():
         raise ValueError(f"{setting} = {folder}: no such folder; download a model into it, see fastgrpo/rewards/geneval.py")
     try:

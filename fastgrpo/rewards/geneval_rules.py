@@ -57,7 +57,7 @@ ColorOf = Callable[[Detection], str]
 def kept(detections: list[Detection], tag: str) -> Objects:
     """By class, the most certain first, those that count for a prompt of this tag."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    objects = defaultdict(list)
+    objects: Objects = defaultdict(list)
     for detection in sorted(detections, key=lambda d: -d.score):
         if detection.score > threshold and len(objects[detection.name]) < MAX_OBJECTS:
             objects[detection.name].append(detection)
@@ -67,12 +67,12 @@ def kept(detections: list[Detection], tag: str) -> Objects:
 def whose_colors(detections: list[Detection], record: dict) -> list[Detection]:
     """The detections whose colours `judge` may ask for, so that a model can look at all of them at once."""
     objects = kept(detections, record["tag"])
-    asked: dict[Detection, None] = {}
+    items: dict[Detection, None] = {}  # a set in the order of the clauses
     for clause in record["include"]:
         found = objects.get(clause["class"], [])[: clause["count"]]
         if "color" in clause and len(found) == clause["count"]:
-            asked |= dict.fromkeys(found)
-    return list(asked)
+            items |= dict.fromkeys(found)
+    return list(items)
 
 
 def judge(detections: list[Detection], record: dict, color_of: ColorOf) -> tuple[bool, float, str]:
@@ -115,9 +115,9 @@ def _wrong(objects: Objects, record: dict, color_of: ColorOf) -> list[str]:
         groups.append([] if reason else found)
         reasons += [reason] if reason else []
     for clause in record.get("exclude", []):
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+        count = len(objects.get(clause["class"], []))
+        if count >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
     return reasons
 
 

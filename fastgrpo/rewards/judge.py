@@ -18,25 +18,26 @@ import base64
 import io
 import math
 import os
-import random
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.config.bounds import Above, AtLeast
+from fastgrpo.data.pixels import as_arrays
+from fastgrpo.rewards.retry import tries
+
 RETRY_TEMPERATURE = 0.7
-LONGEST_WAIT = 30.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a judge is asked, and how its answer is read."""
+    """The question to a judge, and how its answer is read."""
 
     prompt: str
     """The text beside the image; `{prompt}` in it becomes the image's prompt."""
@@ -99,34 +100,40 @@ PRESETS = {
 
 
 class Unanswered(Exception):
-    """A try that gave no score, and why; another may."""
+    """A try that gave no score, with the reason; another try may give one."""
 
 
 class NoScore(Unanswered):
-    """The judge spoke, but gave no score on its scale."""
+    """The judge answered, but without a score on its scale."""
 
 
 class VLMJudge:
-    """Asks an endpoint for the score of each image."""
+    """Asks the model at an endpoint for the score of each image."""
 
     low, high = 0.0, 1.0
 
     def __init__(
-        self, device: torch.device, *, url: str, model: str, preset: str = "general", timeout: float = 120.0,
-        retries: int = 5, concurrency: int = 32, backoff: float = 1.0, max_tokens: int = 1024, temperature: float = 0.0,
-        api_key_env: str = "", prompt: str | None = None, score: str | None = None, low: float | None = None,
+        self,
+        device: torch.device,
+        *,
+        url: str,  # of the endpoint, up to and with /v1
+        model: str,  # its name at the endpoint
+        preset: str = "general",  # one of `PRESETS`
+        prompt: str | None = None,  # these four replace a part of the preset's `Question`
+        score: str | None = None,
+        low: float | None = None,
         high: float | None = None,
-    ) -> None:  # fmt: skip
-        """
-        url: the endpoint up to and with /v1.    model: as it serves it.
-        preset: one of `PRESETS`.    prompt, score, low, high: in place of the preset's; see `Question`.
-        timeout: seconds without a sign of it.    retries: further tries of one image.    backoff: seconds before the first.
-        concurrency: images that it judges at a time.    max_tokens: of its answer.
-        api_key_env: name of the environment variable that holds the key, which does not belong in a configuration.
-        """
+        timeout: Annotated[float, Above(0)] = 120.0,  # seconds without a sign of the endpoint
+        retries: Annotated[int, AtLeast(0)] = 5,  # further tries of an image
+        backoff: Annotated[float, AtLeast(0)] = 1.0,  # seconds before the first of them, then twice as long each
+        concurrency: Annotated[int, AtLeast(1)] = 32,  # images that are judged at the same time
+        max_tokens: Annotated[int, AtLeast(1)] = 1024,  # of an answer
+        temperature: Annotated[float, AtLeast(0)] = 0.0,  # of the first try
+        api_key_env: str = "",  # the environment variable with the key, which does not belong into a configuration
+    ) -> None:
         self.question = checked_question(preset, {"prompt": prompt, "score": score, "low": low, "high": high})
         self.url, self.retries, self.backoff = url.rstrip("/") + "/chat/completions", retries, backoff
-        self.request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        self.request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         headers = {"Authorization": f"Bearer {key_from(api_key_env)}"} if api_key_env else {}
         limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
@@ -134,30 +141,27 @@ class VLMJudge:
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """images (B, 3, H, W) uint8 -> (B,) float32, 0 to 1."""
-        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        arrays = as_arrays(images)
         with ThreadPoolExecutor(self.concurrency, "judge") as pool:
             scores = list(pool.map(self.judge, arrays, prompts))
         return torch.tensor(scores, dtype=torch.float32)
 
     def judge(self, array: Any, prompt: str) -> float:
-        """One image (H, W, 3) uint8, asked about until there is a score."""
+        """The score of one image (H, W, 3) uint8, for which the judge is asked until there is one."""
         content = [
             {"type": "image_url", "image_url": {"url": data_url(array)}},
             {"type": "text", "text": self.question.prompt.replace("{prompt}", prompt)},
         ]
         request = self.request | {"messages": [{"role": "user", "content": content}]}
-        for tried in range(self.retries + 1):
-            if tried:
-                # Jitter: else all that failed together would come back together.
-                time.sleep(min(self.backoff * 2 ** (tried - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+        for _ in tries(self.retries, self.backoff):
             try:
                 return self.read(self.answer(request))
             except Unanswered as failure:
                 reason = failure
                 if isinstance(failure, NoScore):
                     request["temperature"] = max(request["temperature"], RETRY_TEMPERATURE)
-        tries = f"no score in {self.retries + 1} tries"
-        raise RuntimeError(f"vlm_judge at {self.url}: {tries} for the prompt {prompt!r}; the last: {reason}")
+        count = f"no score in {self.retries + 1} tries"
+        raise RuntimeError(f"vlm_judge at {self.url}: {count} for the prompt {prompt!r}; the last: {reason}")
 
     def answer(self, request: dict) -> str:
         """The judge's text. Raises `Unanswered` where another try may help, RuntimeError where none can."""
@@ -208,6 +212,7 @@ def checked_question(preset: str, changes: dict[str, Any]) -> Question:
 
 
 def key_from(variable: str) -> str:
+    """The endpoint's key, from an environment variable."""
     if not os.environ.get(variable):
         raise ValueError(f"reward.settings.vlm_judge.api_key_env = {variable!r}: this environment variable is not set")
     return os.environ[variable]

@@ -13,25 +13,27 @@ size, without turning lines around. The recogniser reads Chinese and English, Fl
 import importlib
 import re
 from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.config.bounds import AtLeast
+from fastgrpo.data.pixels import as_arrays
 from fastgrpo.edit_distance import levenshtein
+from fastgrpo.rewards import each_frame
 
 LONGEST_SIDE = 960  # pixels: larger images are made smaller before text is looked for
 QUOTED = re.compile(r'"([^"]*)"')
 
 
 class OCR:
-    """Images (B, 3, H, W) uint8 -> (B,). engine: "rapid" or "paddle"."""
+    """Images (B, 3, H, W) uint8 -> (B,)."""
 
     low, high = 0.0, 1.0
 
-    def __init__(self, device: torch.device, engine: str = "rapid") -> None:
-        if engine not in ENGINES:
-            raise ValueError(f"engine = {engine!r}: there are {', '.join(ENGINES)}")
+    def __init__(self, device: torch.device, *, engine: Literal["rapid", "paddle"] = "rapid") -> None:
         self.read = ENGINES[engine]()
 
     @staticmethod
@@ -42,7 +44,7 @@ class OCR:
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         targets = [target_text(prompt) for prompt in prompts]
-        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        arrays = as_arrays(images)
         return torch.tensor([similarity(self.read(image), t) for image, t in zip(arrays, targets, strict=True)])
 
 
@@ -53,19 +55,21 @@ class VideoOCR(OCR):
     only, and does not look for the target inside longer text; here a frame counts as an image does.
     """
 
-    def __init__(self, device: torch.device, engine: str = "rapid", every: int = 4) -> None:
-        if every < 1:
-            raise ValueError(f"every = {every}: every how many frames one is read, at least 1")
-        super().__init__(device, engine)
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        engine: Literal["rapid", "paddle"] = "rapid",
+        every: Annotated[int, AtLeast(1)] = 4,  # of so many frames one is read
+    ) -> None:
+        super().__init__(device, engine=engine)
         self.every = every
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         if images.dim() != 5:
             raise ValueError(f"video_ocr reads clips (B, T, 3, H, W), not {tuple(images.shape)}; set reward.frames: clip")
         frames = images[:, :: self.every]
-        count = frames.shape[1]
-        every = [[item for item in items for _ in range(count)] for items in (prompts, metadata)]
-        return super().__call__(frames.flatten(0, 1), *every).view(-1, count).mean(dim=1)
+        return super().__call__(*each_frame(frames, prompts, metadata)).view(frames.shape[:2]).mean(dim=1)
 
 
 def target_text(prompt: str) -> str:
@@ -88,7 +92,7 @@ def _plain(text: str) -> str:
     return "".join(text.lower().split())
 
 
-def _import(module: str, packages: str):
+def _import(module: str, packages: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 
-def compressed(sigmas: Tensor, end: int, ratio: float) -> Tensor:
+def compress_schedule(sigmas: Tensor, end: int, ratio: float) -> Tensor:
     """The schedule up to step `end`, then its rest in fewer steps, evenly spaced on the schedule's own curve."""
     if not 0 < ratio <= 1:
         raise ValueError(f"after_window.compress_ratio {ratio} must be above 0 and at most 1, which takes every step")
     last = sigmas.numel() - 1
     steps = max(1, int(ratio * (last - end) + 0.5))
-    place = torch.linspace(end, last, steps + 1, dtype=torch.float64)
-    left = place.long().clamp(max=last - 1)
-    rest = torch.lerp(sigmas[left].double(), sigmas[left + 1].double(), place - left).to(sigmas)
+    position = torch.linspace(end, last, steps + 1, dtype=torch.float64)
+    left = position.long().clamp(max=last - 1)
+    rest = torch.lerp(sigmas[left].double(), sigmas[left + 1].double(), position - left).to(sigmas)
     return torch.cat([sigmas[:end], rest])
 
 

@@ -1,87 +1,128 @@
-"""An iteration's rollout as tables: the model's sigmas, the sampler, the window and what follows it, for every group.
+"""Every schedule of a rollout: the model's sigmas, the sampler, the window and what follows it, for every group.
 
 sigmas -> fewer after the window -> sampler in the window, ODE outside -> second order after it
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fastgrpo.config.keys import ObjectiveConfig, RolloutConfig
-from fastgrpo.learning.objectives import OBJECTIVES
-from fastgrpo.records import Steps
-from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.after_window import compressed, dpmpp_2m
+from fastgrpo.config.keys import KLForm, LogProbWeight, RolloutConfig, StepWeight
+from fastgrpo.records import Schedule
+from fastgrpo.sampling.after_window import compress_schedule, dpmpp_2m
+from fastgrpo.sampling.tables import (
+    SamplerSteps,
+    coefficient_table,
+    kl_weights,
+    sampler_steps,
+    step_weights,
+    window_tables,
+)
 from fastgrpo.sampling.windows import differ_by_group, trained_steps, window_size, window_starts
 
 
-def group_steps(
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How an objective of stochastic transitions weighs each step."""
+
+    log_prob: LogProbWeight = "exact"
+    kl: KLForm = "paper"
+    step: StepWeight = "uniform"
+
+
+def group_schedule(
     rollout: RolloutConfig,
-    objective: ObjectiveConfig,
     sigmas: Tensor,  # (rollout.num_steps + 1,)
     iteration: int,
     seed: int,
-) -> Steps:
-    """The steps of each group, on the CPU, for `Steps.of`; T differs between iterations where steps are left out."""
-    if OBJECTIVES[objective.name].forward:
-        return _without_window(rollout, sigmas)
-    _check(rollout)
-    groups = torch.arange(rollout.groups)
-    start = window_starts(rollout.window, rollout.num_steps, iteration, groups, seed)
+    weighting: Weighting | None,  # None: trained on are the final images, and no step
+) -> Schedule:
+    """The steps of each group, on the CPU, for `Schedule.of`; T differs between iterations where steps are left out."""
+    if weighting is None:
+        _check_no_window(rollout)
+        schedule = ode_schedule(sigmas, rollout.groups)
+        return _second_order(schedule) if rollout.after_window.solver == "dpmpp_2m" else schedule
+    _check_window(rollout)
+    start = window_starts(rollout.window, rollout.num_steps, iteration, torch.arange(rollout.groups), seed)
     size = window_size(rollout.window, rollout.num_steps)
     if rollout.after_window.compress_ratio != 1:
-        sigmas = compressed(sigmas, int(start[0]) + size, rollout.after_window.compress_ratio)
-    sampler, noise_level = rollout.sampler, rollout.noise_level
-    step_weight = objective.step_weight or OBJECTIVES[objective.name].step_weight
-    trained = trained_steps(start, size, sigmas.numel() - 1)
-    steps = Steps(
-        sigmas=sigmas,
-        table=sde.window_tables(sampler, sigmas, noise_level, start, size, objective.log_prob_weight),
+        sigmas = compress_schedule(sigmas, int(start[0]) + size, rollout.after_window.compress_ratio)
+    steps = sampler_steps(rollout.sampler, sigmas, rollout.noise_level)
+    schedule = window_schedule(steps, start, size, weighting)
+    if rollout.shared_noise:
+        schedule = schedule._replace(siblings=rollout.group_size, prefix=int(start[0]))
+    return _second_order(schedule) if rollout.after_window.solver == "dpmpp_2m" else schedule
+
+
+def window_schedule(
+    steps: SamplerSteps,
+    start: Tensor,  # (B,) int64, first trained step of each row
+    size: int,
+    weighting: Weighting | None = None,
+) -> Schedule:
+    """Stochastic and trained in the window, the ODE outside of it."""
+    weighting = weighting or Weighting()
+    trained = trained_steps(start, size, len(steps.s))
+    return Schedule(
+        sigmas=steps.sigmas.float(),
+        table=window_tables(steps, start, size, weighting.log_prob),
         start=start,
         size=size,
-        kl_weight=sde.kl_weights(sampler, sigmas, noise_level, objective.kl).float(),
-        loss_weight=sde.step_weights(step_weight, sampler, sigmas, noise_level, trained).float(),
-        siblings=rollout.group_size if rollout.shared_noise else 1,
-        prefix=int(start[0]) if rollout.shared_noise else 0,
+        kl_weight=kl_weights(steps, weighting.kl).float(),
+        loss_weight=step_weights(steps, trained, weighting.step).float(),
     )
-    return _second_order(steps) if rollout.after_window.solver == "dpmpp_2m" else steps
 
 
-def _without_window(rollout: RolloutConfig, sigmas: Tensor) -> Steps:
-    """The ODE alone, of which only the end is trained on."""
+def ode_schedule(sigmas: Tensor, rows: int) -> Schedule:
+    """The ODE alone, of which no step is trained on; all rows are alike."""
+    table = coefficient_table(sampler_steps("ode", sigmas, 0.0)).float()
+    return Schedule(
+        sigmas=sigmas,
+        table=table.expand(rows, -1, -1),
+        start=torch.zeros(rows, dtype=torch.int64),
+        size=0,
+        kl_weight=torch.zeros(len(table)),
+    )
+
+
+def prefix_schedule(schedule: Schedule, rows: Tensor) -> Schedule:
+    """Of some rows (n,) the steps before the window, which are an ODE."""
+    return Schedule(
+        sigmas=schedule.sigmas[: schedule.prefix + 1],
+        table=schedule.table[rows, : schedule.prefix],
+        start=schedule.start[rows],
+        size=0,
+        kl_weight=schedule.kl_weight,
+    )
+
+
+def _second_order(schedule: Schedule) -> Schedule:
+    """The same with DPM-Solver++(2M) after the window."""
+    c_x, c_v, c_p = dpmpp_2m(schedule.sigmas).unbind(-1)  # (T,) each
+    after = torch.arange(len(c_x)) >= schedule.start[:, None] + schedule.size  # (G, T)
+    table = schedule.table.clone()
+    table[..., 0] = torch.where(after, c_x.float(), table[..., 0])
+    table[..., 1] = torch.where(after, c_v.float(), table[..., 1])
+    return schedule._replace(table=table, history=torch.where(after, c_p / c_x, 0.0).float())
+
+
+def _check_no_window(rollout: RolloutConfig) -> None:
     if rollout.shared_noise or rollout.after_window.compress_ratio != 1:
         raise ValueError(
             "shared_noise and after_window.compress_ratio belong to a window, without which a group's images would all be "
             "the same: leave them out, and take fewer num_steps"
         )
-    table = sde.coefficient_table("ode", sigmas, 0.0).float()
-    steps = Steps(
-        sigmas=sigmas,
-        table=table.expand(rollout.groups, -1, -1),
-        start=torch.zeros(rollout.groups, dtype=torch.int64),
-        size=0,
-        kl_weight=torch.zeros(len(table)),
-    )
-    return _second_order(steps) if rollout.after_window.solver == "dpmpp_2m" else steps
 
 
-def _second_order(steps: Steps) -> Steps:
-    """The same with DPM-Solver++(2M) after the window."""
-    c_x, c_v, c_p = dpmpp_2m(steps.sigmas).unbind(-1)  # (T,) each
-    after = torch.arange(len(c_x)) >= steps.start[:, None] + steps.size  # (G, T)
-    table = steps.table.clone()
-    table[..., 0] = torch.where(after, c_x.float(), table[..., 0])
-    table[..., 1] = torch.where(after, c_v.float(), table[..., 1])
-    return steps._replace(table=table, history=torch.where(after, c_p / c_x, 0.0).float())
-
-
-def _check(rollout: RolloutConfig) -> None:
+def _check_window(rollout: RolloutConfig) -> None:
     """What needs one window for all groups, and whole groups in a batch."""
     one_window = {
         f"after_window.compress_ratio {rollout.after_window.compress_ratio}": rollout.after_window.compress_ratio != 1,
         "shared_noise": rollout.shared_noise,
     }
-    for key, asked in one_window.items():
-        if asked and differ_by_group(rollout.window):
+    for key, wanted in one_window.items():
+        if wanted and differ_by_group(rollout.window):
             raise ValueError(
                 f"{key} needs the same window for all groups of an iteration, and window.kind 'random' draws one for each: "
                 "take window.shared=true, or another kind"

@@ -4,9 +4,10 @@ Every denoising transition of Flow-GRPO and its successors is affine in what the
 
     x' = c_x[i] x + c_v[i] v + s[i] eps            i = step, eps ~ N(0, I), v = noise - data
 
-so a sampler is a pure function `(sigmas, noise_level) -> table` of three numbers a step. Sigma falls from
-1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the predicted data and
-noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
+so a sampler is a pure function `(sigmas, noise_level) -> (c_x, c_v, s)` of three numbers a step. `sampler_steps`
+computes them once; the table that kernels read, the weight of a step's KL and the weight of its loss are views of
+them. Sigma falls from 1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the
+predicted data and noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
 
     flow_sde    mu = x + [v + g^2 / (2 sigma) x1] dt,  s = g sqrt(-dt),  g = a sqrt(sigma / (1 - sigma))
     dance_sde   the same with g = eta
@@ -22,16 +23,27 @@ Letters: T steps, G groups, S trained steps.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgrpo.config.keys import KLForm, LogProbWeight, StepWeight
 from fastgrpo.sampling.windows import trained_steps
 
-LogProbWeight = Literal["exact", "cps_reference"]
-KLForm = Literal["paper", "reference"]
-StepWeight = Literal["uniform", "tempflow", "guard"]
+
+class SamplerSteps(NamedTuple):
+    """A sampler on a schedule: what each step does, in float64 on the CPU. See `sampler_steps`."""
+
+    sampler: str
+    sigmas: Tensor  # (T + 1,)
+    noise_level: float
+    coefficients: Tensor  # (T, 3), columns c_x, c_v, s
+
+    @property
+    def s(self) -> Tensor:
+        """The standard deviation of each transition, (T,)."""
+        return self.coefficients[:, 2]
 
 
 def flow_sde(sigmas: Tensor, noise_level: float) -> Tensor:
@@ -85,10 +97,22 @@ SAMPLERS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def coefficient_table(
+def sampler_steps(
     sampler: str,
     sigmas: Tensor,  # (T + 1,) falling from 1 to 0
     noise_level: float,
+) -> SamplerSteps:
+    """The sampler's steps on these sigmas; refuses what is no schedule, no sampler or no noise level of it."""
+    sigmas = _checked_sigmas(sigmas)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+    if not 0 <= noise_level < math.inf:
+        raise ValueError(f"noise_level {noise_level} must be finite and at least 0 (published: 0.3 to 1.5)")
+    return SamplerSteps(sampler, sigmas, noise_level, SAMPLERS[sampler](sigmas, noise_level))
+
+
+def coefficient_table(
+    steps: SamplerSteps,
     window_mask: Tensor | None = None,  # (..., T) bool, True where the step is stochastic and trained
     log_prob_weight: LogProbWeight = "exact",
 ) -> Tensor:
@@ -98,32 +122,27 @@ def coefficient_table(
     the released Flow-CPS code, which drops the variance: an implicit weight 2 s^2 a step. w = 0 where s = 0.
     Without a mask every step is the sampler's own, the last one too: for sampling, not for training.
     """
-    sigmas = _checked_sigmas(sigmas)
-    steps = _sampler_steps(sampler, sigmas, noise_level)  # (T, 3)
-    s = steps[:, 2]
-    w = _log_ratio_weights(sampler, s, log_prob_weight)
-    table = torch.cat([steps, w[:, None]], dim=-1)
+    w = _log_ratio_weights(steps, log_prob_weight)
+    table = torch.cat([steps.coefficients, w[:, None]], dim=-1)
     if window_mask is None:
         return table
-    _check_mask(sampler, noise_level, window_mask, s)
-    outside = torch.cat([ode(sigmas), torch.zeros_like(w)[:, None]], dim=-1)
+    _check_mask(steps, window_mask)
+    outside = torch.cat([ode(steps.sigmas), torch.zeros_like(w)[:, None]], dim=-1)
     return torch.where(window_mask[..., None], table, outside)
 
 
 def window_tables(
-    sampler: str,
-    sigmas: Tensor,  # (T + 1,)
-    noise_level: float,
+    steps: SamplerSteps,
     starts: Tensor,  # (G,) int64, from `window_starts`
     size: int,
     log_prob_weight: LogProbWeight = "exact",
 ) -> Tensor:
     """One table a group, (G, T, 4) float32: steps [start, start + size) stochastic, the others ODE."""
-    mask = trained_steps(starts, size, sigmas.numel() - 1)  # (G, T)
-    return coefficient_table(sampler, sigmas, noise_level, mask, log_prob_weight).float()
+    mask = trained_steps(starts, size, len(steps.s))  # (G, T)
+    return coefficient_table(steps, mask, log_prob_weight).float()
 
 
-def kl_weights(sampler: str, sigmas: Tensor, noise_level: float, kl: KLForm = "paper") -> Tensor:
+def kl_weights(steps: SamplerSteps, kl: KLForm = "paper") -> Tensor:
     """What multiplies m3 = mean((mu - mu_ref)^2) in the KL of each step, (T,) float64; 0 where s = 0.
 
     `paper`: 1 / (2 s^2), the KL of the two Gaussians (Flow-GRPO eq. 5), as a mean over elements.
@@ -131,21 +150,17 @@ def kl_weights(sampler: str, sigmas: Tensor, noise_level: float, kl: KLForm = "p
     g^2 = s^2 / (-dt), and s itself in cps, where the two forms agree. The published beta = 0.04 was tuned
     with `reference`, which is 4 to 25 times smaller than `paper` over the trained steps of SD3.5 at T = 10.
     """
-    sigmas = _checked_sigmas(sigmas)
-    s = _sampler_steps(sampler, sigmas, noise_level)[:, 2]
     if kl == "paper":
-        return _half_inverse_square(s)
+        return _half_inverse_square(steps.s)
     if kl == "reference":
-        return _half_inverse_square(s if sampler == "cps" else s / (-sigmas.diff()).sqrt())
+        return _half_inverse_square(steps.s if steps.sampler == "cps" else steps.s / (-steps.sigmas.diff()).sqrt())
     raise ValueError(f"kl {kl!r} is unknown; use 'paper' or 'reference'")
 
 
 def step_weights(
-    name: StepWeight,
-    sampler: str,
-    sigmas: Tensor,  # (T + 1,)
-    noise_level: float,
+    steps: SamplerSteps,
     trained: Tensor,  # (..., T) bool, see `fastgrpo.sampling.windows.trained_steps`
+    step_weight: StepWeight = "uniform",
 ) -> Tensor:
     """What multiplies each step's policy loss, not its KL, as in the released codes: (..., T) float64; 0 outside.
 
@@ -153,39 +168,30 @@ def step_weights(
     learns. Over all steps but the last of SD3.5 at T = 10 that is the released code's 2.25 s.
     `guard`: 1 / |dt| (GRPO-Guard, 2510.22319), which goes with its normalised ratio; not rescaled, as released.
     """
-    sigmas = _checked_sigmas(sigmas)
-    s = _sampler_steps(sampler, sigmas, noise_level)[:, 2]
-    if name == "uniform":
+    s = steps.s
+    if step_weight == "uniform":
         weights = torch.ones_like(s)
-    elif name == "tempflow":
+    elif step_weight == "tempflow":
         weights = s / ((s * trained).sum(-1, keepdim=True) / trained.sum(-1, keepdim=True))
-    elif name == "guard":
-        weights = -1 / sigmas.diff()
+    elif step_weight == "guard":
+        weights = -1 / steps.sigmas.diff()
     else:
-        raise ValueError(f"step_weight {name!r} is unknown; use 'uniform', 'tempflow' or 'guard'")
+        raise ValueError(f"step_weight {step_weight!r} is unknown; use 'uniform', 'tempflow' or 'guard'")
     return torch.where(trained, weights, 0.0)
 
 
-def _log_ratio_weights(sampler: str, s: Tensor, log_prob_weight: LogProbWeight) -> Tensor:
+def _log_ratio_weights(steps: SamplerSteps, log_prob_weight: LogProbWeight) -> Tensor:
     if log_prob_weight == "exact":
-        return _half_inverse_square(s)
+        return _half_inverse_square(steps.s)
     if log_prob_weight != "cps_reference":
         raise ValueError(f"log_prob_weight {log_prob_weight!r} is unknown; use 'exact' or 'cps_reference'")
-    if sampler != "cps":
-        raise ValueError(f"log_prob_weight 'cps_reference' is of sampler 'cps', not {sampler!r}; use 'exact'")
-    return (s > 0).to(s)
+    if steps.sampler != "cps":
+        raise ValueError(f"log_prob_weight 'cps_reference' belongs to sampler 'cps', not {steps.sampler!r}; use 'exact'")
+    return (steps.s > 0).to(steps.s)
 
 
 def _half_inverse_square(s: Tensor) -> Tensor:
     return torch.where(s > 0, 0.5 / s.square(), 0.0)
-
-
-def _sampler_steps(sampler: str, sigmas: Tensor, noise_level: float) -> Tensor:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-    if not 0 <= noise_level < math.inf:
-        raise ValueError(f"noise_level {noise_level} must be finite and at least 0 (published: 0.3 to 1.5)")
-    return SAMPLERS[sampler](sigmas, noise_level)
 
 
 def _checked_sigmas(sigmas: Tensor) -> Tensor:
@@ -200,7 +206,8 @@ def _checked_sigmas(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
-def _check_mask(sampler: str, noise_level: float, mask: Tensor, s: Tensor) -> None:
+def _check_mask(steps: SamplerSteps, mask: Tensor) -> None:
+    s = steps.s
     if mask.dtype != torch.bool or mask.shape[-1:] != s.shape:
         raise ValueError(f"window_mask is {mask.dtype} {tuple(mask.shape)}; use bool (..., {s.numel()})")
     if mask[..., -1].any():
@@ -210,6 +217,6 @@ def _check_mask(sampler: str, noise_level: float, mask: Tensor, s: Tensor) -> No
         )
     if (mask & (s == 0)).any():
         raise ValueError(
-            f"sampler {sampler!r} with noise_level {noise_level} has no noise inside the window, "
+            f"sampler {steps.sampler!r} with noise_level {steps.noise_level} has no noise inside the window, "
             "so no log-prob to train; use a stochastic sampler and a noise_level above 0"
         )

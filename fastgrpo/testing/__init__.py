@@ -1,10 +1,10 @@
-"""Complete tiny pipelines with random weights, made offline: the real classes of each model family, in megabytes.
+"""Complete tiny pipelines with random weights, made offline: the real classes of each model family, a few megabytes each.
 
     family = load_family("flux")
-    family.save(folder)                     a folder in the diffusers format, as a downloaded one
+    family.save(folder)                     a folder like a downloaded one, in the diffusers format
     model = load_model("flux", path=folder, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
 
-For tests of this project and of yours: a reward, a sampler or an objective can be tried on every family in seconds.
+They serve the tests of this project and of yours: a reward, a sampler or an objective runs on every family in seconds.
 """
 
 import importlib
@@ -33,24 +33,25 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A tiny pipeline, and how the stock one is called."""
+    """A tiny pipeline of a model family, and how to run it as the stock pipeline."""
 
-    make: Callable[[], Any]  # seeded
+    make: Callable[[], Any]  # makes the pipeline, always with the same weights
     # (pipeline, prompts, latents (B, *D), num_steps, guidance_scale) -> (B, 3, H, W) or (B, T, 3, H, W) float, 0 to 1
     call: Callable[[Any, Sequence[Any], Tensor, int, float], Tensor]
-    settings: dict[str, Any] = field(default_factory=dict)  # of the adapter
-    guidance: tuple[float, ...] = (1.0, 3.0)  # scales that the family can do
+    settings: dict[str, Any] = field(default_factory=dict)  # the settings that its model is loaded with
+    guidance: tuple[float, ...] = (1.0, 3.0)  # guidance scales that the family is capable of
     guided_together: bool = False  # whether the stock pipeline runs both halves of guidance as one batch
     prompts: tuple[Any, ...] = ("a red circle", "two blue squares left of a cat")
-    tolerance: float = 0.0  # of a velocity, where `call` is not the same sequence of operations
-    fully_trained: str = ""  # what the names of the weights have in common that full fine-tuning trains
+    tolerance: float = 0.0  # how far a velocity may differ, where `call` runs other operations than the model
+    fully_trained: str = ""  # a part of the name of each weight that full fine-tuning trains, and of no other
 
     def save(self, folder: Path) -> None:
-        """As a folder in the diffusers format, or as the family is published."""
+        """Write it to a folder in the diffusers format, or in the format in which the family is published."""
         with quiet("diffusers", "transformers"):
             self.make().save_pretrained(folder)
 
 
 def load_family(name: str) -> Family:
+    """The tiny pipeline of the model family that `fastgrpo.models` calls `name`."""
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

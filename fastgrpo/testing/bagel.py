@@ -1,7 +1,7 @@
-"""A tiny BAGEL in the published layout, and its equations once more.
+"""A tiny BAGEL in the published layout, with a second implementation of its equations.
 
-There is no stock pipeline, so `call` is an implementation of its own: slow, plain, in float32, one prompt at a time,
-without a cache. The whole sequence goes through both kinds of weights, and each token takes the outcome of its own.
+There is no stock pipeline, so `call` is written independently of the model: slow, plain, in float32, one prompt at a time,
+without a cache. The whole sequence goes through both kinds of weights, and each token keeps the outcome of its own kind.
 
 S tokens, D width, H heads, K width of a head.
 """
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ SIZES = {
 
 
 class PublishedFolder:
-    """Of random weights; those that a picture does not need are there too, as in the real one."""
+    """BAGEL's folder with random weights. As in the real one, it also holds weights that making a picture does not need."""
 
     def save_pretrained(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -52,14 +53,14 @@ class PublishedFolder:
 
 
 def spread(name: str, tensor: Tensor) -> Tensor:
-    """Norms that differ from one another, and layers that are felt: at the usual start they hardly move what they add to."""
+    """A weight that shows in the result: norms that differ, and larger layers, as initial ones hardly change their input."""
     if "norm" in name:
         return 1 + 0.2 * torch.randn_like(tensor)
     return 3 * tensor if "_proj" in name else tensor
 
 
 def tiny_autoencoder() -> AutoencoderKL:
-    """Two times smaller on each side; its norms have FLUX's 32 groups, which no tensor tells."""
+    """Its latents are two times smaller on each side. Its norms have FLUX's 32 groups, which cannot be read off a tensor."""
     return AutoencoderKL(
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=16, layers_per_block=1, use_quant_conv=False, use_post_quant_conv=False,
@@ -68,7 +69,7 @@ def tiny_autoencoder() -> AutoencoderKL:
 
 
 def original_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An AutoencoderKL's weights as FLUX's autoencoder was published."""
+    """The weights of an AutoencoderKL under the names under which FLUX's autoencoder was published."""
     top = max(int(n) for n in re.findall(r"decoder\.up_blocks\.(\d+)", " ".join(state)))
     rules = (
         (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
@@ -85,7 +86,7 @@ def original_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        pointwise = tensor.ndim == 2  # its attention is made of convolutions
+        pointwise = tensor.ndim == 2  # the published attention is made of 1 x 1 convolutions
         renamed[name] = (tensor[:, :, None, None] if pointwise else tensor).contiguous()
     return renamed
 
@@ -93,11 +94,11 @@ def original_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def velocity_ref(
     network: BagelTransformer, text: list[int], latents: Tensor, sigma: float, grid: tuple[int, int] = GRID
 ) -> Tensor:
-    """The velocity (N, 64) at latents (N, 64) of one prompt, given as its tokens; none of them is no prompt."""
+    """The velocity (N, 64) at latents (N, 64) for one prompt, given as its tokens. An empty list is no prompt."""
     w = {name: tensor.float() for name, tensor in network.state_dict().items()}
     config = network.config
     image = [config.mark_ids[0], *[None] * len(latents), config.mark_ids[1]]
-    made = torch.tensor([False] * len(text) + [token is None for token in image])  # (S,) which are latents
+    made = torch.tensor([False] * len(text) + [token is None for token in image])  # (S,) bool, true for latents
     position = torch.tensor([*range(len(text)), *[len(text)] * len(image)])
     x = torch.zeros(len(made), config.hidden_size)
     x[~made] = torch.stack([w["embed_tokens.weight"][t] for t in [*text, *image] if t is not None])
@@ -121,12 +122,12 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _layer(w: dict[str, Tensor], config, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+def _layer(w: dict[str, Tensor], config: Any, x: Tensor, made: Tensor, position: Tensor, seen: Tensor) -> Tensor:
     """x (S, D) after a layer; made (S,) bool: by generation weights; seen (S, S) bool: row sees column."""
     eps, width = config.rms_norm_eps, config.hidden_size // config.num_attention_heads
 
     def own(name: str, y: Tensor) -> Tensor:
-        """y by the weights called `name`, each token by its own kind."""
+        """y through the weights called `name`, each token through those of its own kind."""
         block, _, leaf = name.rpartition(".")
         kinds = [f"{block}_moe_gen.{leaf}" if block == "mlp" else f"{name}_moe_gen", name]
         outcomes = [
@@ -136,7 +137,7 @@ def _layer(w: dict[str, Tensor], config, x: Tensor, made: Tensor, position: Tens
         return torch.where(made.view(-1, *[1] * (y.ndim - 1)), *outcomes)
 
     def turned(y: Tensor) -> Tensor:
-        """(S, heads, K), as complex numbers turned by their position."""
+        """y (S, heads, K), taken as complex numbers, rotated by the position of each token."""
         angle = position[:, None, None] * config.rope_theta ** (-torch.arange(0, width, 2) / width)
         z = torch.complex(y[..., : width // 2], y[..., width // 2 :]) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([z.real, z.imag], dim=-1)

@@ -1,19 +1,18 @@
 """A tiny FLUX.1 and a tiny FLUX.1 Kontext."""
 
 import functools
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import load_image
-from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.testing import Family
+from fastgrpo.testing.pictures import picture
 from fastgrpo.testing.sd3 import clip_encoder, t5_encoder, tiny_vae
 from fastgrpo.testing.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -32,7 +31,7 @@ def make(pipeline: type = FluxPipeline, guidance_embeds: bool = True) -> FluxPip
             joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
         ),
         vae=tiny_vae(channels=4),
-        # A hundred times fewer tokens than the published one expects, so that the shift differs between tiny sizes too.
+        # It expects a hundred times fewer tokens than the published one, so that the shift differs between tiny sizes too.
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=40
         ),
@@ -63,19 +62,9 @@ def call_kontext(
     )  # fmt: skip
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    """It goes when the process does."""
-    return tempfile.TemporaryDirectory(prefix="fastgrpo_testing_")
-
-
-def drawing(name: str, size: tuple[int, int], background: str, colour: str) -> Path:
-    """The file of a small picture, a disc on a background. size: width and height."""
-    path = Path(_folder().name) / f"{name}.png"
-    image = Image.new("RGB", size, background)
-    ImageDraw.Draw(image).ellipse((2, 1, size[0] // 2, size[1] - 3), fill=colour)
-    image.save(path)
-    return path
+def disc(name: str, size: tuple[int, int], background: str, colour: str) -> Path:
+    """The file of a picture (width, height) with a disc in its left half."""
+    return picture(name, size, background, colour, box=(2, 1, size[0] // 2, size[1] - 3))
 
 
 FAMILY = Family(make=make, call=call, settings=SETTINGS)
@@ -83,7 +72,7 @@ FAMILY = Family(make=make, call=call, settings=SETTINGS)
 KONTEXT = Family(
     make=functools.partial(make, FluxKontextPipeline), call=call_kontext, settings=SETTINGS,
     prompts=(
-        ImagePrompt("make the circle red", drawing("wide", (23, 15), "white", "blue")),
-        ImagePrompt("add two squares", drawing("tall", (13, 29), "darkgreen", "yellow")),
+        ImagePrompt("make the circle red", disc("wide", (23, 15), "white", "blue")),
+        ImagePrompt("add two squares", disc("tall", (13, 29), "darkgreen", "yellow")),
     ),
 )  # fmt: skip

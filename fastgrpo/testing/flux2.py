@@ -1,4 +1,4 @@
-"""A tiny FLUX.2, dev and klein. Dev's has a tokenizer where the published one has a processor of texts and images."""
+"""A tiny FLUX.2 dev and a tiny klein. This dev has a tokenizer, the published one a processor of texts and images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +27,9 @@ from fastgrpo.testing.z_image import qwen3
 TEXT_TOKENS = 64
 SIDE = 16  # pixels
 GUIDANCE = 4.0
-WIDTH, LAYERS = 16, 31  # of the text encoders: narrow, as they must be deep, for layer 30 is read
+WIDTH, LAYERS = 16, 31  # the text encoders are deep, because layer 30 is read, and therefore narrow
 
-# Without the turn of the system, which is of two hundred letters, all of them tokens of the tiny tokenizer.
+# It leaves out the system's turn, whose two hundred letters would all be tokens of the tiny tokenizer.
 USER = (
     "{% for message in messages if message['role'] == 'user' %}<|im_start|>"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
@@ -51,7 +51,7 @@ def make_klein() -> Flux2KleinPipeline:
 
 
 def common(guidance_embeds: bool) -> dict[str, Any]:
-    """What both pipelines have."""
+    """The parts that both pipelines have."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return {"transformer": transformer(guidance_embeds), "vae": vae(), "scheduler": scheduler}
 
@@ -62,7 +62,7 @@ def transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
         joint_attention_dim=3 * WIDTH, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
     )  # fmt: skip
-    # At torch's own sizes the gates let hardly anything through, and the last layer hardly moves the image.
+    # With torch's initial weights the gates let hardly anything through, and the last layer hardly changes the image.
     for gates in (made.double_stream_modulation_img, made.double_stream_modulation_txt, made.single_stream_modulation):
         gates.linear.weight.data.mul_(8)
     made.proj_out.weight.data.mul_(4)
@@ -70,12 +70,12 @@ def transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
 
 
 def vae() -> AutoencoderKLFlux2:
-    """Two times smaller on each side. One group a norm, as several would take out most of what latents say about colour."""
+    """Its latents are two times smaller on each side. Norms have one group: more would hide most of a latent's colour."""
     made = AutoencoderKLFlux2(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=1, layers_per_block=1,
     ).eval()  # fmt: skip
-    made.bn.running_mean.normal_(std=0.5)  # as after training: 0 and 1 would look like no normalisation
+    made.bn.running_mean.normal_(std=0.5)  # the initial 0 and 1 would be no normalisation
     made.bn.running_var.uniform_(0.5, 2.0)
     return made
 
@@ -108,7 +108,7 @@ def call(
 def call_dev(
     pipeline: Flux2Pipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float
 ) -> Tensor:
-    """Its guidance is the distilled one."""
+    """`call` at the distilled guidance, whatever guidance_scale is."""
     return call(pipeline, prompts, latents, num_steps, GUIDANCE)
 
 

@@ -1,9 +1,6 @@
 """A tiny Qwen-Image and a tiny Qwen-Image-Edit."""
 
-import functools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -16,7 +13,6 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from diffusers.utils import load_image
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
@@ -24,10 +20,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.qwen_image import ImageProcessor
 from fastgrpo.testing import Family
+from fastgrpo.testing.pictures import picture
 from fastgrpo.testing.tokenizers import qwen_tokenizer
 
 SIZE = 16  # pixels on each side
-# A letter is a token, and the templates of the pipelines are long.
+BOX = (3, 4, 11, 12)  # where a picture's shape is
+# A letter is a token of the tiny tokenizer, and the templates of the pipelines are long.
 TEXT_TOKENS, EDIT_TOKENS = 192, 320
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -40,7 +38,7 @@ def make_edit() -> QwenImageEditPipeline:
     shared = parts()
     pixels = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=1 << 20)
     pipeline = QwenImageEditPipeline(**shared, processor=ImageProcessor(pixels, shared["tokenizer"]))
-    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # what a downloaded folder says
+    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as in a downloaded folder
     return pipeline
 
 
@@ -52,7 +50,7 @@ def parts() -> dict:
             patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
         ),
-        # Two times smaller on each side.
+        # Its latents are two times smaller on each side.
         "vae": AutoencoderKLQwenImage(
             base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
             latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.5, 0.8, 1.0, 1.2],
@@ -82,27 +80,8 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
     )).eval()  # fmt: skip
 
 
-@functools.cache
-def folder() -> tempfile.TemporaryDirectory:
-    """It lives as long as the process."""
-    return tempfile.TemporaryDirectory(prefix="fastgrpo-")
-
-
-@functools.cache
-def drawings() -> tuple[Path, ...]:
-    """Two small pictures."""
-    files = []
-    for name, ground, colour in (("disc", "white", "red"), ("square", "navy", "yellow")):
-        picture = Image.new("RGB", (SIZE, SIZE), ground)
-        draw = ImageDraw.Draw(picture)
-        (draw.ellipse if name == "disc" else draw.rectangle)((3, 4, 11, 12), fill=colour)
-        files.append(Path(folder().name) / f"{name}.png")
-        picture.save(files[-1])
-    return tuple(files)
-
-
 def padded(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, **image: object) -> tuple[Tensor, Tensor]:
-    """The pipeline's own embeddings at the length at which the adapter keeps them: other lengths round otherwise."""
+    """The pipeline's own embeddings, padded to the model's length, as another length would be rounded differently."""
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=length, **image)
     mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
     missing = length - embeds.shape[1]
@@ -124,7 +103,7 @@ def call(
 def call_edit(
     pipeline: QwenImageEditPipeline, prompts: Sequence[ImagePrompt], latents: Tensor, num_steps: int, guidance_scale: float
 ) -> Tensor:
-    """At the size of the images, where the stock pipeline would enlarge them to a megapixel."""
+    """The stock pipeline, kept from enlarging the images to a megapixel."""
     images, texts = [load_image(str(p.image)) for p in prompts], [p.text for p in prompts]
     embeds, mask = padded(pipeline, texts, EDIT_TOKENS, image=images)
     negative, negative_mask = padded(pipeline, [" "] * len(prompts), EDIT_TOKENS, image=images)
@@ -142,5 +121,8 @@ EDIT = Family(
     make=make_edit,
     call=call_edit,
     settings=SETTINGS | {"max_text_tokens": EDIT_TOKENS},
-    prompts=tuple(ImagePrompt(*row) for row in zip(("make it blue", "add a green circle"), drawings(), strict=True)),
+    prompts=(
+        ImagePrompt("make it blue", picture("disc", (SIZE, SIZE), "white", "red", BOX)),
+        ImagePrompt("add a green circle", picture("square", (SIZE, SIZE), "navy", "yellow", BOX, "rectangle")),
+    ),
 )

@@ -30,7 +30,7 @@ def make() -> StableDiffusion3Pipeline:
 
 
 def tiny_vae(channels: int, **options) -> AutoencoderKL:
-    """Two times smaller on each side."""
+    """An autoencoder whose latents are two times smaller on each side."""
     return AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=channels, norm_num_groups=4, layers_per_block=1, use_quant_conv=False, use_post_quant_conv=False,

@@ -1,4 +1,4 @@
-"""Tokenizers of the real classes that know letters, not words: what a tiny text encoder needs."""
+"""Tokenizers of the real classes that know letters instead of words, so that a tiny text encoder can be tiny."""
 
 import string
 
@@ -25,7 +25,7 @@ def t5_tokenizer(max_length: int = 512) -> T5Tokenizer:
 
 
 def qwen_tokenizer(special: tuple[str, ...] = ()) -> Qwen2Tokenizer:
-    """Byte by byte, with the chat's marks and `special` tokens, and a chat template of one's own turn."""
+    """A tokenizer of bytes, the chat's marks and the tokens `special`, with a chat template."""
     tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *special]})

@@ -22,14 +22,14 @@ def make() -> WanPipeline:
             ffn_dim=64, num_layers=2, rope_max_seq_len=32,
         ),
         vae=tiny_vae(),
-        # The published folders hold UniPC, whose steps are not the flow's Euler steps.
+        # The published folders hold UniPC instead, whose steps are not the flow's Euler steps.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=umt5_encoder(len(tokenizer)), tokenizer=tokenizer,
     )  # fmt: skip
 
 
 def tiny_vae() -> AutoencoderKLWan:
-    """Four times smaller on each side, and four frames in one after the first."""
+    """An autoencoder four times smaller on each side, with one latent frame for the first frame, then for each four."""
     return AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[4.0, 6.0, 3.0, 5.0], scale_factor_temporal=4,

@@ -23,8 +23,8 @@ def make() -> ZImagePipeline:
         axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
     )  # fmt: skip
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        torch.nn.init.normal_(token)  # zeros would look like no token at all
-    # A last layer of torch's own size hardly moves the image, whatever the layers before it learn.
+        torch.nn.init.normal_(token)  # zeros would be no token at all
+    # With torch's initial weights the last layer hardly changes the image, whatever the layers before it learn.
     transformer.all_final_layer["2-1"].linear.weight.data.mul_(8)
     return ZImagePipeline(
         transformer=transformer, vae=tiny_vae(channels=4), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -33,7 +33,7 @@ def make() -> ZImagePipeline:
 
 
 def qwen3(kind: type, vocabulary: int, layers: int, width: int = 32) -> torch.nn.Module:
-    """kind: Qwen3Model or Qwen3ForCausalLM."""
+    """A tiny Qwen3. kind: Qwen3Model or Qwen3ForCausalLM."""
     return kind(Qwen3Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -13,7 +13,6 @@ Seeded; a run that is stopped goes on from its last checkpoint in `--work`.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from fastgrpo.files import atomic_file
 from fastgrpo.tiny import recipe as shapes
 from fastgrpo.tiny.recipe import Recipe
 from fastgrpo.tiny.text import recipe as text
@@ -286,9 +286,8 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, recipe: Recipe, stage:
 def save(path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizer, schedule) -> None:
     state = {"step": step, "parameters": parameters, "average": average}
     state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        torch.save(state, partial)
 
 
 def restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer, schedule) -> int:

@@ -67,14 +67,14 @@ def _recognise(alpha: np.ndarray, mask: np.ndarray, color: str, known_color: boo
     x, y = (alpha.sum(0) @ columns) / area, (alpha.sum(1) @ rows) / area
     overlap = {}
     for name in SHAPES:
-        ideal = coverage(name, *_place(name, x, y, area))
+        ideal = coverage(name, *_centre_and_radius(name, x, y, area))
         overlap[name] = np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()
     best = max(overlap, key=overlap.__getitem__)
     known = known_color and area <= MAX_AREA and overlap[best] >= MIN_OVERLAP
     return Found(best if known else None, color, float(x), float(y))
 
 
-def _place(name: str, x: float, y: float, area: float) -> tuple[float, float, float]:
+def _centre_and_radius(name: str, x: float, y: float, area: float) -> tuple[float, float, float]:
     """Centre and radius with which `coverage` draws `name` of this area and centroid."""
     if name == "circle":
         return x, y, float(np.sqrt(area / np.pi))

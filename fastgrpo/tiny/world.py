@@ -124,10 +124,10 @@ def sample_scene(record: dict, rng: np.random.Generator) -> list[Shape]:
     """A random scene that satisfies `record`; what the prompt leaves open (a colour, where things stand) is drawn."""
     wanted = [item for item in record["include"] for _ in range(item["count"])]
     cells = _sample_cells(len(wanted), record.get("relation"), rng)
-    return [_place(item, cell, rng) for item, cell in zip(wanted, cells, strict=True)]
+    return [_shape_in_cell(item, cell, rng) for item, cell in zip(wanted, cells, strict=True)]
 
 
-def _place(item: dict, cell: tuple[int, int], rng: np.random.Generator) -> Shape:
+def _shape_in_cell(item: dict, cell: tuple[int, int], rng: np.random.Generator) -> Shape:
     color = item.get("color") or str(rng.choice(list(COLORS)))
     x, y = ((c + 0.5) * CELL + rng.uniform(-JITTER, JITTER) for c in cell)
     return Shape(item["class"], color, x, y, rng.uniform(*RADIUS))

@@ -12,26 +12,20 @@ Noise has an address instead of a history: a sample gets the same noise in any b
 resume and inside a replayed CUDA graph. The integers are exact everywhere; the normals of two platforms
 differ by the last bits of log, cos and sin.
 
-B samples, D elements a sample, Q = ceil(D / 4) quads, S = ceil(D / BLOCK) blocks.
+B samples, D elements a sample, Q = ceil(D / 4) quads, BLOCKS = ceil(D / BLOCK).
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import check_tensor
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, cdiv, runs_kernels
+from fastgrpo_kernels.optional_triton import tl, triton
 
 INITIAL_STEP = 2**32 - 1  # addresses the noise that a rollout starts from; transitions count from 0
-
-# Four elements a thread: the four normals of one Philox call stay in the thread that stores them, and fp32
-# moves in 128-bit accesses. Any other ratio makes Triton pass the noise through shared memory.
-BLOCK = 1024
-THREADS = BLOCK // 4
-NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -62,7 +56,7 @@ def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> 
     return c0, c1, c2, c3
 
 
-def _box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
+def box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
     # The uniforms are rounded to fp32 as in the kernel. From there float64: the vector and the scalar log,
     # cos and sin of a CPU differ in the last bit, which would make fp32 noise depend on where a batch or a
     # thread's share ends.
@@ -73,9 +67,9 @@ def _box_muller_ref(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
 
 def normal_ref(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
     """The definition of `normal` in torch; `step` is a (1,) int64 tensor."""
-    quad = torch.arange(triton.cdiv(size, 4), device=step.device)  # (Q,)
+    quad = torch.arange(cdiv(size, 4), device=step.device)  # (Q,)
     r0, r1, r2, r3 = philox_ref((quad, step, address.sample_id[:, None], address.iteration), address.seed)
-    normals = torch.stack((*_box_muller_ref(r0, r1), *_box_muller_ref(r2, r3)), dim=-1)  # (B, Q, 4)
+    normals = torch.stack((*box_muller_ref(r0, r1), *box_muller_ref(r2, r3)), dim=-1)  # (B, Q, 4)
     return normals.float().flatten(1)[:, :size].contiguous()
 
 
@@ -133,9 +127,9 @@ def normal_fwd_kernel(
     D,
     BLOCK: tl.constexpr,
 ):
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_x = i_s * BLOCK + tl.arange(0, BLOCK)
-    o_quad = i_s * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_x = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_quad = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, tl.load(step), tl.load(sample_id + i_b), tl.load(iteration))
     tl.store(out + i_b * D + o_x, interleave4(n0, n1, n2, n3, BLOCK), mask=o_x < D)
 
@@ -144,10 +138,16 @@ def normal_triton(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
     """`normal_ref` as one kernel."""
     batch = address.sample_id.shape[0]
     out = torch.empty(batch, size, dtype=torch.float32, device=step.device)
-    normal_fwd_kernel[(triton.cdiv(size, BLOCK), batch)](
+    normal_fwd_kernel[(cdiv(size, BLOCK), batch)](
         out, step, address.seed, address.iteration, address.sample_id, size, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return out
+
+
+def normal_by_device(address: NoiseAddress, step: Tensor, size: int) -> Tensor:
+    """By the kernel where it runs, else by the reference."""
+    run = normal_triton if runs_kernels(step) else normal_ref
+    return run(address, step, size)
 
 
 def check_address(address: NoiseAddress, step: Tensor, batch: int) -> None:
@@ -168,5 +168,6 @@ def normal(address: NoiseAddress, step: int | Tensor, size: int) -> Tensor:
         # A fill on the device: a copy from the host could not be captured.
         step = torch.full((1,), step, dtype=torch.int64, device=address.sample_id.device)
     check_address(address, step, address.sample_id.numel())
-    run = normal_triton if step.is_cuda else normal_ref
-    return run(address, step, size)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastgrpo.normal(*address, step, size)
+    return normal_by_device(address, step, size)

@@ -1,7 +1,7 @@
 """One denoising transition of any sampler: a row of a table, one kernel.
 
     x'       = c_x x + c_v v + s eps              eps = addressed noise, see philox.py
-    v        = v_uncond + g (v - v_uncond)        classifier-free guidance, when v_uncond is given
+    v        = v_uncond + g (v - v_uncond)        classifier-free guidance, where the velocity is `Guided`
     log_prob = mean_D log N(eps; 0, 1) - log s = -mean(eps^2) / 2 - log s - log(2 pi) / 2;  0 where s = 0
 
 The mean over D instead of the sum is Flow-GRPO's (arXiv 2505.05470). A table row is (c_x, c_v, s, w); the
@@ -9,28 +9,20 @@ kernel knows no sampler, and the last column, the weight of the log-ratio, is fo
 that changes between steps lies in a device tensor, so one captured launch serves every step, window and
 replay.
 
-B samples, D elements a sample, T steps, S = ceil(D / BLOCK) blocks.
+B samples, D elements a sample, T steps, BLOCKS = ceil(D / BLOCK).
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import VELOCITY_DTYPES, check_latents, check_tensor
-from fastgrpo_kernels.guidance import guided_velocity_ref, load_velocity
-from fastgrpo_kernels.philox import (
-    BLOCK,
-    NUM_WARPS,
-    NoiseAddress,
-    check_address,
-    interleave4,
-    normal_ref,
-    philox_normal4,
-)
+from fastgrpo_kernels.common import BLOCK, NUM_WARPS, cdiv, columns, runs_kernels, sum_row
+from fastgrpo_kernels.guidance import Guided, check_velocity, guided_velocity_ref, load_velocity
+from fastgrpo_kernels.optional_triton import tl, triton
+from fastgrpo_kernels.philox import NoiseAddress, check_address, interleave4, normal_ref, philox_normal4
 
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
@@ -44,27 +36,20 @@ class SdeStep(NamedTuple):
     log_prob: Tensor  # (B,) fp32
 
 
-def columns(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c_x, c_v and s of rows (B, 4), shaped (B, 1, ...) to broadcast over x."""
-    c_x, c_v, s, _ = rows.view(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
-    return c_x, c_v, s
-
-
 def sde_step_ref(
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     table: Tensor,
     step: Tensor,
     address: NoiseAddress,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     model_dtype: torch.dtype | None = None,
 ) -> SdeStep:
     """The definition of `sde_step` in torch."""
     rows = table.expand(x.shape[0], -1, -1).index_select(1, step)  # (B, 1, 4)
     c_x, c_v, s = columns(rows, x)
-    used = v if v_uncond is None else guided_velocity_ref(v, v_uncond, guidance_scale, x.dtype)
+    velocity = Guided.of(velocity)
+    used = velocity.v if velocity.v_uncond is None else guided_velocity_ref(velocity, x.dtype)
     eps = normal_ref(address, step, x.shape[1:].numel()).view_as(x)
     x_next = c_x * x + c_v * used.to(x.dtype) + s * eps
 
@@ -72,16 +57,6 @@ def sde_step_ref(
     log_s = torch.log(torch.where(s > 0, s, 1.0))
     log_prob = -eps.flatten(1).square().mean(1) / 2 - log_s - HALF_LOG_2PI.value
     return SdeStep(x_next, x_next.to(model_dtype or x.dtype), used, torch.where(s > 0, log_prob, 0.0))
-
-
-@triton.jit
-def sum_row(row, S, BLOCK: tl.constexpr):
-    """The sum of S partial sums, without atomics: its order depends on S alone, so repeats are bitwise."""
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, S, BLOCK):
-        o_s = i + tl.arange(0, BLOCK)
-        b_sum += tl.load(row + o_s, mask=o_s < S, other=0.0)
-    return tl.sum(b_sum)
 
 
 @triton.jit
@@ -106,22 +81,22 @@ def sde_step_fwd_kernel(
     x_next,  # (B, D) fp32
     x_next_model,  # (B, D) in the model's dtype, or None
     v_guided,  # (B, D) fp32, or None
-    partial,  # (B, S) fp32, sums of eps^2
+    partial,  # (B, BLOCKS) fp32, sums of eps^2
     guidance_scale,
     table_stride,
     D,
     BLOCK: tl.constexpr,
 ):
-    i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_step = tl.load(step)
-    p_row = table + i_b * table_stride + i_step * 4
+    i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_blocktep = tl.load(step)
+    p_row = table + i_b * table_stride + i_blocktep * 4
     c_x, c_v, s = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
 
-    o_quad = i_s * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, i_step, tl.load(sample_id + i_b), tl.load(iteration))
-    tl.store(partial + i_b * tl.num_programs(0) + i_s, sum_squares4(n0, n1, n2, n3, D - 4 * o_quad))
+    o_quad = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    n0, n1, n2, n3 = philox_normal4(tl.load(seed), o_quad, i_blocktep, tl.load(sample_id + i_b), tl.load(iteration))
+    tl.store(partial + i_b * tl.num_programs(0) + i_block, sum_squares4(n0, n1, n2, n3, D - 4 * o_quad))
 
-    o_d = i_s * BLOCK + tl.arange(0, BLOCK)
+    o_d = i_block * BLOCK + tl.arange(0, BLOCK)
     m_x = o_d < D
     o_x = i_b * D + o_d
     b_x = tl.load(x + o_x, mask=m_x, other=0.0)
@@ -138,36 +113,35 @@ def sde_step_fwd_kernel(
 
 @triton.jit
 def log_prob_fwd_kernel(
-    partial,  # (B, S) fp32, sums of eps^2
+    partial,  # (B, BLOCKS) fp32, sums of eps^2
     table,  # (B, T, 4) fp32
     step,  # (1,) int64
     log_prob,  # (B,) fp32
     table_stride,
-    S,
+    BLOCKS,
     D,
     BLOCK: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
     s = tl.load(table + i_b * table_stride + tl.load(step) * 4 + 2)
-    mean_square = sum_row(partial + i_b * S, S, BLOCK) / D
+    mean_square = sum_row(partial + i_b * BLOCKS, BLOCKS, BLOCK) / D
     b_log_prob = -mean_square / 2 - tl.log(tl.where(s > 0, s, 1.0)) - HALF_LOG_2PI
     tl.store(log_prob + i_b, tl.where(s > 0, b_log_prob, 0.0))
 
 
 def sde_step_triton(
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     table: Tensor,
     step: Tensor,
     address: NoiseAddress,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     model_dtype: torch.dtype | None = None,
 ) -> SdeStep:
     """`sde_step_ref` as two kernels: the transition, and the reduction of its partial sums."""
+    v, v_uncond, scale = Guided.of(velocity)
     batch, size = x.shape[0], x.shape[1:].numel()
-    blocks = triton.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     x_next = torch.empty_like(x)
     x_next_model = torch.empty_like(x, dtype=model_dtype) if model_dtype not in (None, x.dtype) else None
     v_guided = torch.empty_like(x) if v_uncond is not None else None
@@ -177,7 +151,7 @@ def sde_step_triton(
     sde_step_fwd_kernel[(blocks, batch)](
         x, v, v_uncond, table, step, address.seed, address.iteration, address.sample_id,
         x_next, x_next_model, v_guided, partial,
-        float(guidance_scale), table_stride, size, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        float(scale), table_stride, size, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     log_prob_fwd_kernel[(batch,)](
         partial, table, step, log_prob, table_stride, blocks, size, BLOCK=BLOCK, num_warps=NUM_WARPS
@@ -188,6 +162,24 @@ def sde_step_triton(
         v if v_guided is None else v_guided,
         log_prob,
     )
+
+
+def sde_step_by_device(
+    x: Tensor, velocity: Guided, table: Tensor, step: Tensor, address: NoiseAddress, model_dtype: torch.dtype | None
+) -> SdeStep:
+    """By the kernels where they run, else by the reference."""
+    run = sde_step_triton if runs_kernels(x) else sde_step_ref
+    return run(x, velocity, table, step, address, model_dtype=model_dtype)
+
+
+def sde_step_compiled(
+    x: Tensor, velocity: Guided, table: Tensor, step: Tensor, address: NoiseAddress, model_dtype: torch.dtype | None
+) -> SdeStep:
+    """`sde_step_by_device` as a node of a compiled graph, see registered.py."""
+    (v, v_uncond, scale), model_dtype = velocity, model_dtype or x.dtype
+    out = torch.ops.fastgrpo.sde_step(x, v, v_uncond, float(scale), table, step, *address, model_dtype)
+    x_next, x_next_model, v_guided, log_prob = out
+    return SdeStep(x_next, x_next if model_dtype == x.dtype else x_next_model, v if v_uncond is None else v_guided, log_prob)
 
 
 def _check_table(table: Tensor, x: Tensor) -> None:
@@ -203,28 +195,25 @@ def _check_table(table: Tensor, x: Tensor) -> None:
 @torch.no_grad()
 def sde_step(
     x: Tensor,
-    v: Tensor,
+    velocity: Guided | Tensor,
     table: Tensor,
     step: Tensor,
     address: NoiseAddress,
     *,
-    v_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     model_dtype: torch.dtype | None = None,
 ) -> SdeStep:
     """One transition `x' = c_x x + c_v v + s eps` with row `step` of the table, without gradient.
 
-    x: (B, *D) fp32. v, v_uncond: (B, *D) fp32, bf16 or fp16. table: (T, 4) for all samples or (B, T, 4),
-    fp32. step: (1,) int64. model_dtype: the dtype of the copy of x' that the network reads next.
+    x: (B, *D) fp32. velocity: (B, *D) fp32, bf16 or fp16, or a `Guided` of two such. table: (T, 4) for all samples
+    or (B, T, 4), fp32. step: (1,) int64. model_dtype: the dtype of the copy of x' that the network reads next.
     """
+    velocity = Guided.of(velocity)
     check_latents("x", x)
-    check_tensor("v", v, x, tuple(x.shape), *VELOCITY_DTYPES)
-    if v_uncond is not None:
-        check_tensor("v_uncond", v_uncond, x, tuple(x.shape), *VELOCITY_DTYPES)
+    check_velocity(velocity, x)
     check_tensor("step", step, x, (1,), torch.int64)
     check_address(address, step, x.shape[0])
     _check_table(table, x)
     if model_dtype not in (None, *VELOCITY_DTYPES):
         raise ValueError(f"model_dtype is {model_dtype}, expected None or one of {VELOCITY_DTYPES}")
-    run = sde_step_triton if x.is_cuda else sde_step_ref
-    return run(x, v, table, step, address, v_uncond=v_uncond, guidance_scale=guidance_scale, model_dtype=model_dtype)
+    run = sde_step_compiled if torch.compiler.is_compiling() else sde_step_by_device
+    return run(x, velocity, table, step, address, model_dtype)

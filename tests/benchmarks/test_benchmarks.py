@@ -33,7 +33,9 @@ from time_to_score import Spent, mean, speed_up, until
 from tradeoff import excess_noise, window
 
 from fastgrpo.data.prompts import load_prompts
-from fastgrpo.learning.update import Learner, update
+from fastgrpo.learning.batches import experience_of
+from fastgrpo.learning.update import Learner, optimizer_step
+from fastgrpo.records import TRAIN, Batch, concatenate, noise_address
 from fastgrpo.rewards import tiny
 from fastgrpo.sampling import tables as sde
 from fastgrpo.tiny.render import BACKGROUND, render
@@ -52,7 +54,8 @@ def test_excess_noise_is_that_of_samples(sampler: str, noise_level: float) -> No
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400_000, generator=generator, dtype=torch.float64)
     sigmas = SIGMAS.double()
-    for sigma, (c_x, c_v, s, _) in zip(sigmas, sde.coefficient_table(sampler, sigmas, noise_level, mask), strict=False):
+    table = sde.coefficient_table(sde.sampler_steps(sampler, sigmas, noise_level), mask)
+    for sigma, (c_x, c_v, s, _) in zip(sigmas, table, strict=False):
         x0 = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * x  # E[data | x]
         x1 = sigma / ((1 - sigma) ** 2 + sigma**2) * x  # E[noise | x]
         x = c_x * x + c_v * (x1 - x0) + s * torch.randn(len(x), generator=generator, dtype=torch.float64)
@@ -85,12 +88,13 @@ def test_the_straightforward_loop_computes_the_same_update(guidance_scale: float
     torch.testing.assert_close(log_prob, result.log_prob[1], rtol=1e-4, atol=1e-4)
     assert usual_step(x, v, rival.timesteps[1].expand(3), rival.timesteps, rival.sigmas)[0].shape == x.shape
 
-    update(learner, [experience])
+    optimizer_step(learner, [experience])
     own = {n: p.grad.clone() for n, p in model.transformer.named_parameters() if p.grad is not None}
     model.transformer.zero_grad()
     latents = [result.latents[i] for i in range(4)]
     log_probs = [result.log_prob[j] for j in range(3)]
-    embeds, pooled = experience.conditioning
+    both = [rows for rows in (experience.prompted.uncond, experience.prompted.cond) if rows is not None]
+    embeds, pooled = concatenate(both)
     sample = Sample(embeds, pooled, latents, log_probs, torch.zeros(3), torch.zeros(3))
     rival.backward(sample, experience.advantages, batches=1)
     for name, gradient in own.items():
@@ -204,6 +208,7 @@ for budget in ("2", "4"):
 """
 
 
+@pytest.mark.processes
 def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     """Two small recipes to a score that any model has and one that none can have; then the same runs go on."""
     small = [
@@ -234,6 +239,7 @@ def test_time_to_score_as_a_whole(tmp_path: Path) -> None:
     assert after["results"][0]["scores"]["0"]["speed_up"]["seconds"]["text"] == "1.00x"
 
 
+@pytest.mark.processes
 def test_ranks_see_the_packages_of_the_callers_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "packages"  # not beside the script, where a rank looks anyway
     folder.mkdir()
@@ -250,21 +256,21 @@ def own_update(model, prompts: list[str], guidance_scale: float, config):
     from fastgrpo.data.embeddings import Embeddings
     from fastgrpo.learning.objectives import clip
     from fastgrpo.policy import Policy
-    from fastgrpo.records import TRAIN, Steps, experience_of, noise_address
     from fastgrpo.sampling.rollout import rollout
+    from fastgrpo.sampling.schedule import Weighting, window_schedule
+    from fastgrpo.sampling.tables import sampler_steps
 
-    sigmas = model.sigmas(4)
-    start = torch.zeros(len(prompts), dtype=torch.int64)
-    table = sde.window_tables("flow_sde", sigmas, 0.7, start, 3)
-    steps = Steps(sigmas, table, start, 3, sde.kl_weights("flow_sde", sigmas, 0.7, "reference").float())
-    conditioning = Embeddings(model)(prompts, guidance_scale=guidance_scale)
-    result = rollout(
-        Policy(model), steps, noise_address(TRAIN, 0, 1, torch.arange(len(prompts))), conditioning,
-        guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype,
+    steps, start = sampler_steps("flow_sde", model.sigmas(4), 0.7), torch.zeros(len(prompts), dtype=torch.int64)
+    sample_id, prompted = torch.arange(len(prompts)), Embeddings(model).prompted(prompts, guidance_scale)
+    schedule = window_schedule(steps, start, 3, Weighting(kl="reference"))
+    result = rollout(Policy(model), schedule, noise_address(TRAIN, 0, 1, sample_id), prompted, guidance_scale)
+    batch = Batch(sample_id=sample_id, prompted=prompted, schedule=schedule, trajectory=result)
+    experience = experience_of(batch, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
+    learner = Learner(
+        engine=PlainEngine(Policy(model)), reference=model.reference, guidance_scale=guidance_scale,
+        objective=partial(clip, clip_range=config.objective.clip_range, beta=config.objective.beta),
+        model_dtype=model.dtype, micro_batch_size=len(prompts),
     )  # fmt: skip
-    experience = experience_of(result, steps, conditioning, torch.tensor([1.0, -1.0, 0.5]), torch.ones(3))
-    objective = partial(clip, clip_range=config.objective.clip_range, beta=config.objective.beta)
-    learner = Learner(PlainEngine(Policy(model)), objective, model.reference, guidance_scale, model.dtype, len(prompts))
     return experience, result, learner
 
 

@@ -86,6 +86,7 @@ def runs(pid: int) -> bool:
     return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+@pytest.mark.processes
 def test_what_goes_wrong_in_a_phase_stays_there(script: Path, tmp_path: Path) -> None:
     names = ("wrong", "hangs", "dies", "lost", "right")
     wrong, hangs, dies, lost, right = (Phase(name, script, expected=1, limit=2) for name in names)
@@ -187,6 +188,7 @@ REHEARSED = {  # phase -> rows that must be there
 }  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_rehearsal_of_what_a_gpu_will_run(tmp_path: Path) -> None:
     """The same lines, with tiny models on the CPU. Left out are phases that differ from one of these in a name alone."""
     settings = {"REHEARSE": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -212,6 +214,7 @@ def test_a_rehearsal_of_what_a_gpu_will_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) < 8, "eight files come back, and one is the console's"
 
 
+@pytest.mark.processes
 def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
     def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
         environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"} | settings

@@ -21,7 +21,7 @@ import rollout_speed
 from common import Trace
 from kernel_speed import Inputs, Launches, buffer_sets, graphed, trace
 
-from fastgrpo_kernels import guided_velocity_triton, sde_step_triton, transition_triton
+from fastgrpo_kernels import Guided, guided_velocity_triton, sde_step_triton, transition_triton
 
 
 def test_a_trace_counts_what_a_gpu_would_do() -> None:
@@ -45,20 +45,20 @@ def test_bytes_of_a_launch_are_those_of_its_arguments() -> None:
     """x and v are read, x' and its bf16 copy written; under guidance also v_uncond read and the guided v written in fp32."""
     shape = (2, 4, 8, 8)
     i, count = Inputs(shape), 2 * 4 * 8 * 8
-    step = partial(sde_step_triton, i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16)
-    found = []
+    guided, found = Guided(i.v, i.v_uncond, 4.5), []
     for call in (
-        step, partial(step, v_uncond=i.v_uncond, guidance_scale=4.5),
+        partial(sde_step_triton, i.x, i.v, i.table, i.step, i.address, model_dtype=torch.bfloat16),
+        partial(sde_step_triton, i.x, guided, i.table, i.step, i.address, model_dtype=torch.bfloat16),
         partial(transition_triton, i.x_next, i.x, i.v, i.v_old, i.rows),
-        partial(transition_triton, i.x_next, i.x, i.v, i.v_old, i.rows, v_uncond=i.v_uncond, guidance_scale=4.5),
-    ):  # fmt: skip
+        partial(transition_triton, i.x_next, i.x, guided, i.v_old, i.rows),
+    ):
         with Launches(count) as seen:
             call()
         assert seen.launches == 2
         found.append(seen.bytes / count)
     assert found == [4 + 2 + 4 + 2, 4 + 2 + 2 + 4 + 2 + 4, 4 + 4 + 2 + 2, 4 + 4 + 2 + 2 + 2]
     with Launches(count) as seen:
-        guided_velocity_triton(i.v, i.v_uncond, 4.5)
+        guided_velocity_triton(guided)
     assert (seen.launches, seen.bytes / count) == (1, 2 + 2 + 4)
 
 

@@ -1,14 +1,13 @@
 """`fastgrpo bench`: what it writes follows from what it counted and timed, and what fails is said."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.helpers import ROOT
-from support.runs import run
+from support.runs import ForkServer
 from support.tiny_model import load_tiny_model
 from torch import nn
 
@@ -25,15 +24,16 @@ ITERATIONS, BATCHES = 2, (3, 1)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+def measured(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> tuple[str, dict]:
     """What one run printed and wrote."""
     path = tmp_path_factory.mktemp("bench") / "small.json"
     settings = [part for setting in SMALL for part in ("--set", setting)]
     options = ["--iterations", str(ITERATIONS), "--rounds", "2", "--json", str(path), "--batches", *map(str, BATCHES)]
-    printed = run([sys.executable, "-m", "fastgrpo", "bench", "--config", str(CONFIG), *options, *settings])
+    printed = fork_server.run("bench", "--config", str(CONFIG), *options, *settings)
     return printed, json.loads(path.read_text())
 
 
+@pytest.mark.processes
 def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) -> None:
     printed, result = measured
     names = [row["name"] for row in result["measurements"]]
@@ -43,6 +43,7 @@ def test_everything_measured_is_printed_and_written(measured: tuple[str, dict]) 
     assert result["configuration"]["rollout"]["batch_size"] == 4
 
 
+@pytest.mark.processes
 def test_speeds_are_images_over_seconds_and_flops_over_the_peak(measured: tuple[str, dict]) -> None:
     rows = {row["name"]: row for row in measured[1]["measurements"]}
     config = bench_config(CONFIG, SMALL, random_weights=False, output=Path("unused"))
@@ -85,7 +86,7 @@ def bench_of(blocks: list[nn.Module]) -> tuple[Bench, list[tuple[str, dict]]]:
     """One without a trainer, and what it says."""
     said: list[tuple[str, dict]] = []
     bench = object.__new__(Bench)
-    bench.say, bench._compiled = lambda name, **values: said.append((name, values)), []
+    bench.say, bench.compiled = lambda name, **values: said.append((name, values)), []
     model = SimpleNamespace(blocks=blocks, compile_blocks=lambda: [block.compile(backend="eager") for block in blocks])
     bench.trainer = SimpleNamespace(model=model)
     return bench, said
@@ -100,9 +101,9 @@ def test_a_form_has_its_blocks_compiled_or_not_whatever_the_configuration_says(c
     before = [block._compiled_call_impl for block in blocks]
     kept = []
     for _ in range(2):
-        with bench._blocks(compiled=True):
+        with bench.compiled_blocks(compiled=True):
             kept.append([block._compiled_call_impl for block in blocks])
-        with bench._blocks(compiled=False):
+        with bench.compiled_blocks(compiled=False):
             assert [block._compiled_call_impl for block in blocks] == [None, None]
     assert kept[0] == kept[1] and None not in kept[0], "compiled once, and kept"
     assert [block._compiled_call_impl for block in blocks] == before
@@ -139,7 +140,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, capsys: pytest.CaptureF
         (["--iterations", "-1"], "--iterations -1 --rounds 5 --batches None: iterations are 0 or more"),
         (["--rounds", "0"], "rounds and batches 1 or more"),
         (["--batches", "8", "0"], "--batches [8, 0]: iterations"),
-        (["--random-weights"], "model.random_weights = True: of what?"),
+        (["--random-weights"], "model.random_weights = True: name the model.architecture"),
         (["--set", "rollout.num_step=3"], "did you mean 'num_steps'"),
     ],
 )

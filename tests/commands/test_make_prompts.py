@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.commands.make_prompts import KINDS, geneval_records, main, meaning, ocr_records, parse_mix, shares
+from fastgrpo.commands.cli import main
+from fastgrpo.commands.make_prompts import KINDS, geneval_records, lines_per_tag, meaning, ocr_records, parse_mix
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.rewards.geneval_rules import TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
@@ -105,7 +106,7 @@ def test_what_cannot_be_made_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 50000])
 def test_shares_sum_up(count: int) -> None:
-    whole = shares(FLOW_GRPO, count)
+    whole = lines_per_tag(FLOW_GRPO, count)
     assert sum(whole.values()) == count and whole["single_object"] == 0
     assert all(abs(whole[tag] - count * FLOW_GRPO[tag] / 17) < 1 for tag in whole)
 
@@ -125,7 +126,9 @@ def test_ocr_prompts_quote_one_text_each() -> None:
 @pytest.mark.parametrize("kind", ["geneval", "ocr"])
 def test_the_command_is_deterministic_and_its_files_can_be_read(kind: str, tmp_path: Path) -> None:
     def make(name: str, seed: int, *more: str) -> str:
-        main([kind, "--count", "200", "--output", str(tmp_path / name), "--seed", str(seed), *more])
+        assert 0 == main(
+            ["make-prompts", kind, "--count", "200", "--output", str(tmp_path / name), "--seed", str(seed), *more]
+        )
         return (tmp_path / name).read_text()
 
     first = make("a.jsonl", 0)

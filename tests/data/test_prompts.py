@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 
 from fastgrpo.data.prompts import (
-    INPUT,
+    IMAGE_FIELD,
     ImagePrompt,
     PromptSet,
-    asked,
+    as_prompt,
     check_held_out,
     load_prompts,
+    prompt_probabilities,
     prompts_of_iteration,
-    shares,
 )
 
 
@@ -63,9 +63,9 @@ def edits(folder: Path, *records: dict) -> Path:
 
 def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
     path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
-    loaded = load_prompts(path, images=INPUT)
-    assert asked(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
-    assert asked(loaded.metadata[0], False) == "make it blue"
+    loaded = load_prompts(path, image_fields=[IMAGE_FIELD])
+    assert as_prompt(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
+    assert as_prompt(loaded.metadata[0], False) == "make it blue"
     assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
 
 
@@ -82,11 +82,11 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
 def test_a_missing_or_broken_image_is_refused_with_its_line(tmp_path: Path, record: dict, message: str) -> None:
     path = edits(tmp_path, {"prompt": "a", "image": "good.png"}, record)
     with pytest.raises(ValueError, match=message):
-        load_prompts(path, images=INPUT)
+        load_prompts(path, image_fields=[IMAGE_FIELD])
 
 
 def test_the_same_words_about_another_image_are_another_prompt(tmp_path: Path) -> None:
-    one = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "good.png"}), images=INPUT)
+    one = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "good.png"}), image_fields=[IMAGE_FIELD])
     Image.new("RGB", (9, 5), "green").save(tmp_path / "other.png")
     other = PromptSet(one.prompts, [{"prompt": "make it blue", "image": str(tmp_path / "other.png")}])
     check_held_out(one, other)
@@ -118,15 +118,15 @@ def tagged(**counts: int) -> PromptSet:
 def test_weights_decide_how_often_a_category_comes() -> None:
     """However many prompts it has; each iteration's prompts differ, and depend on nothing but its number."""
     prompts = tagged(rare=20, common=300, never=50)
-    share = shares(prompts, {"rare": 1, "common": 3, "never": 0}, groups=4)
-    drawn = [prompts_of_iteration(370, 4, i, seed=1, share=share) for i in range(3000)]
+    probabilities = prompt_probabilities(prompts, {"rare": 1, "common": 3, "never": 0}, groups=4)
+    drawn = [prompts_of_iteration(370, 4, i, seed=1, probabilities=probabilities) for i in range(3000)]
     assert all(len(set(each.tolist())) == 4 for each in drawn)
     tags = np.array([record["tag"] for record in prompts.metadata])[np.concatenate(drawn)]
     assert abs((tags == "rare").mean() - 0.25) < 0.02 and not (tags == "never").any()
     assert set(np.concatenate(drawn).tolist()) == set(range(320))
-    assert np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=1, share=share))
-    assert not np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=2, share=share))
-    assert shares(prompts, {}, groups=4) is None
+    assert np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=1, probabilities=probabilities))
+    assert not np.array_equal(drawn[7], prompts_of_iteration(370, 4, 7, seed=2, probabilities=probabilities))
+    assert prompt_probabilities(prompts, {}, groups=4) is None
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_weights_decide_how_often_a_category_comes() -> None:
 )
 def test_weights_that_cannot_be_meant_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        shares(tagged(rare=2, common=30), weights, groups=4)
+        prompt_probabilities(tagged(rare=2, common=30), weights, groups=4)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.engine import checkpoint
-from fastgrpo.engine.checkpoint import MARKER, check_files, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastgrpo.engine.checkpoint import (
+    MARKER,
+    check_files,
+    complete_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastgrpo.engine.ranks import OneRank
 
 STATE = {
     "ema": {"w": torch.arange(3.0)},
@@ -26,13 +34,25 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the package catches it or has a `finally` for it."""
 
 
-class FakeEngine:
-    """One of the ranks; `dies` names the point at which the process is gone."""
+@dataclass(frozen=True)
+class DyingRank(OneRank):
+    """A rank that is gone at the barrier `dies` names."""
 
-    world_size = 1
+    dies: str = ""
+    barriers: list[int] = field(default_factory=list)  # one entry for each that was passed
+
+    def barrier(self) -> None:
+        self.barriers.append(1)
+        if (self.dies, len(self.barriers)) in (("before the shards", 1), ("after the shards", 2)):
+            raise Killed
+
+
+class FakeEngine:
+    """The engine of one of the ranks; `dies` names the point at which the process is gone."""
 
     def __init__(self, rank: int = 0, dies: str = "") -> None:
-        self.rank, self.dies, self.loaded, self.barriers = rank, dies, None, 0
+        self.ranks = DyingRank(rank=rank, dies=dies)
+        self.dies, self.loaded = dies, None
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,14 +63,6 @@ class FakeEngine:
 
     def load(self, folder: Path) -> None:
         self.loaded = (folder / "shard0").read_bytes() + (folder / "shard1").read_bytes()
-
-    def barrier(self) -> None:
-        self.barriers += 1
-        if (self.dies, self.barriers) in (("before the shards", 1), ("after the shards", 2)):
-            raise Killed
-
-    def broadcast_object(self, value: Any = None) -> Any:
-        return value
 
 
 def dying(*args: Any, **kwargs: Any) -> None:
@@ -109,11 +121,10 @@ def test_a_crash_while_pruning(point: str, tmp_path: Path, monkeypatch: pytest.M
         if point == "delete":
             patch.setattr(shutil, "rmtree", lambda folder: (Path(folder) / "state.pt").unlink() or dying())
         else:
-            patch.setattr(checkpoint, "_remove", dying)
+            rename = os.replace
+            patch.setattr(os, "replace", lambda old, new: dying() if "removed" in str(new) else rename(old, new))
         save_checkpoint(FakeEngine(), tmp_path, 3, STATE)
-    assert [check_files(path) for path in checkpoint._complete_ones(tmp_path)] == (
-        [2, 3] if point == "delete" else [1, 2, 3]
-    )
+    assert [check_files(path) for path in complete_checkpoints(tmp_path)] == ([2, 3] if point == "delete" else [1, 2, 3])
     save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
     assert names(tmp_path) == ["00003", "00004"]
 
@@ -182,7 +193,7 @@ def test_another_rank_writes_only_its_part(tmp_path: Path) -> None:
     engine = FakeEngine(rank=1)
     save_checkpoint(engine, tmp_path, 3, STATE)
     assert names(tmp_path) == ["00003.partial"] and names(tmp_path / "00003.partial") == ["engine"]
-    assert engine.barriers == 3
+    assert len(engine.ranks.barriers) == 3
     save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
     assert load_checkpoint(engine, tmp_path) is None  # what rank 0 sent, not what this one sees
 

@@ -13,8 +13,11 @@ from support.engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, UP
 from support.helpers import distance, environment
 from torch import nn
 
+from fastgrpo.engine import ranks as ranks_module
 from fastgrpo.engine import zero as engine_module
 from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 
@@ -76,6 +79,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size, stage, dtype", RUNS)
 def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: Any, references: Any) -> None:
     reference = references[dtype]
@@ -89,13 +93,15 @@ def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: An
         assert all(tensor.dtype == torch.float32 for tensor in seen["state"].values())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size, stage, dtype", RUNS)
 def test_rollout_swapping_and_collectives(world_size: int, stage: int, dtype: str, trained: Any) -> None:
     for rank in trained[world_size]:
         checks = rank[stage, dtype]["checks"]
-        assert len(checks) == 16 and not [name for name, passed in checks.items() if not passed]
+        assert len(checks) == 17 and not [name for name, passed in checks.items() if not passed]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage, dtype", CASES)
 def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> None:
     for before, after in zip(trained[2], resumed, strict=True):
@@ -110,11 +116,13 @@ def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> 
             torch.testing.assert_close(average, uninterrupted["state"][name] + 0.9)
 
 
+@pytest.mark.processes
 def test_another_size_or_stage_is_refused(trained: Any, resumed: Any) -> None:
     assert "has world_size 2, this run has 1; start that many processes" in trained[1][0]["other world size"]
     assert "has zero_stage 1, this run has 2; set that stage" in resumed[0]["other stage"]
 
 
+@pytest.mark.processes
 def test_a_rank_killed_in_a_save(unfinished: Any, resumed: Any, folder: Path) -> None:
     killed, complete = f"{UPDATES + 1:05d}", f"{UPDATES:05d}"
     assert unfinished["names"] == [complete, f"{killed}.partial"] and unfinished["latest"].name == complete
@@ -123,7 +131,7 @@ def test_a_rank_killed_in_a_save(unfinished: Any, resumed: Any, folder: Path) ->
     assert check_files(root / killed) == UPDATES + 1
 
 
-SETTINGS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
+OPTIONS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize(
@@ -134,33 +142,33 @@ SETTINGS = {"zero_stage": 1, "dtype": torch.float32, "learning_rate": 1e-4}
         ({"zero_stage": 0, "dtype": torch.bfloat16}, "not plain AdamW in DeepSpeed; use 1, or float32"),
     ],
 )
-def test_settings_are_refused(changed: dict[str, Any], message: str) -> None:
+def test_options_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine(nn.Linear(2, 2), **SETTINGS | changed)
+        Engine(nn.Linear(2, 2), OneRank(), EngineOptions(**OPTIONS | changed))
 
 
 def test_policies_are_refused() -> None:
     with pytest.raises(ValueError, match="no parameter of the policy requires a gradient"):
-        Engine(nn.Linear(2, 2).requires_grad_(False), **SETTINGS)
+        Engine(nn.Linear(2, 2).requires_grad_(False), OneRank(), EngineOptions(**OPTIONS))
     with pytest.raises(ValueError, match="weight is trained in torch.bfloat16.*make it float32"):
-        Engine(nn.Linear(2, 2).bfloat16(), **SETTINGS)
+        Engine(nn.Linear(2, 2).bfloat16(), OneRank(), EngineOptions(**OPTIONS))
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="float16 needs CUDA; on a CPU use float32 or bfloat16"):
-        Engine(nn.Linear(2, 2), **SETTINGS | {"dtype": torch.float16})
+        Engine(nn.Linear(2, 2), OneRank(), EngineOptions(**OPTIONS | {"dtype": torch.float16}))
 
 
 def test_a_deepspeed_without_the_switch_is_told() -> None:
     with pytest.warns(UserWarning, match="it may compile it now"):
-        engine_module._refuse_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
+        ranks_module.disable_shm_op(SimpleNamespace(ops=SimpleNamespace(), __version__="1"))
 
 
 def test_other_weights_are_told_by_name() -> None:
     with pytest.raises(ValueError, match=r"here: b has shape \[4\], that of the policy \[2\]; use the same"):
-        engine_module._check_same("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1], "b": [4]}, {"a": [1], "b": [2]})
     with pytest.raises(ValueError, match=r"b has shape None, that of the policy \[2\]"):
-        engine_module._check_same("here", {"a": [1]}, {"a": [1], "b": [2]})
+        engine_module.check_shapes("here", {"a": [1]}, {"a": [1], "b": [2]})
 
 
 def test_ema() -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from support.helpers import ROOT, environment
 
+pytestmark = pytest.mark.processes
 TESTS = ROOT / "tests" / "support"
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")

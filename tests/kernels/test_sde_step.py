@@ -6,6 +6,7 @@ import torch
 from support.helpers import DEVICE, REAL_SHAPES, NoSync
 
 from fastgrpo_kernels import (
+    Guided,
     NoiseAddress,
     SdeStep,
     normal,
@@ -14,9 +15,9 @@ from fastgrpo_kernels import (
     sde_step_ref,
     sde_step_triton,
 )
-from fastgrpo_kernels.philox import BLOCK
+from fastgrpo_kernels.common import BLOCK
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+pytestmark = pytest.mark.gpu
 
 # (B, *D): one element, less than a quad, odd, one past a block, and a latent.
 SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8), *REAL_SHAPES)
@@ -32,7 +33,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, row: int = 0) -> dict:
     batch = shape[0]
     return {
         "x": torch.randn(shape, generator=generator).to(DEVICE),
-        "v": torch.randn(shape, generator=generator).to(DEVICE, dtype),
+        "velocity": torch.randn(shape, generator=generator).to(DEVICE, dtype),
         "table": torch.tensor(TABLE, device=DEVICE),
         "step": torch.tensor([row], device=DEVICE),
         "address": NoiseAddress(
@@ -55,7 +56,7 @@ def assert_steps_close(actual: SdeStep, expected: SdeStep) -> None:
 def test_triton_equals_reference(shape, dtype, guided):
     case = inputs(shape, dtype, row=3) | {"model_dtype": dtype}
     if guided:
-        case |= {"v_uncond": case["v"].flip(0) * 0.5, "guidance_scale": 4.5}
+        case |= {"velocity": Guided(case["velocity"], case["velocity"].flip(0) * 0.5, 4.5)}
     assert_steps_close(sde_step_triton(**case), sde_step_ref(**case))
 
 
@@ -66,9 +67,9 @@ def test_triton_equals_reference(shape, dtype, guided):
 def test_against_float64_distribution(run, shape, dtype, guided):
     case = inputs(shape, dtype, row=1) | {"model_dtype": torch.float16}
     c_x, c_v, s, _ = (float(value) for value in case["table"][1])
-    v = case["v"].double()
+    v = case["velocity"].double()
     if guided:
-        case |= {"v_uncond": -case["v"], "guidance_scale": 3.0}
+        case |= {"velocity": Guided(case["velocity"], -case["velocity"], 3.0)}
         v = -v + 3.0 * (v + v)
     mean = c_x * case["x"].double() + c_v * v
     x_next = mean + s * normal_ref(case["address"], case["step"], mean[0].numel()).view(shape).double()
@@ -87,7 +88,7 @@ def test_ode_row_ignores_noise(run):
     out = run(**case)
     other = run(**case | {"address": case["address"]._replace(seed=torch.tensor([1], device=DEVICE))})
     assert torch.equal(out.x_next, other.x_next)
-    torch.testing.assert_close(out.x_next, case["x"] - 0.2 * case["v"])
+    torch.testing.assert_close(out.x_next, case["x"] - 0.2 * case["velocity"])
     assert torch.equal(out.log_prob, torch.zeros(5, device=DEVICE))
 
 
@@ -122,7 +123,7 @@ def test_batch_split_and_repeat_are_bitwise(run):
     case = inputs((5, BLOCK + 1), torch.bfloat16, row=3)
     whole, again = run(**case), run(**case)
     address = case["address"]._replace(sample_id=case["address"].sample_id[3:])
-    last = run(**case | {"x": case["x"][3:], "v": case["v"][3:], "address": address})
+    last = run(**case | {"x": case["x"][3:], "velocity": case["velocity"][3:], "address": address})
     for name, value in whole._asdict().items():
         assert torch.equal(value, getattr(again, name)), name
         if run is sde_step_ref and name == "log_prob":  # torch's mean on a GPU takes a row apart by how many rows there are
@@ -136,16 +137,17 @@ def test_nothing_is_copied_without_need(run):
     case = inputs((2, 8), torch.float32)
     out = run(**case)
     assert out.x_next_model is out.x_next
-    assert out.v is case["v"]
+    assert out.v is case["velocity"]
     assert run(**case, model_dtype=torch.float32).x_next_model.dtype == torch.float32
 
 
 def test_step_index_is_read_on_the_device():
-    case = inputs((3, 4, 8, 8), torch.bfloat16) | {"v_uncond": torch.zeros(3, 4, 8, 8, device=DEVICE)}
+    case = inputs((3, 4, 8, 8), torch.bfloat16) | {"model_dtype": torch.bfloat16}
+    case |= {"velocity": Guided(case["velocity"], torch.zeros(3, 4, 8, 8, device=DEVICE), 2.0)}
     with NoSync():
-        sde_step_ref(**case, guidance_scale=2.0, model_dtype=torch.bfloat16)
-        out = sde_step(**case, guidance_scale=2.0, model_dtype=torch.bfloat16)
-    assert_steps_close(out, sde_step_triton(**case, guidance_scale=2.0, model_dtype=torch.bfloat16))
+        sde_step_ref(**case)
+        out = sde_step(**case)
+    assert_steps_close(out, sde_step_triton(**case))
 
 
 def test_no_sync_notices():
@@ -161,10 +163,13 @@ BAD_INPUTS = (
     ({"x": torch.zeros(2, 8).half()}, r"x has dtype torch.float16, expected torch.float32: cast it"),
     ({"x": torch.zeros(8, 2).T}, r"x is not contiguous .*call .contiguous\(\)"),
     ({"x": torch.zeros(2, 0)}, r"x has shape \(2, 0\)"),
-    ({"v": torch.zeros(2, 9)}, r"v has shape \(2, 9\), expected \(2, 8\)"),
-    ({"v": torch.zeros(2, 8).double()}, r"v has dtype torch.float64, expected .* or torch.float16"),
-    ({"v": torch.zeros(2, 8, device="meta")}, r"v is on meta, expected \w+"),
-    ({"v_uncond": torch.zeros(8, 2).T}, r"v_uncond is not contiguous"),
+    ({"velocity": torch.zeros(2, 9)}, r"v has shape \(2, 9\), expected \(2, 8\)"),
+    ({"velocity": torch.zeros(2, 8).double()}, r"v has dtype torch.float64, expected .* or torch.float16"),
+    ({"velocity": torch.zeros(2, 8, device="meta")}, r"v is on meta, expected \w+"),
+    (
+        {"velocity": Guided(torch.zeros(2, 8, device=DEVICE), torch.zeros(8, 2, device=DEVICE).T)},
+        r"v_uncond is not contiguous",
+    ),
     (
         {"table": torch.zeros(4, 3)},
         r"table has shape \(4, 3\), expected \(T, 4\) or \(2, T, 4\) with columns",

@@ -8,6 +8,7 @@ import torch
 from support.helpers import DEVICE, REAL_SHAPES, NoSync
 
 from fastgrpo_kernels import (
+    Guided,
     Moments,
     NoiseAddress,
     sde_step_ref,
@@ -16,9 +17,9 @@ from fastgrpo_kernels import (
     transition_ref,
     transition_triton,
 )
-from fastgrpo_kernels.philox import BLOCK
+from fastgrpo_kernels.common import BLOCK
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+pytestmark = pytest.mark.gpu
 
 SHAPES = ((1, 1), (5, 3), (5, 257), (2, BLOCK + 1), (3, 4, 8, 8), *REAL_SHAPES)
 # Of the gradients, relative to the largest of them; the moments are fp32 whatever the dtype of v.
@@ -51,10 +52,20 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, guided: bool = False, wit
         "coefficients": coefficients,
     }
     if guided:
-        case |= {"v_uncond": v.flip(0) + randn(0.1).to(dtype), "guidance_scale": GUIDANCE}
+        case |= {"v_uncond": v.flip(0) + randn(0.1).to(dtype), "scale": GUIDANCE}
     if with_ref:
         case |= {"v_ref": v_old + randn(0.05)}
     return case
+
+
+def velocity_of(case: dict) -> Guided | torch.Tensor:
+    return Guided(case["v"], case["v_uncond"], case["scale"]) if "v_uncond" in case else case["v"]
+
+
+def moments_by(run, case: dict) -> Moments:
+    """`run` on the arguments of `inputs`, where each tensor has a name of its own."""
+    rest = {name: value for name, value in case.items() if name not in Guided._fields}
+    return run(**rest, velocity=velocity_of(case))
 
 
 def as_double(case: dict) -> dict:
@@ -74,17 +85,17 @@ def assert_moments_close(actual: Moments, expected: Moments) -> None:
 @pytest.mark.parametrize("with_ref", (False, True))
 def test_forward_equals_float64(shape, dtype, guided, with_ref):
     case = inputs(shape, dtype, guided, with_ref)
-    expected = transition_ref(**as_double(case))
+    expected = moments_by(transition_ref, as_double(case))
     assert expected.m1.dtype == torch.float64 and expected.m1.shape == shape[:1]
     for run in (transition, transition_triton):
-        assert_moments_close(run(**case), expected)
-    assert with_ref or torch.equal(transition_triton(**case).m3, torch.zeros(shape[0], device=DEVICE))
+        assert_moments_close(moments_by(run, case), expected)
+    assert with_ref or torch.equal(moments_by(transition_triton, case).m3, torch.zeros(shape[0], device=DEVICE))
 
 
 def gradients(run, case: dict, wanted: tuple[str, ...]) -> list[torch.Tensor]:
     """Of a loss whose upstream gradients differ by moment and by sample."""
     leaves = {name: case[name].detach().requires_grad_() for name in wanted}
-    moments = torch.stack(run(**case | leaves))
+    moments = torch.stack(moments_by(run, case | leaves))
     upstream = torch.linspace(-1, 2, moments.numel(), device=DEVICE, dtype=moments.dtype).view_as(moments)
     return list(torch.autograd.grad((moments * upstream).sum(), list(leaves.values())))
 
@@ -115,7 +126,7 @@ def test_backward_of_one_branch(wanted):
 def test_gradients_reach_the_new_velocity_only(run):
     case = inputs((2, 9), torch.float32, guided=True, with_ref=True)
     leaves = {k: t.requires_grad_() if isinstance(t, torch.Tensor) else t for k, t in case.items()}
-    torch.stack(run(**leaves)).sum().backward()
+    torch.stack(moments_by(run, leaves)).sum().backward()
     reached = {k for k, t in leaves.items() if isinstance(t, torch.Tensor) and t.grad is not None}
     assert reached == {"v", "v_uncond"}
 
@@ -124,7 +135,7 @@ def test_gradcheck():
     case = as_double(inputs((2, 5), torch.float32, guided=True, with_ref=True))
 
     def moments(v: torch.Tensor, v_uncond: torch.Tensor) -> torch.Tensor:
-        return torch.stack(transition_ref(**case | {"v": v, "v_uncond": v_uncond}))
+        return torch.stack(moments_by(transition_ref, case | {"v": v, "v_uncond": v_uncond}))
 
     assert torch.autograd.gradcheck(moments, (case["v"].requires_grad_(), case["v_uncond"].requires_grad_()))
 
@@ -138,17 +149,10 @@ def test_gradcheck():
 def test_on_policy_is_exactly_zero(dtype, step, run):
     """From the velocity that a guided rollout stored to the training forward, in the dtype of the network."""
     case = inputs((3, BLOCK + 1), dtype, guided=True)
-    one = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    guidance = {"v_uncond": case["v_uncond"], "guidance_scale": GUIDANCE}
-    out = step(
-        case["x"],
-        case["v"],
-        case["coefficients"][:, None],
-        one - 1,
-        NoiseAddress(one, one, torch.arange(3, device=DEVICE)),
-        **guidance,
-    )
-    moments = run(out.x_next, case["x"], case["v"], out.v, case["coefficients"], v_ref=out.v, **guidance)
+    one, velocity = torch.ones(1, dtype=torch.int64, device=DEVICE), velocity_of(case)
+    address = NoiseAddress(one, one, torch.arange(3, device=DEVICE))
+    out = step(case["x"], velocity, case["coefficients"][:, None], one - 1, address)
+    moments = run(out.x_next, case["x"], velocity, out.v, case["coefficients"], v_ref=out.v)
     assert all(torch.equal(moment, torch.zeros(3, device=DEVICE)) for moment in moments)
 
 
@@ -160,7 +164,7 @@ def test_difference_form_is_accurate():
     drift = 1e-4 * torch.randn(case["v"].shape, generator=generator).to(DEVICE)
     case["v"] = case["v_old"] + drift
     w = case["coefficients"][:, 3]
-    exact = transition_ref(**as_double(case))
+    exact = moments_by(transition_ref, as_double(case))
     truth = w.double() * (2 * exact.m1 - exact.m2)
 
     def log_prob(v: torch.Tensor) -> torch.Tensor:
@@ -171,15 +175,17 @@ def test_difference_form_is_accurate():
     subtracted = (log_prob(case["v"]) - log_prob(case["v_old"]) - truth).abs().max()
     assert subtracted > 1e-9
     for run in (transition, transition_triton):
-        m1, m2, _ = run(**case)
+        m1, m2, _ = moments_by(run, case)
         assert (w.double() * (2 * m1.double() - m2.double()) - truth).abs().max() < 1e-10
 
 
 def test_repeats_bit_for_bit():
     case = inputs((5, BLOCK + 1), torch.bfloat16, guided=True, with_ref=True)
-    first, second = ((*transition_triton(**case), *gradients(transition_triton, case, ("v", "v_uncond"))) for _ in range(2))
+    first, second = (
+        (*moments_by(transition_triton, case), *gradients(transition_triton, case, ("v", "v_uncond"))) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    last = transition_triton(**{k: t[3:] if isinstance(t, torch.Tensor) else t for k, t in case.items()})
+    last = moments_by(transition_triton, {k: t[3:] if isinstance(t, torch.Tensor) else t for k, t in case.items()})
     assert all(torch.equal(a[3:], b) for a, b in zip(first, last, strict=False))
 
 
@@ -187,8 +193,8 @@ def test_no_sync():
     case = inputs((2, 9), torch.bfloat16, guided=True, with_ref=True)
     v = case["v"].requires_grad_()
     with NoSync():
-        transition_ref(**case).m2.sum().backward()
-        transition(**case).m2.sum().backward()
+        moments_by(transition_ref, case).m2.sum().backward()
+        moments_by(transition, case).m2.sum().backward()
     assert v.grad is not None
 
 
@@ -197,7 +203,7 @@ BAD_INPUTS = (
     ({"x_next": torch.zeros(2, 7)}, r"x_next has shape \(2, 7\), expected \(2, 8\)"),
     ({"v": torch.zeros(8, 2).T}, r"v is not contiguous .*call .contiguous\(\)"),
     ({"v_old": torch.zeros(2, 8).double()}, r"v_old has dtype torch.float64"),
-    ({"v_uncond": torch.zeros(2, 8, device="meta")}, r"v_uncond is on meta, expected"),
+    ({"v_uncond": torch.zeros(2, 8, device="meta"), "scale": 2.0}, r"v_uncond is on meta, expected"),
     ({"v_ref": torch.zeros(1, 8)}, r"v_ref has shape \(1, 8\)"),
     ({"coefficients": torch.zeros(2, 3)}, r"coefficients has shape \(2, 3\), expected \(2, 4\)"),
 )
@@ -205,6 +211,6 @@ BAD_INPUTS = (
 
 @pytest.mark.parametrize(("change", "message"), BAD_INPUTS)
 def test_bad_inputs(change, message):
-    change = {k: t if t.is_meta else t.to(DEVICE) for k, t in change.items()}
+    change = {k: t.to(DEVICE) if isinstance(t, torch.Tensor) and not t.is_meta else t for k, t in change.items()}
     with pytest.raises(ValueError, match=message):
-        transition(**inputs((2, 8), torch.float32) | change)
+        moments_by(transition, inputs((2, 8), torch.float32) | change)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.helpers import NoSync
 
-from fastgrpo.learning.advantages import _batch_std, best_and_worst, group_advantages, win_rate
+from fastgrpo.learning.advantages import batch_std, best_and_worst, group_advantages, win_rate
 
 G, K = 7, 24
 EPS = 1e-4
@@ -142,7 +142,7 @@ def test_the_batch_std_is_the_same_bits_in_any_order():
     """In float64: float32 would hide a difference nearly always."""
     rewards = 1e9 + batch()[0].double()
     orders = [torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
-    assert len({_batch_std(rewards[order]).item() for order in orders}) == 1
+    assert len({batch_std(rewards[order]).item() for order in orders}) == 1
 
 
 def test_one_reward_may_be_a_vector_or_a_column():

@@ -19,7 +19,7 @@ from fastgrpo.learning.objectives import (
     guard,
     settings_of,
 )
-from fastgrpo.sampling.tables import coefficient_table, kl_weights
+from fastgrpo.sampling.tables import coefficient_table, kl_weights, sampler_steps
 from fastgrpo_kernels.transition import transition_ref
 
 B, SHAPE = 6, (3, 7, 23)
@@ -43,7 +43,7 @@ def transition(sampler, move, seed=0):
     x, v_old, v_ref, step, eps = torch.randn(5, B, D, generator=generator, dtype=torch.float64)
     v = (v_old + move * step).requires_grad_()
     v_ref = v_old + move * v_ref
-    c_x, c_v, s, w = coefficient_table(sampler, SIGMAS, NOISE[sampler])[STEP].T[:, :, None]  # (B, 1) each
+    c_x, c_v, s, w = coefficient_table(sampler_steps(sampler, SIGMAS, NOISE[sampler]))[STEP].T[:, :, None]  # (B, 1) each
     mu_old, mu, mu_ref = (c_x * x + c_v * each for each in (v_old, v, v_ref))
     return v, mu_old + s * eps, mu_old, mu, mu_ref, s, w[:, 0]
 
@@ -53,7 +53,7 @@ def kernel_moments(sampler, move, seed=0):
     v, x_next, mu_old, mu, mu_ref, s, w = transition(sampler, move, seed)
     generator = torch.Generator().manual_seed(seed)
     x, v_old, v_ref, _, _ = torch.randn(5, B, D, generator=generator, dtype=torch.float64)
-    rows = coefficient_table(sampler, SIGMAS, NOISE[sampler])[STEP]
+    rows = coefficient_table(sampler_steps(sampler, SIGMAS, NOISE[sampler]))[STEP]
     image = (B, *SHAPE)
     moments = transition_ref(
         x_next.view(image), x.view(image), v.view(image), v_old.view(image), rows,
@@ -68,7 +68,7 @@ def moments_of(x_next, mu_old, mu, mu_ref):
 
 
 def rows(sampler, s, w, kl="paper"):
-    return StepRows(s[:, 0], w, kl_weights(sampler, SIGMAS, NOISE[sampler], kl)[STEP], torch.ones(B))
+    return StepRows(s[:, 0], w, kl_weights(sampler_steps(sampler, SIGMAS, NOISE[sampler]), kl)[STEP], torch.ones(B))
 
 
 def direct_loss(x_next, mu_old, mu, mu_ref, s, advantages, weight, clip_range, beta):
@@ -124,7 +124,7 @@ def test_reference_kl_is_that_of_the_released_code():
 def test_weight_of_the_released_cps_code():
     """Its log-prob is -(x' - mu)^2, without the variance."""
     _, x_next, mu_old, mu, mu_ref, s, _ = transition("cps", 1e-2)
-    w = coefficient_table("cps", SIGMAS, 0.8, log_prob_weight="cps_reference")[STEP, 3]
+    w = coefficient_table(sampler_steps("cps", SIGMAS, 0.8), log_prob_weight="cps_reference")[STEP, 3]
     loss = clip(moments_of(x_next, mu_old, mu, mu_ref), rows("cps", s, w), ADVANTAGES, ALL, clip_range=1e-4, beta=0.0)
     log_ratio = (-((x_next - mu) ** 2) + (x_next - mu_old) ** 2).mean(dim=1)
     torch.testing.assert_close(loss.ratio_mean, log_ratio.exp().mean().detach(), rtol=1e-12, atol=0)
@@ -323,10 +323,10 @@ def test_dppo_bounds_the_move_whatever_the_size_of_the_latent():
             assert loss.clip_fraction.item() == pytest.approx(0.5 * (far > 1), abs=0.2)
 
 
-def random_moments(forward, seed=3):
+def random_moments(on_final_images, seed=3):
     m1, m2, m3, m0, plus, minus = torch.rand(6, B, generator=torch.Generator().manual_seed(seed))
     moments = Moments(2e-3 * m1 - 1e-3, 1e-3 * m2, 1e-3 * m3)
-    return TargetMoments(*moments, 1 + m0, 0.5 + plus, 0.5 + minus) if forward else moments
+    return TargetMoments(*moments, 1 + m0, 0.5 + plus, 0.5 + minus) if on_final_images else moments
 
 
 def evaluate(name, moments, step=ROWS, advantages=ADVANTAGES, weight=ALL, clip_range=1.0, beta=0.04):
@@ -344,7 +344,7 @@ def test_weight_zero_is_exactly_nothing(name, bad):
     """Also where the sample that is out has moments that would overflow."""
     objective = OBJECTIVES[name]
     out = [2, 3] if objective.pairs else [2]
-    moments = random_moments(objective.forward)
+    moments = random_moments(objective.on_final_images)
     for moment in moments:
         moment[2] = bad
         moment.requires_grad_()
@@ -357,13 +357,13 @@ def test_weight_zero_is_exactly_nothing(name, bad):
         if moment.grad is not None:
             assert (moment.grad[out] == 0).all()
     assert (moments.m1.grad[live] != 0).all() and (moments.m3.grad[live] != 0).all()
-    ordinary = evaluate(name, random_moments(objective.forward), weight=weight)
+    ordinary = evaluate(name, random_moments(objective.on_final_images), weight=weight)
     assert torch.equal(loss.loss, ordinary.loss)
 
 
 @EVERY
 def test_the_mean_does_not_depend_on_how_the_batch_is_split(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     weight = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
 
     def part(rows):
@@ -378,7 +378,7 @@ def test_the_mean_does_not_depend_on_how_the_batch_is_split(name):
 
 @EVERY
 def test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     loss = evaluate(name, moments, beta=0.5)
     heavy = evaluate(name, moments, ROWS._replace(loss_weight=torch.full((B,), 3.0)), beta=0.5)
     torch.testing.assert_close(heavy.policy, 3 * loss.policy)
@@ -392,7 +392,7 @@ def test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own(name):
 
 @EVERY
 def test_on_policy_every_ratio_is_exactly_one(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     still = moments._replace(m1=torch.zeros(B), m2=torch.zeros(B))
     loss = evaluate(name, still, clip_range=1e-12)
     assert loss.ratio_mean == loss.ratio_min == loss.ratio_max == 1
@@ -401,7 +401,7 @@ def test_on_policy_every_ratio_is_exactly_one(name):
 
 @EVERY
 def test_record(name):
-    moments = random_moments(OBJECTIVES[name].forward)
+    moments = random_moments(OBJECTIVES[name].on_final_images)
     loss = evaluate(name, type(moments)(*(m.requires_grad_() for m in moments)))
     assert isinstance(loss, Loss) and loss.loss.dtype == torch.float32
     assert all(value.ndim == 0 for value in loss)
@@ -415,7 +415,7 @@ def test_settings_are_completed_and_counted():
     assert settings_of("awm", {"ema_beta": 0, "time_power": 0.0})["ema_beta"] == 0.0
     assert settings_of("sft", {"advantage": "none"}) == {"advantage": "none", "temperature": 1.0}
     for name, objective in OBJECTIVES.items():
-        moments = random_moments(objective.forward)
+        moments = random_moments(objective.on_final_images)
         objective.loss(moments, ROWS, ADVANTAGES, ALL, clip_range=1.0, beta=0.1, **settings_of(name, {}))
 
 
@@ -425,10 +425,10 @@ def test_settings_are_completed_and_counted():
         ("nft", {"mixx": 1.0}, r"objective\.settings\.mixx: unknown key; did you mean 'mix'\? choices: mix, adv_clip_max"),
         ("nft", {"mix": "one"}, r"objective\.settings\.mix = 'one': expected float, found str"),
         ("nft", {"mix": True}, r"objective\.settings\.mix = True: expected float, found bool"),
-        ("nft", {"mix": 0}, r"objective\.settings\.mix = 0\.0: it must be finite and above 0"),
-        ("dppo", {"delta": math.nan}, r"objective\.settings\.delta = nan: it must be finite and above 0"),
-        ("dpo", {"strength": math.inf}, r"objective\.settings\.strength = inf: it must be finite"),
-        ("awm", {"ema_beta": -1.0}, r"objective\.settings\.ema_beta = -1\.0: it must be finite and at least 0"),
+        ("nft", {"mix": 0}, r"objective\.settings\.mix = 0\.0: must be above 0"),
+        ("dppo", {"delta": math.nan}, r"objective\.settings\.delta = nan: must be a finite number"),
+        ("dpo", {"strength": math.inf}, r"objective\.settings\.strength = inf: must be a finite number"),
+        ("awm", {"ema_beta": -1.0}, r"objective\.settings\.ema_beta = -1\.0: must be at least 0"),
         ("awm", {"clip_range": 1.0}, r"objective\.settings\.clip_range: unknown key"),
         ("sft", {"advantage": "expo"}, r"objective\.settings\.advantage = 'expo': did you mean 'exp'"),
         ("clip", {"delta": 1.0}, r"objective\.settings\.delta: objective 'clip' has no settings of its own"),

@@ -7,31 +7,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.learners import experience_from, learner_of, rollout_arguments, steps_of
+from support.learners import experience_from, learner_of, rollout_arguments
 from support.tiny_model import load_tuned_model
 from torch import Tensor, nn
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import fastgrpo.learning.update
 import fastgrpo_kernels.guidance
-from fastgrpo.learning.update import (
-    largest_micro_batch,
-    live_batches,
-    live_count,
-    micro_batches,
-    recompute_old,
-    transition_loss,
-    update,
-)
+from fastgrpo.learning.batches import live_batches, live_count, micro_batches
+from fastgrpo.learning.update import largest_micro_batch, optimizer_step, recompute_old, transition_loss
 from fastgrpo.policy import Policy
-from fastgrpo.records import Experience, Rollout, experience_of
+from fastgrpo.records import Experience
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo_kernels import guided_velocity_triton, transition_triton
 
 
 def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int = 0) -> Experience:
-    arguments, options = rollout_arguments(model, guidance_scale, sampler, size, seed)
-    return experience_from(rollout(Policy(model), *arguments, **options), arguments)
+    arguments = rollout_arguments(model, guidance_scale, sampler, size, seed)
+    return experience_from(rollout(Policy(model), *arguments), arguments)
 
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
@@ -66,7 +59,7 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
             if "lora_B" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.002)
     learner, beta = learner_of(tuned_model, guidance_scale), 0.1
-    update(learner, [experience])
+    optimizer_step(learner, [experience])
     assert learner.engine.lasts == [False, False, True]
     found = {n: p.grad.double() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
 
@@ -76,14 +69,14 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
 
     def velocity(j: int) -> Tensor:
         x, sigma = experience.x[j].double(), experience.sigma[j].double()
-        embeds, pooled = (t.double() for t in experience.conditioning)
-        if guidance_scale != 1:
-            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        v = model(hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled).sample
-        if guidance_scale == 1:
-            return v
-        v_uncond, v = v.chunk(2)
-        return v_uncond + guidance_scale * (v - v_uncond)
+        v, v_uncond = (
+            None if rows is None else model(
+                hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=rows.embeds.double(),
+                pooled_projections=rows.pooled.double(),
+            ).sample
+            for rows in experience.prompted
+        )  # fmt: skip
+        return v if v_uncond is None else v_uncond + guidance_scale * (v - v_uncond)
 
     total = 0.0
     for j in range(3):
@@ -111,19 +104,16 @@ def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_mode
     """Against a gradient of each step alone, by weights that are 1 for one step and 0 for the others."""
     start = torch.tensor([0, 6, 3, 0])
     at = start[:, None] + torch.arange(3)  # (B, S)
-    steps = steps_of(tuned_model, start, 3)
-    experience = rolled(tuned_model, 1.0, "flow_sde")
+    schedule, *arguments = rollout_arguments(tuned_model, 1.0)
+    trajectory = rollout(Policy(tuned_model), schedule, *arguments)
+    experience = experience_from(trajectory, (schedule, *arguments))
 
     def gradient(weights: list[float] | None, beta: float) -> dict[str, Tensor]:
         weighted = experience
         if weights is not None:
             table = torch.zeros(4, 10).scatter(1, at, torch.tensor(weights).expand(4, -1))
-            latents = torch.cat([experience.x, experience.x_next[-1:]])
-            rollout = Rollout(latents, experience.v_old, torch.zeros(3, 4), latents[-1])
-            weighted = experience_of(
-                rollout, steps._replace(loss_weight=table), experience.conditioning, experience.advantages, experience.weight
-            )
-        update(learner_of(tuned_model, 1.0, beta=beta), [weighted])
+            weighted = experience_from(trajectory, (schedule._replace(loss_weight=table), *arguments))
+        optimizer_step(learner_of(tuned_model, 1.0, beta=beta), [weighted])
         found = {n: p.grad.double() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
         tuned_model.transformer.zero_grad()
         return found
@@ -141,7 +131,7 @@ def test_a_steps_weight_multiplies_its_policy_gradient_and_not_its_kl(tuned_mode
 def test_dead_groups_leave_no_gradient(tuned_model) -> None:
     experience = rolled(tuned_model, 1.0, "flow_sde")
     dead = replace(experience, advantages=torch.zeros(4), weight=torch.zeros(4))
-    update(learner_of(tuned_model, 1.0), [dead])
+    optimizer_step(learner_of(tuned_model, 1.0), [dead])
     assert all(p.grad is None or (p.grad == 0).all() for p in tuned_model.transformer.parameters())
 
 
@@ -150,10 +140,11 @@ def test_without_beta_the_reference_is_not_run(tuned_model) -> None:
     learner = learner_of(tuned_model, 1.0, beta=0.0)
     calls = []
     learner.engine.policy.register_forward_hook(lambda *_: calls.append(1))
-    update(learner, [experience])
+    optimizer_step(learner, [experience])
     assert len(calls) == len(experience.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
 def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: int) -> None:
@@ -162,7 +153,7 @@ def test_any_fold_is_the_same_update(tuned_model, guidance_scale: float, size: i
 
     def gradients(micro_batch_size: int) -> dict[str, Tensor]:
         learner = learner_of(tuned_model, guidance_scale, micro_batch_size=micro_batch_size)
-        update(learner, [experience])
+        optimizer_step(learner, [experience])
         assert learner.engine.lasts == [False] * (12 // micro_batch_size - 1) + [True]
         found = {n: p.grad.clone() for n, p in tuned_model.transformer.named_parameters() if p.grad is not None}
         tuned_model.transformer.zero_grad()
@@ -190,7 +181,7 @@ def test_recomputed_old_velocity_makes_any_fold_exact(tuned_model, guidance_scal
 def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatch, size: int) -> None:
     """They round guidance once, where torch rounds it twice: v_old has to be theirs too."""
     if torch.cuda.is_available():
-        pytest.skip("there the kernels are not interpreted: tests/test_guidance.py compares them")
+        pytest.skip("there the kernels are not interpreted: tests/kernels/test_guidance.py compares them")
 
     def fma(_, x, y, z):
         """Of a GPU; the interpreter's own rounds twice. A product of two float32 is exact in float64."""
@@ -208,6 +199,7 @@ def test_recomputed_old_velocity_is_exact_on_the_kernels(tuned_model, monkeypatc
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.drift.item() == 0.0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
     """The same compiled block with gradients and without, with the adapter on and off; and it is the same network."""
@@ -222,6 +214,7 @@ def test_compiled_blocks_keep_the_first_ratio_at_1(tuned_model) -> None:
         assert loss.ratio_min.item() == loss.ratio_max.item() == 1.0 and loss.kl.item() > 0
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_in_bfloat16_the_first_ratio_is_1_only_with_v_old_made_again() -> None:
     """A block's programs with gradients and without round differently, which is why `recomputes_old` says so by itself."""
@@ -268,6 +261,7 @@ def test_largest_micro_batch_is_what_memory_holds(tuned_model) -> None:
     assert all(p.grad is None for p in tuned_model.transformer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("live", [[0, 5, 6, 11], [1, 2, 3, 4, 8, 10], [], list(range(12))])
 def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidance_scale: float, live: list[int]) -> None:
@@ -279,7 +273,7 @@ def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidanc
     ]
     transformer = tuned_model.transformer
     learner = learner_of(tuned_model, guidance_scale)
-    whole = update(learner, parts)
+    whole = optimizer_step(learner, parts)
     expected = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
     transformer.zero_grad()
 
@@ -288,7 +282,7 @@ def test_batches_of_dead_samples_are_not_run_and_not_missed(tuned_model, guidanc
     packed = live_batches(parts, int(count))
     assert len(packed) == count and all(len(e.advantages) == 4 for e in packed)
     learner.engine.lasts.clear()
-    metrics = update(learner, packed, samples=12)
+    metrics = optimizer_step(learner, packed, samples=12)
     assert learner.engine.lasts == [False] * (3 * int(count) - 1) + [True]
     assert metrics["ratio_min"].item() == metrics["ratio_max"].item() == 1.0
     for name in ("loss", "policy", "kl"):

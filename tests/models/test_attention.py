@@ -57,7 +57,7 @@ def test_cudnn_is_asked_for_at_each_call(monkeypatch) -> None:
     model = load_tiny_model()
     model.transformer.bfloat16()
     model.use_attention("cudnn")
-    assert {processor.backend for processor in model.transformer.attn_processors.values()} == {"_native_cudnn"}
+    assert {processor.backend.value for processor in model.transformer.attn_processors.values()} == {"_native_cudnn"}
     flux = FluxTransformer2DModel(
         num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
         pooled_projection_dim=8, in_channels=4, axes_dims_rope=(2, 2, 4),

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.drawing import ode_arguments
 from support.helpers import NoSync
 from transformers import Qwen3Config, Qwen3Model
 
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
-from fastgrpo.models.bagel import Bagel, Conditioning
+from fastgrpo.models.bagel import Bagel, BagelConditioning
 from fastgrpo.models.bagel_folder import published_name, read_autoencoder
 from fastgrpo.models.bagel_network import GEN, BagelTransformer, PositionTable
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, concatenate, noise_address
-from fastgrpo.sampling.generate import ode_steps
+from fastgrpo.records import concatenate
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.bagel import original_names, tiny_autoencoder, velocity_ref
@@ -59,7 +59,7 @@ def tokens(model: Bagel, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def velocity(model: Bagel, x: torch.Tensor, conditioning: Conditioning, sigma: float = 0.7) -> torch.Tensor:
+def velocity(model: Bagel, x: torch.Tensor, conditioning: BagelConditioning, sigma: float = 0.7) -> torch.Tensor:
     return model.velocity(x, torch.full((len(x),), sigma), conditioning)
 
 
@@ -163,13 +163,9 @@ def test_guidance_is_the_published_one_for_each_sample() -> None:
 
 
 def test_a_guided_rollout_never_waits_for_the_device(model: Bagel) -> None:
-    steps, address = ode_steps(model, 3, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
-    conditioning = Embeddings(model)(PROMPTS[:2], guidance_scale=4.0)
+    arguments = ode_arguments(model, PROMPTS[:2], 3, 4.0)
     with NoSync():
-        result = rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=4.0, latent_shape=model.latent_shape,
-            model_dtype=model.dtype, guidance_rule=model.guide,
-        )  # fmt: skip
+        result = rollout(Policy(model), *arguments)
     assert result.final.isfinite().all()
 
 
@@ -195,7 +191,7 @@ def test_a_long_prompt_keeps_both_marks(model: Bagel) -> None:
 def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
     """So what is kept of it never goes stale, on disk neither."""
     model = load(folder)
-    before, name = model.encode(PROMPTS), Embeddings(model)._fingerprint
+    before, name = model.encode(PROMPTS), Embeddings(model).fingerprint
     model.add_lora(rank=4, alpha=8)
     with torch.no_grad():
         for n, parameter in model.transformer.named_parameters():
@@ -203,13 +199,13 @@ def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
             if "lora" in n:
                 parameter.normal_()
     assert all(torch.equal(a, b) for a, b in zip(model.encode(PROMPTS), before, strict=True))
-    assert Embeddings(model)._fingerprint == name
+    assert Embeddings(model).fingerprint == name
 
 
 def test_full_training_copies_only_what_it_trains(folder: Path) -> None:
     model = load(folder)
     model.train_all(keep_reference=True)
-    copied = dict(model._frozen.named_parameters())
+    copied = dict(model.untrained.named_parameters())
     for name, parameter in model.transformer.named_parameters():
         assert parameter.requires_grad == (GEN in name)
         assert (copied[name] is parameter) == (GEN not in name) and not copied[name].requires_grad
@@ -240,11 +236,12 @@ def test_blocks_compile_without_a_break(folder: Path) -> None:
 
 
 def test_embeddings_on_disk_are_read_back(model: Bagel, tmp_path: Path) -> None:
-    first = Embeddings(model, tmp_path)(PROMPTS[:2], guidance_scale=4.0)
-    again = Embeddings(model, tmp_path)(PROMPTS[:2], guidance_scale=4.0)
-    expected = concatenate([model.encode([p]) for p in ("", "", *PROMPTS[:2])])
-    for a, b, c in zip(first, again, expected, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    first = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
+    again = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
+    expected = [concatenate([model.encode([p]) for p in prompts]) for prompts in (PROMPTS[:2], ["", ""])]
+    for one, other, own in zip(first, again, expected, strict=True):
+        for a, b, c in zip(one, other, own, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_bfloat16(folder: Path, model: Bagel) -> None:

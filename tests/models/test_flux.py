@@ -1,4 +1,4 @@
-"""What is particular to FLUX.1 and FLUX.1 Kontext, against the stock pipelines: tests/test_models.py does the rest."""
+"""What is particular to FLUX.1 and FLUX.1 Kontext, against the stock pipelines; test_models.py does the rest."""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +7,18 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from PIL import Image
+from support.drawing import ode_arguments
 from support.helpers import NoSync
 from torch import Tensor
 
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.flux import Flux, FluxKontext
 from fastgrpo.policy import Policy
-from fastgrpo.records import TRAIN, Steps, noise_address
-from fastgrpo.sampling import tables as sde
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.testing.flux import FAMILY, KONTEXT, SETTINGS, call, call_kontext, drawing, make
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
+from fastgrpo.testing.flux import FAMILY, KONTEXT, SETTINGS, call, call_kontext, disc, make
 
 STEPS = 3
 SHAPES = [(16, 16), (16, 24), (32, 8)]  # height and width
@@ -141,15 +141,11 @@ def test_distilled_guidance_matters() -> None:
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_rollout_has_no_host_in_it(kind: str, guidance_scale: float) -> None:
     model, prompts = adapter(kind), KINDS[kind][2].prompts
-    conditioning = Embeddings(model)(prompts, guidance_scale=guidance_scale)
-    start, sigmas = torch.zeros(2, dtype=torch.int64), model.sigmas(STEPS)
-    steps = Steps(sigmas, sde.window_tables("cps", sigmas, 0.8, start, 2), start, 2, torch.zeros(STEPS))
-    address = noise_address(TRAIN, 0, 0, torch.arange(2))
+    steps = sampler_steps("cps", model.sigmas(STEPS), 0.8)
+    schedule = window_schedule(steps, torch.zeros(2, dtype=torch.int64), 2)
+    _, *arguments = ode_arguments(model, prompts, STEPS, guidance_scale)
     with NoSync():
-        rollout(
-            Policy(model), steps, address, conditioning,
-            guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=torch.float32,
-        )  # fmt: skip
+        rollout(Policy(model), schedule, *arguments)
 
 
 def test_the_input_image_matters() -> None:
@@ -172,7 +168,7 @@ def test_input_images_of_any_shape_are_resized_to_the_output(tmp_path: Path) -> 
     """Also grey ones and those with transparency, so that all rows have as many tokens."""
     Image.new("L", (7, 40), 90).save(tmp_path / "grey.png")
     Image.new("RGBA", (50, 9), (10, 200, 30, 128)).save(tmp_path / "clear.png")
-    files = [tmp_path / "grey.png", tmp_path / "clear.png", drawing("exact", (24, 16), "white", "red")]
+    files = [tmp_path / "grey.png", tmp_path / "clear.png", disc("exact", (24, 16), "white", "red")]
     model = adapter("kontext", height=16, width=24)
     conditioning = model.encode([ImagePrompt("brighter", file) for file in files])
     assert conditioning.image.shape == (3, *model.latent_shape)

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from support.drawing import ode_arguments
 from support.helpers import NoSync
 
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, noise_address
-from fastgrpo.sampling.generate import ode_steps
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.flux2 import TEXT_TOKENS
@@ -103,13 +101,9 @@ def test_the_schedule_is_the_pipelines(name: str, height: int, width: int, num_s
 @pytest.mark.parametrize(("name", "guidance_scale"), [("flux2", 1.0), ("flux2_klein", 1.0), ("flux2_klein", 3.0)])
 def test_the_loop_has_no_host(name: str, guidance_scale: float, models) -> None:
     model = models[name]
-    conditioning = Embeddings(model)(PROMPTS[1:3], guidance_scale=guidance_scale)
-    steps, address = ode_steps(model, 2, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
+    arguments = ode_arguments(model, PROMPTS[1:3], 2, guidance_scale)
     with NoSync():
-        rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=guidance_scale, latent_shape=model.latent_shape,
-            model_dtype=torch.float32,
-        )  # fmt: skip
+        rollout(Policy(model), *arguments)
 
 
 def test_positions_are_made_once(models, monkeypatch: pytest.MonkeyPatch) -> None:

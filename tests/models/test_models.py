@@ -1,23 +1,22 @@
 """Every model family on its tiny pipeline, against the stock diffusers pipeline and through whole runs under DeepSpeed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import ROOT, environment
+from support.drawing import drawn
+from support.runs import ForkServer
 
-from fastgrpo.data.embeddings import Embeddings, without_text
+from fastgrpo.data.embeddings import without_text
 from fastgrpo.models import MODELS, load_model, model_class
-from fastgrpo.models.adapter import ARCHITECTURES, read_architecture
-from fastgrpo.policy import Policy
+from fastgrpo.models.loading import ARCHITECTURES, read_architecture
+from fastgrpo.models.sd3 import SD3
 from fastgrpo.records import SAMPLE, concatenate, noise_address
-from fastgrpo.sampling.generate import generate
 from fastgrpo.testing import FAMILIES, load_family
-from fastgrpo_kernels import INITIAL_STEP, guided_velocity, normal
+from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
 
+pytestmark = pytest.mark.slow  # every test for every family
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
 SCALES = [(name, scale) for name in FAMILIES for scale in load_family(name).guidance]
@@ -44,10 +43,7 @@ def noise(model, count: int) -> torch.Tensor:
 
 def own_images(name: str, model, scale: float) -> torch.Tensor:
     prompts = load_family(name).prompts
-    return generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
-        num_steps=STEPS, guidance_scale=scale,
-    )  # fmt: skip
+    return drawn(model, prompts, num_steps=STEPS, guidance_scale=scale)
 
 
 def test_every_model_has_a_tiny_family() -> None:
@@ -65,6 +61,19 @@ def test_images_are_encoded_to_what_they_are_decoded_from(name: str, folders) ->
     encoded = model.encode_images(images)
     assert encoded.shape == latents.shape and encoded.dtype == torch.float32 and encoded.isfinite().all()
     assert not torch.equal(encoded[0], encoded[1])
+
+
+def test_a_family_whose_latents_are_mixed_is_told_that_images_cannot_be_encoded(folders) -> None:
+    """Adapter.from_vae inverts a reordering with a scale and a shift for each number. Here each number is a sum of two."""
+
+    class Mixing(SD3):
+        def vae_latents(self, latents, decoder):
+            return super().vae_latents(latents + 0.5 * latents.flip(-1), decoder)
+
+    model = Mixing.load(folders["sd3"], dtype=torch.float32, device=CPU, **load_family("sd3").settings)
+    images = torch.zeros(2, 3, *model.size, dtype=torch.uint8)
+    with pytest.raises(NotImplementedError, match=r"Mixing\.vae_latents .* a from_vae of its own"):
+        model.encode_images(images)
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -101,7 +110,7 @@ def guided(model, x, sigma, conditioning, without, scale, together):
         v_uncond, v = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
     else:
         v_uncond, v = model.velocity(x, sigma, without), model.velocity(x, sigma, conditioning)
-    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(v, v_uncond, scale)
+    return model.guide(v, v_uncond, scale) if model.guide else guided_velocity(Guided(v, v_uncond, scale))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
@@ -165,16 +174,12 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
     assert torch.equal(own_images(name, fresh, 1.0), after)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path) -> None:
+def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path, fork_server: ForkServer) -> None:
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
-    worker = ROOT / "tests" / "support" / "model_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), name, str(folders[name]), str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    printed = fork_server.run(name, str(folders[name]), str(tmp_path), program="support.model_worker:main")
+    result = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     for form in ("lora", "full"):
         rewards = result[form]["rewards"]
         assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + result[form]["spread"], (form, result[form])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.drawing import drawn, ode_arguments
 from support.helpers import NoSync
 from torch import Tensor
 
@@ -15,10 +16,10 @@ from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
 from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, TRAIN, Steps, noise_address
-from fastgrpo.sampling import tables as sde
-from fastgrpo.sampling.generate import generate
+from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.testing import load_family
 from fastgrpo.testing.qwen_image import TEXT_TOKENS
 from fastgrpo_kernels import INITIAL_STEP, normal
@@ -181,10 +182,7 @@ def test_the_schedule_depends_on_the_size(load) -> None:
 def test_an_image_that_is_no_square(load) -> None:
     model = load("qwen_image", height=24, width=16)
     assert model.latent_shape == (24, 16) and model.grid == (1, 6, 4)
-    found = generate(
-        model, Policy(model), Embeddings(model), PROMPTS[:1], torch.arange(1), stream=SAMPLE, seed=0, num_steps=4,
-        guidance_scale=4.0,
-    )  # fmt: skip
+    found = drawn(model, PROMPTS[:1], num_steps=4, guidance_scale=4.0)
     image = stock(model, PROMPTS[0], 4.0)
     assert found.shape == (1, 3, 24, 16)
     assert (found.float() - (image * 255).round()).abs().max() <= 1
@@ -203,16 +201,11 @@ def test_times_are_rounded_as_the_pipeline_rounds_them(load) -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_the_loop_has_no_host(load, name: str, scale: float) -> None:
     model = load(name)
-    conditioning = Embeddings(model)(load_family(name).prompts, guidance_scale=scale)
-    mask = torch.arange(4) < 2
-    table = sde.coefficient_table("cps", model.sigmas(4), 0.8, mask).float()
-    steps = Steps(model.sigmas(4), table.expand(2, -1, -1), torch.zeros(2, dtype=torch.int64), 2, torch.zeros(4))
-    policy, address = Policy(model), noise_address(TRAIN, 0, 0, torch.arange(2))
+    steps = sampler_steps("cps", model.sigmas(4), 0.8)
+    schedule = window_schedule(steps, torch.zeros(2, dtype=torch.int64), 2)
+    _, *arguments = ode_arguments(model, load_family(name).prompts, 4, scale)
     with NoSync():
-        result = rollout(
-            policy, steps, address, conditioning, guidance_scale=scale, latent_shape=model.latent_shape,
-            model_dtype=torch.float32, guidance_rule=model.guide,
-        )  # fmt: skip
+        result = rollout(Policy(model), schedule, *arguments)
     assert result.final.isfinite().all()
 
 
@@ -236,8 +229,8 @@ def test_no_text_keeps_the_image(load) -> None:
     nothing, space, full = (model.encode([prompt._replace(text=text)]) for text in ("", " ", prompt.text))
     assert all(torch.equal(a, b) for a, b in zip(nothing, space, strict=True))
     assert torch.equal(nothing.image, full.image) and nothing.mask.sum() < full.mask.sum()
-    rows = Embeddings(model)(EDITS, guidance_scale=4.0)
-    assert torch.equal(rows.image[:2], rows.image[2:]) and not torch.equal(rows.image[0], rows.image[1])
+    cond, uncond = Embeddings(model).prompted(EDITS, 4.0)
+    assert torch.equal(cond.image, uncond.image) and not torch.equal(cond.image[0], cond.image[1])
 
 
 def test_an_edit_that_does_not_fit_is_refused(load) -> None:
@@ -256,10 +249,7 @@ def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:
     """Also from an image of another size and mode."""
     Image.new("L", (50, 31), 200).save(tmp_path / "grey.png")
     model = load("qwen_image_edit", height=24, width=16)
-    images = generate(
-        model, Policy(model), Embeddings(model), [ImagePrompt("draw a line", tmp_path / "grey.png")], torch.arange(1),
-        stream=SAMPLE, seed=0, num_steps=2, guidance_scale=4.0,
-    )  # fmt: skip
+    images = drawn(model, [ImagePrompt("draw a line", tmp_path / "grey.png")], num_steps=2, guidance_scale=4.0)
     assert images.shape == (1, 3, 24, 16)
 
 

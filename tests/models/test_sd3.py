@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+from support.drawing import drawn
 from support.helpers import ROOT
 from support.tiny_model import TINY_WEIGHTS, load_tiny_model, load_tuned_model
 
-from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
-from fastgrpo.sampling.generate import generate
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import INITIAL_STEP, normal
 
@@ -40,10 +38,7 @@ def stock_images(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, guid
 
 
 def own_images(model, guidance_scale: float, steps: int) -> np.ndarray:
-    images = generate(
-        model, Policy(model), Embeddings(model), PROMPTS, torch.arange(len(PROMPTS)), stream=SAMPLE, seed=0,
-        num_steps=steps, guidance_scale=guidance_scale,
-    )  # fmt: skip
+    images = drawn(model, PROMPTS, num_steps=steps, guidance_scale=guidance_scale)
     return images.permute(0, 2, 3, 1).numpy().astype(np.int64)
 
 
@@ -122,6 +117,7 @@ def test_only_the_lora_is_trained(tuned_model) -> None:
     assert targets == set(tuned_model.lora_targets)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:
     """A batch that was there before costs nothing; no program is for sizes that vary, and each shape has as many."""
     model, compiled, module_compile = load_tuned_model(), [], torch.nn.Module.compile

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,18 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.models import WanTransformer3DModel
 from PIL import Image
+from support.drawing import drawn, ode_arguments
 from support.helpers import NoSync
 from support.model_worker import configuration
-from support.runs import run
+from support.runs import ForkServer
 
 from fastgrpo.commands.cli import main
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.wan import Wan
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
-from fastgrpo.reporting.runlog import as_pictures
+from fastgrpo.reporting.pictures import as_pictures
 from fastgrpo.rewards import load_reward
-from fastgrpo.sampling.generate import generate, ode_steps
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.wan import TEXT_TOKENS
@@ -51,10 +49,7 @@ def noise(model, count: int = 1) -> torch.Tensor:
 
 
 def own_videos(model, prompts: list[str], num_steps: int = 3, scale: float = 1.0) -> torch.Tensor:
-    return generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(len(prompts)), stream=SAMPLE, seed=0,
-        num_steps=num_steps, guidance_scale=scale,
-    )  # fmt: skip
+    return drawn(model, prompts, num_steps=num_steps, guidance_scale=scale)
 
 
 def stock_videos(pipeline: WanPipeline, model, num_steps: int = 3) -> torch.Tensor:
@@ -108,10 +103,6 @@ def first_of_all(images: torch.Tensor, prompts: list[str], metadata: list[dict])
     return images.flatten(1)[:, 0].float() + torch.tensor(extra)
 
 
-def frames_seen(videos: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-    return torch.full((len(videos),), float(videos.shape[1])) + videos[:, -1, 0, 0, 0]
-
-
 def test_rewards_see_each_frame_or_the_whole_clip(folder: Path) -> None:
     videos = own_videos(load(folder), PROMPTS)
     records = [{"bonus": 100.0}, {"bonus": 200.0}]
@@ -119,7 +110,7 @@ def test_rewards_see_each_frame_or_the_whole_clip(folder: Path) -> None:
     extra = torch.tensor([len(p) + r["bonus"] for p, r in zip(PROMPTS, records, strict=True)])
     assert videos[0, :, 0, 0, 0].unique().numel() > 1
     assert torch.allclose(found, videos[:, :, 0, 0, 0].float().mean(1) + extra)
-    clip = load_reward("test_wan:frames_seen", frames="clip")(videos, PROMPTS, records)
+    clip = load_reward("support.model_worker:frames_seen", frames="clip")(videos, PROMPTS, records)
     assert torch.equal(clip, 9 + videos[:, -1, 0, 0, 0].float())
 
 
@@ -197,13 +188,9 @@ def test_a_timestep_a_token_is_one_a_sample_without_an_input_frame() -> None:
 def test_a_rollout_has_no_host(folder: Path, scale: float, dtype: torch.dtype) -> None:
     model = load(folder, dtype)
     model.add_lora(rank=4, alpha=8)
-    conditioning, steps = Embeddings(model)(PROMPTS, guidance_scale=scale), ode_steps(model, 3, 2)
-    address = noise_address(SAMPLE, 0, 0, torch.arange(2))
+    arguments = ode_arguments(model, PROMPTS, 3, scale)
     with NoSync():
-        rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=scale, latent_shape=model.latent_shape,
-            model_dtype=dtype,
-        )  # fmt: skip
+        rollout(Policy(model), *arguments)
 
 
 def test_in_bfloat16_the_decoder_and_the_modulation_stay_float32(folder: Path) -> None:
@@ -224,21 +211,22 @@ def test_a_tiny_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """A whole guided run in bfloat16 with KL and the embeddings on disk, as the recipe's."""
     output = tmp_path_factory.mktemp("runs") / "wan"
     config = configuration(
         "wan", folder, output, "iterations=2", "model.dtype=bfloat16", "objective.beta=0.004", "rollout.guidance_scale=4.5",
         "rollout.sampler=flow_sde", "rollout.noise_level=0.7", "rollout.window={kind: all_but_last}",
-        "rollout.group_size=4", "rollout.batch_size=4", "reward.train=test_wan:frames_seen",
-        "reward.eval=test_wan:frames_seen", "reward.frames=clip", f"prompts.cache={output / 'cache'}",
+        "rollout.group_size=4", "rollout.batch_size=4", "reward.train=support.model_worker:frames_seen",
+        "reward.eval=support.model_worker:frames_seen", "reward.frames=clip", f"prompts.cache={output / 'cache'}",
         "update.gradient_checkpointing=true", "evaluation.every=1", "evaluation.guidance_scale=4.5",
     )  # fmt: skip
     (output / "config_in.yaml").write_text(dump_config(config))
-    run([sys.executable, "-m", "fastgrpo", "train", "--config", str(output / "config_in.yaml")])
+    fork_server.run("train", "--config", str(output / "config_in.yaml"))
     return output
 
 
+@pytest.mark.processes
 def test_a_run_leaves_frames_side_by_side_and_a_report(finished: Path) -> None:
     prompts = json.loads((finished / "samples" / "prompts.json").read_text())
     for iteration in ("00000", "00001", "00002"):
@@ -250,6 +238,7 @@ def test_a_run_leaves_frames_side_by_side_and_a_report(finished: Path) -> None:
     assert [row["first_ratio_deviation"] for row in rows] == [0, 0] and all(row["reward"] >= 9 for row in rows)
 
 
+@pytest.mark.processes
 def test_a_bfloat16_run_starts_from_the_stock_network(folder: Path, finished: Path) -> None:
     """DeepSpeed would round the weights that Wan keeps in float32; the first samples show that they are as loaded."""
     model = load(folder, torch.bfloat16)
@@ -259,6 +248,7 @@ def test_a_bfloat16_run_starts_from_the_stock_network(folder: Path, finished: Pa
     assert np.array_equal(np.stack(found), expected)
 
 
+@pytest.mark.processes
 def test_a_run_is_sampled_and_evaluated(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "a.png"
     arguments = ["sample", str(finished), "--prompt", "a cat", "--images", "2", "--steps", "2", "--output", str(picture)]

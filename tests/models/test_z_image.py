@@ -3,13 +3,12 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from support.drawing import ode_arguments
 from support.helpers import NoSync
 
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, concatenate, noise_address
-from fastgrpo.sampling.generate import ode_steps
+from fastgrpo.records import concatenate
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 
@@ -104,13 +103,9 @@ def test_the_schedule_is_the_pipelines(height: int, width: int, dynamic: bool) -
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_the_loop_has_no_host(model, guidance_scale: float) -> None:
-    conditioning = Embeddings(model)(PROMPTS[1:3], guidance_scale=guidance_scale)
-    steps, address = ode_steps(model, 2, 2), noise_address(SAMPLE, 0, 0, torch.arange(2))
+    arguments = ode_arguments(model, PROMPTS[1:3], 2, guidance_scale)
     with NoSync():
-        rollout(
-            Policy(model), steps, address, conditioning, guidance_scale=guidance_scale, latent_shape=model.latent_shape,
-            model_dtype=torch.float32, guidance_rule=model.guide,
-        )  # fmt: skip
+        rollout(Policy(model), *arguments)
 
 
 def test_one_shape_whatever_the_prompts(model) -> None:

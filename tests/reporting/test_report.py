@@ -14,7 +14,8 @@ from PIL import Image
 from support.helpers import environment
 
 from fastgrpo.reporting.charts import ticks
-from fastgrpo.reporting.report import read_run, write_report
+from fastgrpo.reporting.report import write_report
+from fastgrpo.reporting.saved_run import read_run
 
 FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "samples")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -321,10 +322,13 @@ def test_folder_without_a_run_is_refused_by_name(tmp_path: Path, make: bool) -> 
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.processes
 def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     """As a command; it loads no torch, and a wrong folder is one line, not a traceback."""
-    code = "import sys, fastgrpo.reporting.report as r; r.main(); assert 'torch' not in sys.modules"
-    good = subprocess.run([sys.executable, "-c", code, str(run)], env=environment(), capture_output=True, text=True)
+    code = "import sys; from fastgrpo.commands.cli import main; main(); assert 'torch' not in sys.modules"
+    good = subprocess.run(
+        [sys.executable, "-c", code, "report", str(run)], env=environment(), capture_output=True, text=True
+    )
     assert good.returncode == 0, good.stderr
     assert good.stdout.strip() == str(run / "report.html")
     command = [sys.executable, "-m", "fastgrpo.report", str(tmp_path / "none")]

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from fastgrpo.data.prompts import load_prompts
-from fastgrpo.rewards import REWARDS
-from fastgrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalGraded, _cut_out, _detections
+from fastgrpo.rewards import REWARDS, load_reward
+from fastgrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalGraded, cut_out, detections
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, Detection, check_record, judge, kept, whose_colors
 from fastgrpo.testing.tokenizers import clip_tokenizer
 
@@ -137,29 +137,29 @@ def test_detections_from_logits() -> None:
     classes[0, CLASSES.index("cat")] = classes[1, CLASSES.index("bed")] = classes[3, 80] = 10
     classes[2] = 0
     masks[0, 1:3, 2:6] = masks[1, :, :] = masks[2] = 20
-    cat, bed = sorted(_detections(classes, masks, (32, 32), (32, 32), (64, 32)), key=lambda d: -CLASSES.index(d.name))[::-1]
+    cat, bed = sorted(detections(classes, masks, (32, 32), (32, 32), (64, 32)), key=lambda d: -CLASSES.index(d.name))[::-1]
     assert (cat.name, bed.name, bed.box) == ("cat", "bed", (0, 0, 32, 64)) and bed.score > 0.99
     assert cat.mask.shape == (64, 32) and cat.mask.dtype == torch.bool
     # Rows 1 and 2 of 8 are 8 to 24 of 64, columns 2 to 5 are 8 to 24 of 32.
     assert torch.tensor(cat.box).sub(torch.tensor([8, 8, 24, 24])).abs().max() <= 1
     # Half of the network's input is padding: what lies in the other half fills the image.
-    [cat, _] = sorted(_detections(classes, masks, (32, 32), (16, 32), (64, 32)), key=lambda d: CLASSES.index(d.name))
+    [cat, _] = sorted(detections(classes, masks, (32, 32), (16, 32), (64, 32)), key=lambda d: CLASSES.index(d.name))
     assert torch.tensor(cat.box).sub(torch.tensor([8, 16, 24, 48])).abs().max() <= 2
 
 
 def test_an_unsure_mask_makes_a_detection_unsure() -> None:
     classes, masks = torch.full((1, 81), -10.0), torch.full((1, 8, 8), 0.2)
     classes[0, 0] = 10
-    [person] = _detections(classes, masks, (32, 32), (32, 32), (32, 32))
+    [person] = detections(classes, masks, (32, 32), (32, 32), (32, 32))
     assert person.score == pytest.approx(torch.tensor(0.2).sigmoid().item(), abs=1e-4)
     masks[:] = -1
-    assert _detections(classes, masks, (32, 32), (32, 32), (32, 32)) == []
+    assert detections(classes, masks, (32, 32), (32, 32), (32, 32)) == []
 
 
 def test_an_object_is_cut_out_on_gray() -> None:
     mask = torch.zeros(20, 30, dtype=torch.bool)
     mask[4:8, 10:20] = True
-    crop = _cut_out(torch.full((3, 20, 30), 255, dtype=torch.uint8), Detection("cat", 1.0, (9, 4, 20, 8), mask))
+    crop = cut_out(torch.full((3, 20, 30), 255, dtype=torch.uint8), Detection("cat", 1.0, (9, 4, 20, 8), mask))
     assert crop.size == (11, 4) and crop.getpixel((0, 0)) == (0x99,) * 3 and crop.getpixel((1, 0)) == (255,) * 3
 
 
@@ -236,7 +236,7 @@ def test_a_color_is_the_one_whose_wordings_are_nearest(folders: dict[str, Path])
     items = [(image, seen("cat")), (image, seen("bed", 10, 10))]
     clip, tokenizer = CLIPModel.from_pretrained(folders["clip"]), clip_tokenizer()
     for (_, item), color in zip(items, Colors(folders["clip"], CPU)(items).values(), strict=True):
-        crop = CLIPImageProcessorPil.from_pretrained(folders["clip"])(_cut_out(image, item), return_tensors="pt")
+        crop = CLIPImageProcessorPil.from_pretrained(folders["clip"])(cut_out(image, item), return_tensors="pt")
         with torch.no_grad():
             shown, likeness = clip.get_image_features(**crop).pooler_output[0], {}
             for name in COLORS:
@@ -263,8 +263,8 @@ def test_wrong_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> No
         GenEval(device=CPU, detector=Path("nowhere"), clip=folders["clip"])
     with pytest.raises(ValueError, match=f"clip = {tmp_path}: cannot be loaded"):
         GenEval(device=CPU, detector=folders["detector"], clip=tmp_path)
-    with pytest.raises(ValueError, match="batch_size = 0"):
-        GenEval(device=CPU, **folders, batch_size=0)
+    with pytest.raises(ValueError, match=r"reward\.settings\.geneval\.batch_size = 0: must be at least 1"):
+        load_reward("geneval", settings={**{key: str(path) for key, path in folders.items()}, "batch_size": 0})
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folders["detector"])
     model.config.id2label = {**model.config.id2label, 79: "sky"}
     model.save_pretrained(tmp_path)

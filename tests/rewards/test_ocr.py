@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import matplotlib
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastgrpo.edit_distance import levenshtein
-from fastgrpo.rewards import REWARDS
-from fastgrpo.rewards.ocr import OCR, VideoOCR, similarity, target_text
+from fastgrpo.rewards import REWARDS, load_reward
+from fastgrpo.rewards.ocr import ENGINES, OCR, VideoOCR, similarity, target_text
 
 CPU = torch.device("cpu")
 TTF = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -88,8 +89,8 @@ def test_a_clip_is_the_mean_of_every_fourth_frame() -> None:
     assert score(reward, [clips[0]], "museum") == [1]
     with pytest.raises(ValueError, match=r"video_ocr reads clips \(B, T, 3, H, W\), not \(1, 3, 192, 320\)"):
         score(reward, [right], "museum")
-    with pytest.raises(ValueError, match="every = 0"):
-        VideoOCR(device=CPU, every=0)
+    with pytest.raises(ValueError, match=r"reward\.settings\.video_ocr\.every = 0: must be at least 1"):
+        load_reward("video_ocr", settings={"every": 0})
 
 
 SIMILARITIES = [
@@ -127,8 +128,9 @@ def test_a_prompt_without_text_is_an_error_at_the_call(ocr: OCR) -> None:
 
 
 def test_engines_that_are_not_there_are_named(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="engine = 'tesseract': there are rapid, paddle"):
-        OCR(device=CPU, engine="tesseract")
+    with pytest.raises(ValueError, match=r"reward\.settings\.ocr\.engine = 'tesseract': choices: rapid, paddle"):
+        load_reward("ocr", settings={"engine": "tesseract"})
+    assert tuple(ENGINES) == get_args(get_type_hints(OCR.__init__)["engine"])
     needs = [("rapid", "rapidocr_onnxruntime", "rapidocr-onnxruntime"), ("paddle", "paddleocr", "'paddleocr>=3'")]
     for engine, module, package in needs:
         monkeypatch.setitem(sys.modules, module, None)

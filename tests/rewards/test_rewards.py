@@ -1,10 +1,20 @@
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 from PIL import Image
+from support.helpers import ROOT, environment
 
-from fastgrpo.rewards import RewardSum, checked, load_reward, load_rewards, reward_version, score_range
+from fastgrpo.config.bounds import AtLeast
+from fastgrpo.config.schema import ConfigError
+from fastgrpo.rewards import REWARDS, RewardSum, checked, each_frame, load_reward, load_rewards, reward_version, score_range
+from fastgrpo.rewards.retry import tries
 from fastgrpo.tiny.render import render
 from fastgrpo.tiny.world import sample_scene, split_prompts
 
@@ -99,25 +109,129 @@ def test_a_class_is_made_once_with_the_device_and_its_settings() -> None:
 
 
 def test_settings_that_a_reward_does_not_take_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Brightness\.scal: not a setting .* 'scale'\? choices: scale, offset"):
+    with pytest.raises(ValueError, match=r"Brightness\.scal: unknown key; did you mean 'scale'\? choices: scale, offset"):
         load_reward(MINE, settings={"scal": 1})
-    with pytest.raises(ValueError, match=r"Brightness\.scale: missing; .* takes scale, offset"):
+    with pytest.raises(ValueError, match=r"Brightness\.scale: missing; it has no default"):
         load_reward(MINE)
-    with pytest.raises(ValueError, match=r"tiny_shapes\.path: not a setting of this reward; it takes none"):
+    with pytest.raises(ValueError, match=r"tiny_shapes: reward 'tiny_shapes' is a function, which has no settings"):
         load_reward("tiny_shapes", settings={"path": "a"})
     with pytest.raises(ValueError, match="'no.such.module:f': No module named"):
         load_reward("no.such.module:f")
 
 
+class Plain:
+    """Without annotations, and with settings of any name."""
+
+    def __init__(self, device, size, names=[], **more) -> None:  # noqa: B006
+        self.settings = {"size": size, "names": names, **more}
+
+
+class Typed:
+    """With types that YAML can say, and one that it cannot."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        size: Annotated[int, AtLeast(1)],
+        folder: Path | None = None,
+        weights: dict[str, float] | float = 1.0,
+        names: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.settings = {"size": size, "folder": folder, "weights": weights, "names": names, "dtype": dtype}
+
+
+def made(reward: type, **settings: object) -> dict:
+    return load_reward(f"{__name__}:{reward.__name__}", settings=settings, frames="clip").settings
+
+
+def test_settings_are_checked_by_type_where_a_class_says_one() -> None:
+    assert made(Plain, size="any", other=[1]) == {"size": "any", "names": [], "other": [1]}
+    assert made(Typed, size=2) == {"size": 2, "folder": None, "weights": 1.0, "names": (), "dtype": torch.float32}
+    found = made(Typed, size=1, folder="a/b", weights={"x": 1}, names=["y"], dtype="float16")
+    assert found == {"size": 1, "folder": Path("a/b"), "weights": {"x": 1.0}, "names": ["y"], "dtype": "float16"}
+    assert made(Typed, size=1, weights=2)["weights"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, r"size = 0: must be at least 1"),
+        ({"size": "a"}, r"size = 'a': expected int, found str"),
+        ({"size": True}, r"size = True: expected int, found bool"),
+        ({"size": 1, "folder": 3}, r"folder = 3: expected Path, found int"),
+        ({"size": 1, "names": "y"}, r"names = 'y': expected a list"),
+        ({"size": 1, "names": ["y", 1]}, r"names\[1\] = 1: expected str, found int"),
+        ({"size": 1, "weights": {"x": "y"}}, r"weights\.x = 'y': expected float, found str"),
+        ({"size": 1, "weights": float("nan")}, r"weights = nan: must be a finite number"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^reward\.settings\.{__name__}:Typed\.{message}"):
+        made(Typed, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("vlm_judge", {"url": 5, "model": "x"}, r"url = 5: expected str, found int"),
+        ("vlm_judge", {"url": "x", "model": "x", "retries": -1}, r"retries = -1: must be at least 0"),
+        ("vlm_judge", {"url": "x"}, r"model: missing; it has no default"),
+        ("geneval", {"detector": 3, "clip": "x"}, r"detector = 3: expected Path, found int"),
+        ("remote", {"urls": ["http://x"], "retries": "x"}, r"retries = 'x': expected int, found str"),
+        ("remote", {"urls": "http://x"}, r"urls = 'http://x': expected a list"),
+        ("remote", {"urls": ["http://x"], "form": "jpeg"}, r"form = 'jpeg': .*choices: raw, png"),
+        ("aesthetic", {"path": 5}, r"path = 5: expected str, found int"),
+        ("clip_score", {"batch_size": 0}, r"batch_size = 0: must be at least 1"),
+        ("ocr", {"engine": 1}, r"engine = 1: .*choices: rapid, paddle"),
+    ],
+)
+def test_settings_of_our_own_rewards_are_refused_by_name(name: str, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^reward\.settings\.{name}\.{message}"):
+        load_reward(name, settings=settings)
+
+
+@pytest.mark.processes
+def test_rewards_need_no_libraries_of_the_models() -> None:
+    """A server of rewards has neither: every module of a reward is imported where these cannot be."""
+    modules = sorted({path.partition(":")[0] for path in REWARDS.values()})
+    code = (
+        "import importlib, sys\n"
+        "sys.modules.update(dict.fromkeys(('diffusers', 'peft', 'deepspeed')))  # to import one is an error\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=ROOT)
+
+
+def test_pauses_double_differ_and_leave_the_random_numbers_of_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    random.seed(0)
+    expected, before = random.Random(0).random(), len(waits)
+    assert list(tries(3, 1.0)) == [0, 1, 2, 3] and before == 0
+    assert random.random() == expected
+    assert all(middle / 2 <= wait <= middle * 3 / 2 for wait, middle in zip(waits, [1, 2, 4], strict=True))
+    assert list(tries(0, 1.0)) == [0] and len(waits) == 3
+    assert max(wait for _ in [*tries(2000, 0.5)] for wait in waits) <= 45  # doubled 2000 times, no float would hold it
+
+
+def test_each_frame_keeps_its_prompt() -> None:
+    videos = torch.arange(2 * 3).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
+    frames, prompts, records = each_frame(videos, ["a", "b"], [{"n": 0}, {"n": 1}])
+    assert frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert prompts == ["a"] * 3 + ["b"] * 3 and [record["n"] for record in records] == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("frames", ["each", "clip"])
 def test_a_sum_checks_each_reward_and_keeps_it_apart(frames: str) -> None:
-    asked = {MINE: 10.0, "jpeg_incompressibility": -0.5}
-    (total,) = load_rewards(asked, device="cpu", settings={MINE: {"scale": 0.1}}, frames=frames)
+    weights = {MINE: 10.0, "jpeg_incompressibility": -0.5}
+    (total,) = load_rewards(weights, device="cpu", settings={MINE: {"scale": 0.1}}, frames=frames)
     white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     scores = total(white, ["a", "b"], [{}, {}])
     assert scores.shape == (2, 2) and scores.dtype == torch.float32 and scores[0, 0].item() == pytest.approx(0.1)
     torch.testing.assert_close(total.total(scores), 10 * scores[:, 0] - 0.5 * scores[:, 1])
-    (bad,) = load_rewards(asked, device="cpu", settings={MINE: {"scale": 0.2}}, frames=frames)
+    (bad,) = load_rewards(weights, device="cpu", settings={MINE: {"scale": 0.2}}, frames=frames)
     with pytest.raises(ValueError, match=r"Brightness' returned 0\.2.* prompt 'a', outside of its range \[0, 0\.1\]"):
         bad(white, ["a", "b"], [{}, {}])
 

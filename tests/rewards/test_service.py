@@ -20,7 +20,7 @@ import pytest
 import torch
 import uvicorn
 from support.helpers import ROOT, environment
-from support.runs import command, rows, rows_so_far, run, start
+from support.runs import ForkServer, command, rows, rows_so_far, start
 
 from fastgrpo.rewards import RewardUnavailable
 from fastgrpo.rewards.serving.remote import Remote
@@ -77,6 +77,7 @@ def remote(*urls: str, **options: Any) -> Remote:
     return Remote(device=CPU, urls=urls, **(dict(timeout=20, retries=1, pause=0.01) | options))
 
 
+@pytest.mark.slow
 def test_64_clients_at_once_lose_nothing_and_swap_nothing() -> None:
     """Requests of other sizes and shapes, several each; those that wait are scored together."""
     one = service()
@@ -229,11 +230,10 @@ def stop(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def served(folder: Path, port: int, retries: int, *settings: str, ranks: int = 0) -> list[str]:
-    """The small run of test_training, scored by the server at that port."""
+def served(port: int, retries: int) -> list[str]:
+    """Settings of a run that is scored by the server at that port."""
     remote = json.dumps({"urls": [f"http://127.0.0.1:{port}"], "retries": retries, "pause": 0.2})
-    options = ["reward.train=remote", "reward.eval=remote", f"reward.settings={{remote: {remote}}}", *settings]
-    return command(folder, *options, ranks=ranks)
+    return ["reward.train=remote", "reward.eval=remote", f"reward.settings={{remote: {remote}}}"]
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -243,10 +243,10 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """The run with the reward in its own process."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(command(folder, "reward.eval=tiny_shapes_graded"))
+    fork_server.train(folder, "reward.eval=tiny_shapes_graded")
     return folder
 
 
@@ -255,10 +255,11 @@ def check_same(folder: Path, undisturbed: Path) -> None:
     assert rows(folder, "evaluations.jsonl") == rows(undisturbed, "evaluations.jsonl")
 
 
+@pytest.mark.processes
 def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "served"
     server = serve(port)
-    process = start(served(folder, port, retries=8))
+    process = start(command(folder, *served(port, retries=8)))
     try:
         wait_for_rows(folder, 1, process)
         stop(server)
@@ -271,12 +272,15 @@ def test_a_server_killed_and_restarted_changes_nothing(undisturbed: Path, tmp_pa
     check_same(folder, undisturbed)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_without_servers_a_run_saves_stops_and_goes_on_later(undisturbed: Path, tmp_path: Path, ranks: int) -> None:
+def test_without_servers_a_run_saves_stops_and_goes_on_later(
+    undisturbed: Path, tmp_path: Path, fork_server: ForkServer, ranks: int
+) -> None:
     """Killed after the first iteration, before its checkpoint was due: the stop writes one, and no rank hangs."""
     port, folder = free_port(), tmp_path / "stopped"
     server = serve(port)
-    process = start(served(folder, port, 2, ranks=ranks))
+    process = start(command(folder, *served(port, retries=2), ranks=ranks))
     try:
         wait_for_rows(folder, 1, process)
     finally:
@@ -291,7 +295,7 @@ def test_without_servers_a_run_saves_stops_and_goes_on_later(undisturbed: Path, 
         return  # going on from a checkpoint of two ranks is like going on from any
     server = serve(port)
     try:
-        run(served(folder, port, 2))
+        fork_server.train(folder, *served(port, retries=2))
     finally:
         stop(server)
     check_same(folder, undisturbed)

@@ -7,26 +7,28 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_model import load_tiny_model, load_tuned_model
-from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.capture import capture, equal
-from support.runs import command, rows
+from support.helpers import DEVICE, ROOT, environment, needs_gpu
 from support.learners import experience_from, learner_of, rollout_arguments
+from support.runs import command, rows
+from support.tiny_model import load_tiny_model, load_tuned_model
 from torch import Tensor
 
-from fastgrpo.sampling.graph import CapturedRollout
+from fastgrpo.learning.batches import micro_batches
+from fastgrpo.learning.update import Learner, optimizer_step, recompute_old, transition_loss
 from fastgrpo.policy import Policy
+from fastgrpo.records import Trajectory
+from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.records import Rollout
-from fastgrpo.learning.update import Learner, micro_batches, recompute_old, transition_loss, update
 from fastgrpo_kernels import Moments
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DTYPES = ["float32", "bfloat16", pytest.param("float16", marks=needs_gpu)]  # in which DeepSpeed trains on no CPU
 GUIDANCE = [1.0, 4.5]
 
@@ -43,10 +45,10 @@ def move(model) -> None:
                 parameter.mul_(1.5)
 
 
-def sampled(model, guidance_scale: float, run=rollout) -> tuple[Rollout, tuple]:
+def sampled(model, guidance_scale: float, run=rollout) -> tuple[Trajectory, tuple]:
     """A rollout, and the arguments that it was of."""
-    arguments, options = rollout_arguments(model, guidance_scale)
-    return run(Policy(model), *arguments, **options), arguments
+    arguments = rollout_arguments(model, guidance_scale)
+    return run(Policy(model), *arguments), arguments
 
 
 def watched(learner: Learner) -> tuple[Learner, list[Moments]]:
@@ -57,7 +59,7 @@ def watched(learner: Learner) -> tuple[Learner, list[Moments]]:
         seen.append(moments)
         return learner.objective(moments, *rest)
 
-    return learner._replace(objective=objective), seen
+    return replace(learner, objective=objective), seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,11 +87,11 @@ def test_a_replay_is_the_eager_rollout(dtype: str, guidance_scale: float) -> Non
     model = tuned(dtype)
     policy, captured, found = Policy(model), CapturedRollout(capture()), []
     for seed in (0, 0, 1):
-        arguments, options = rollout_arguments(model, guidance_scale, seed=seed)
-        found.append(captured(policy, *arguments, **options))
-        assert equal(found[-1], rollout(policy, *arguments, **options))
+        arguments = rollout_arguments(model, guidance_scale, seed=seed)
+        found.append(captured(policy, *arguments))
+        assert equal(found[-1], rollout(policy, *arguments))
         move(model)
-    assert len(captured._graphs) == 1 and all(result.final.isfinite().all() for result in found)
+    assert len(captured.graphs) == 1 and all(result.final.isfinite().all() for result in found)
     assert not equal(found[0], found[1]) and not equal(found[1], found[2])
 
 
@@ -102,7 +104,7 @@ def test_gradients_are_finite_and_repeat(dtype: str, guidance_scale: float) -> N
 
     def gradients() -> dict[str, Tensor]:
         model.transformer.zero_grad()
-        update(learner_of(model, guidance_scale), [experience])
+        optimizer_step(learner_of(model, guidance_scale), [experience])
         return {name: p.grad.clone() for name, p in model.transformer.named_parameters() if p.grad is not None}
 
     first, second = gradients(), gradients()
@@ -127,6 +129,7 @@ def child(command: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_engine(dtype: str) -> None:
     """On-policy at first, and no step skipped. Captured before and after updates, bit for bit the eager rollout; a replay
@@ -148,6 +151,7 @@ def test_the_engine(dtype: str) -> None:
         assert seen["distance"] < 1e-5 * seen["went"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_iterations_of_a_whole_run(dtype: str, tmp_path: Path) -> None:
     output = tmp_path / "run"

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.evaluation import Evaluator
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet
-from fastgrpo.rewards import RewardSum
+from fastgrpo.engine.ranks import OneRank
+from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
-from fastgrpo.reporting.text import scores_by_reward, table
+from fastgrpo.reporting.text import score_table, scores_by_reward
+from fastgrpo.rewards import RewardSum
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
 TAGS = ["single_object", "counting", "two_object", "counting"]
@@ -25,7 +26,7 @@ def mean_pixel(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
 
 def evaluator(model, **options) -> Evaluator:
     records = [{"prompt": prompt, "tag": tag} for prompt, tag in zip(PROMPTS, TAGS, strict=True)]
-    settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0) | options
+    settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0, ranks=OneRank()) | options
     return Evaluator(
         model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records),
         reward=RewardSum(rewards={"mean": mean_pixel}, weights={"mean": 1.0}), **settings,
@@ -33,7 +34,7 @@ def evaluator(model, **options) -> Evaluator:
 
 
 def test_categories_get_the_same_number_of_images(tiny_model) -> None:
-    order = evaluator(tiny_model)._order(9)
+    order = evaluator(tiny_model).order(9)
     assert np.array_equal(order, [0, 1, 2, 0, 3, 2, 0, 1, 2])
 
 
@@ -42,9 +43,9 @@ def test_few_images_are_spread_over_a_categorys_prompts(tiny_model) -> None:
     prompts = [f"prompt {i}" for i in range(30)]
     records = [{"prompt": prompt, "tag": "ab"[i % 3 > 0]} for i, prompt in enumerate(prompts)]
     spread = replace(evaluator(tiny_model), prompts=PromptSet(prompts, records))
-    few = spread._order(8)
+    few = spread.order(8)
     assert few[0::2].tolist() == [0, 6, 15, 21] and few[1::2].tolist() == [1, 8, 16, 23]
-    many = spread._order(80)
+    many = spread.order(80)
     assert sorted(many[0::2].tolist()) == sorted(list(range(0, 30, 3)) * 4)
     assert sorted(many[1::2].tolist()) == sorted([i for i in range(30) if i % 3] * 2)
 
@@ -73,12 +74,13 @@ def test_same_result_on_any_number_of_ranks(tiny_model) -> None:
     alone = evaluator(tiny_model).accuracy(Policy(tiny_model), 7)["accuracy"]
     shares: list[Tensor] = []
 
-    def collect(scores: Tensor) -> Tensor:
-        shares.append(scores)
-        return torch.cat(shares + [torch.zeros(12 - 6 * len(shares), 1)])
+    class Collecting(OneRank):
+        def gather(self, tensor: Tensor) -> Tensor:
+            shares.append(tensor)
+            return torch.cat(shares + [torch.zeros(12 - 6 * len(shares), 1)])
 
     for rank in range(2):
-        together = evaluator(tiny_model, rank=rank, world_size=2, gather=collect).accuracy(Policy(tiny_model), 7)
+        together = evaluator(tiny_model, ranks=Collecting(rank, 2)).accuracy(Policy(tiny_model), 7)
     assert together["accuracy"] == alone
 
 
@@ -96,7 +98,7 @@ def test_a_table_has_a_row_a_prompt_file_and_category_and_a_column_a_reward() ->
     several["categories"] = {"x": {"a": 0.25, "b": 19.0}, "y": {"a": 0.75, "b": 21.0}}
     plain = {"accuracy": {"overall": 3.0, "a": 1.0, "b": 7.0}, "categories": {"all": {"a": 1.0, "b": 7.0}}}
     rows = [*scores_by_reward("first", several, ["a", "b"]), *scores_by_reward("second", plain, ["a", "b"])]
-    assert table(rows).splitlines() == [
+    assert score_table(rows).splitlines() == [
         "             a   b",
         "first    50.0%  20",
         "  x      25.0%  19",

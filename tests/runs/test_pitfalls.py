@@ -1,7 +1,7 @@
 """Every pitfall of online RL on flow models that was published, and the test that fails when it is put back.
 
 Sources: flow_grpo, DanceGRPO, DiffusionNFT, Flow-Factory, verl-omni and their issues. What other files test is listed in
-`TESTS`; the rest is tested here, in the same order, on a trainer of the embedded model whose engine is `OneRank`.
+`TESTS`; the rest is tested here, in the same order, on a trainer of the embedded model whose ranks are `OneRank`.
 """
 
 import ast
@@ -16,19 +16,22 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import ROOT
-from support.toy import Toy, ToyPolicy
+from support.toy import Toy, ToyPolicy, toy_prompts
 from torch import Tensor, nn
 
-from fastgrpo.sampling import tables as sde
-from fastgrpo.learning.advantages import group_advantages
-from fastgrpo.validation import load_config
-from fastgrpo.models.adapter import to_pixels
-from fastgrpo.learning.objectives import effective_clip_range
-from fastgrpo.sampling.rollout import rollout
-from fastgrpo.trainer import Trainer
-from fastgrpo.records import TRAIN, Steps, noise_address
-from fastgrpo.sampling.windows import window_starts
 from fastgrpo.config.keys import Window
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import OneRank, Ranks
+from fastgrpo.learning.advantages import group_advantages
+from fastgrpo.learning.objectives import effective_clip_range
+from fastgrpo.models.adapter import to_pixels
+from fastgrpo.records import TRAIN, noise_address
+from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
+from fastgrpo.sampling.windows import window_starts
+from fastgrpo.trainer import Trainer
+from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
 
 TESTS = {
@@ -36,19 +39,19 @@ TESTS = {
     "late steps outweigh early ones 31 to 1": [
         "test_objectives.py::test_guard_centres_the_ratio_at_every_noise_level",
         "test_objectives.py::test_the_step_weight_is_of_the_policy_and_the_kl_has_its_own",
-        "test_sde.py::test_guard_and_uniform_weights",
+        "test_tables.py::test_guard_and_uniform_weights",
         "test_pitfalls.py::test_late_steps_outweigh_early_ones",
     ],
     "Euler-Maruyama leaves 27 times the scheduled noise": [
-        "test_sde.py::test_flow_sde_leaves_excess_noise_at_few_steps",
-        "test_sde.py::test_cps_keeps_the_noise_schedule_at_few_steps",
+        "test_tables.py::test_flow_sde_leaves_excess_noise_at_few_steps",
+        "test_tables.py::test_cps_keeps_the_noise_schedule_at_few_steps",
     ],
     "sigma = 1 divides by zero": [
-        "test_sde.py::test_sd3_coefficients",
-        "test_sde.py::test_bad_tables_are_refused",
+        "test_tables.py::test_sd3_coefficients",
+        "test_tables.py::test_bad_tables_are_refused",
     ],
     "the last step is trained": [
-        "test_sde.py::test_bad_masks_are_refused",
+        "test_tables.py::test_bad_masks_are_refused",
         "test_windows.py::test_bad_windows_are_refused",
         "test_windows.py::test_window_kinds",
     ],
@@ -58,7 +61,7 @@ TESTS = {
     ],
     "the CPS code drops the variance": [
         "test_objectives.py::test_weight_of_the_released_cps_code",
-        "test_sde.py::test_log_prob_weight_of_the_released_cps_code",
+        "test_tables.py::test_log_prob_weight_of_the_released_cps_code",
     ],
     # How it is computed
     "the step is taken in bfloat16": [
@@ -120,7 +123,7 @@ TESTS = {
     # What copies of the code got wrong
     "sigma is computed twice": ["test_pitfalls.py::test_sigma_computed_twice"],
     "the KL with dt in one place and without in another": [
-        "test_sde.py::test_kl_weights",
+        "test_tables.py::test_kl_weights",
         "test_objectives.py::test_reference_kl_is_that_of_the_released_code",
         "test_pitfalls.py::test_kl_without_dt",
     ],
@@ -145,22 +148,19 @@ SMALL = [
     "rollout.window={kind: random, size: 2}", "update.steps_per_rollout=1", "model.lora={rank: 4, alpha: 8}",
     "evaluation.batch_size=2", "evaluation.samples=2", "objective.beta=0", "reward.train=test_pitfalls:brightness",
 ]  # fmt: skip
-CPU = torch.device("cpu")
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     return images.float().mean((1, 2, 3))
 
 
-class OneRank:
-    """An engine as one of several ranks sees it, in this process: what it gathers is its own, over and over."""
+class PlainEngine:
+    """An engine of plain torch in this process."""
 
-    rank, world_size = 0, 1
-
-    def __init__(self, policy: nn.Module, *, learning_rate: float, dtype: torch.dtype, **_: Any) -> None:
-        self.policy = policy.to(dtype)
+    def __init__(self, policy: nn.Module, ranks: Ranks, options: EngineOptions) -> None:
+        self.policy, self.ranks = policy.to(options.dtype), ranks
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=options.learning_rate)
 
     def __call__(self, *arguments: Any) -> Tensor:
         return self.policy(*arguments)
@@ -192,53 +192,43 @@ class OneRank:
             if chosen is state:
                 yield
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor] * self.world_size)
-
-    def all_reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
-        return tensor
-
-    def together(self, kind: type[Exception]) -> nullcontext:
-        return nullcontext()
-
 
 def trainer_of(output: Path, *settings: str, rank: int = 0, ranks: int = 1) -> Trainer:
     """A trainer in this process, of a LoRA that has an effect."""
     config = load_config(CONFIG, [*SMALL, f"output={output}", *settings])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgrpo.trainer.Engine", type("Ranked", (OneRank,), {"rank": rank, "world_size": ranks}))
-        trainer = Trainer(config, ranks, CPU)
+        patch.setattr("fastgrpo.trainer.Engine", PlainEngine)
+        trainer = Trainer(config, ranks=OneRank(rank, ranks))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.engine.trained.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    trainer.log = None
     return trainer
 
 
 def rollouts_of(trainer: Trainer) -> list[tuple]:
-    """Of each rollout to come the steps, the noise's address and the result."""
-    found, run = [], trainer.rollout
+    """Of each rollout to come the schedule, the noise's address and the result."""
+    found, run = [], trainer.run_rollout
 
-    def record(policy, steps, address, conditioning, **options):
-        result = run(policy, steps, address, conditioning, **options)
-        found.append((steps, address, result))
+    def record(policy, schedule, address, prompted, guidance_scale):
+        result = run(policy, schedule, address, prompted, guidance_scale)
+        found.append((schedule, address, result))
         return result
 
-    trainer.rollout = record
+    trainer.run_rollout = record
     return found
 
 
 def losses_of(trainer: Trainer) -> list[tuple]:
     """Of each micro-batch to come the rows of its steps and its advantages."""
-    found, learner = [], trainer.learning.learner
+    found, learner = [], trainer.updater.learner
 
     def record(moments, step, advantages, weight):
         found.append((step, advantages))
         return learner.objective(moments, step, advantages, weight)
 
-    trainer.learning.learner = learner._replace(objective=record)
+    trainer.updater.learner = replace(learner, objective=record)
     return found
 
 
@@ -302,21 +292,23 @@ def test_latents_rounded_after_they_are_scored() -> None:
     """flow_grpo's FLUX and Qwen, verl-omni: bfloat16 latents move the mean log-prob by 1e-5 to 6e-5, so 12% are clipped."""
 
     class Half(ToyPolicy):
+        latent_shape, dtype = (16, 15, 17), torch.bfloat16
+
         def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
             return super().forward(x.float(), sigma, conditioning).bfloat16()
 
-    sigmas, start, shape = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1]), (16, 15, 17)
-    steps = Steps(sigmas, sde.window_tables("flow_sde", sigmas, 0.7, start, 3), start, 3, torch.zeros(STEPS))
-    result = rollout(
-        Half(), steps, noise_address(TRAIN, 5, 3, torch.arange(2)), Toy(torch.zeros(2, 1, 1, 1)),
-        guidance_scale=1.0, latent_shape=shape, model_dtype=torch.bfloat16,
-    )  # fmt: skip
+    sigmas, start = torch.linspace(1, 0, STEPS + 1), torch.tensor([0, 1])
+    schedule, address = (
+        window_schedule(sampler_steps("flow_sde", sigmas, 0.7), start, 3),
+        noise_address(TRAIN, 5, 3, torch.arange(2)),
+    )
+    result = rollout(Half(), schedule, address, toy_prompts(torch.zeros(2, 1, 1, 1)), 1.0)
 
     def error(latents: Tensor) -> float:
         errors = []
         for b in range(2):
             for j in range(3):
-                c_x, c_v, s, _ = steps.table[b, start[b] + j].double()
+                c_x, c_v, s, _ = schedule.table[b, start[b] + j].double()
                 mean = c_x * latents[j, b].double() + c_v * result.v_old[j, b].double()
                 again = torch.distributions.Normal(mean, s).log_prob(latents[j + 1, b].double()).mean()
                 errors.append((again - result.log_prob[j, b]).abs().item())
@@ -326,6 +318,7 @@ def test_latents_rounded_after_they_are_scored() -> None:
     assert error(result.latents) < 1e-6 < 1e-5 < error(result.latents.bfloat16())
 
 
+@pytest.mark.slow
 def test_half_precision_under_guidance(guided: tuple) -> None:
     """flow_grpo's FAQ and issue 204: rounding moves the ratio from 1, most where s is small. Its v_old is rounded too."""
     assert guided[3]["first_ratio_deviation"] == 0.0
@@ -336,7 +329,7 @@ def test_clip_of_another_size_of_latent(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "objective.clip_range=1e-4")
     elements = torch.Size(trainer.model.latent_shape).numel()
     assert elements != 65_536
-    assert trainer.learning.learner.objective.keywords["clip_range"] == effective_clip_range(1e-4, elements)
+    assert trainer.updater.learner.objective.keywords["clip_range"] == effective_clip_range(1e-4, elements)
 
 
 def test_update_in_another_batch_size(guided: tuple) -> None:
@@ -348,9 +341,9 @@ def test_update_in_another_batch_size(guided: tuple) -> None:
 def test_windows_within_a_prompt(ranks: tuple) -> None:
     """verl-omni: a window for each request gave rewards 4 times the spread, and BAGEL collapsed within 28 steps."""
     for rollouts in ranks:
-        start = torch.cat([steps.start for steps, _, _ in rollouts]).view(GROUPS, SIZE)
+        start = torch.cat([schedule.start for schedule, _, _ in rollouts]).view(GROUPS, SIZE)
         assert (start == start[:, :1]).all() and start.unique().numel() > 1
-        noisy = torch.cat([steps.table[..., 2] for steps, _, _ in rollouts]).view(GROUPS, SIZE, STEPS) > 0
+        noisy = torch.cat([schedule.table[..., 2] for schedule, _, _ in rollouts]).view(GROUPS, SIZE, STEPS) > 0
         assert (noisy == noisy[:, :1]).all()
 
 

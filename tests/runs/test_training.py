@@ -2,25 +2,15 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import ROOT, environment
 from safetensors.torch import load_file
-from support.runs import CONFIG, SMALL, command, rows, rows_so_far, run, start
+from support.runs import ForkServer, command, rows, rows_so_far, run, start
 
-
-
-
-
-
-
-
-
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +43,20 @@ def test_first_update_of_every_rollout_is_exactly_on_policy(finished: tuple[Path
     assert any(row["ratio_max"] > 1 for row in rows(finished[0])), "the second update is off-policy"
 
 
-def test_a_finished_run_is_left_alone(finished: tuple[Path, str]) -> None:
+def test_a_finished_run_is_left_alone(finished: tuple[Path, str], fork_server: ForkServer) -> None:
     before = rows(finished[0]), (finished[0] / "pytorch_lora_weights.safetensors").read_bytes()
-    assert "trained" in run(command(finished[0]))
+    assert "trained" in fork_server.train(finished[0])
     assert (rows(finished[0]), (finished[0] / "pytorch_lora_weights.safetensors").read_bytes()) == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused(finished: tuple[Path, str]) -> None:
-    printed = run(command(finished[0], "objective.beta=0.2"), status=2)
+def test_another_configuration_in_the_same_folder_is_refused(finished: tuple[Path, str], fork_server: ForkServer) -> None:
+    printed = fork_server.train(finished[0], "objective.beta=0.2", status=2)
     assert "objective.beta: 0.1 -> 0.2" in printed and "Traceback" not in printed
 
 
-def test_killed_and_resumed_is_bitwise_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_and_resumed_is_bitwise_undisturbed(
+    finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer
+) -> None:
     """SIGKILL after the third iteration: the fourth starts from the checkpoint of the second."""
     folder = tmp_path / "killed"
     process = start(command(folder))
@@ -75,15 +67,13 @@ def test_killed_and_resumed_is_bitwise_undisturbed(finished: tuple[Path, str], t
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "summary.json").exists()
-    run(command(folder))
+    fork_server.train(folder)
     assert rows(folder) == rows(finished[0])
     assert rows(folder, "evaluations.jsonl") == rows(finished[0], "evaluations.jsonl")
     weights = "pytorch_lora_weights.safetensors"
     resumed, undisturbed = load_file(folder / weights), load_file(finished[0] / weights)
     assert resumed.keys() == undisturbed.keys()
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
-
-
 
 
 def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -96,9 +86,9 @@ def test_two_processes_roll_out_what_one_does(finished: tuple[Path, str], tmp_pa
     assert rows(tmp_path / "two", "evaluations.jsonl")[0] == rows(finished[0], "evaluations.jsonl")[0]
 
 
-def test_every_zero_stage_rolls_out_the_same(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_every_zero_stage_rolls_out_the_same(finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer) -> None:
     """Stage 3 shards the parameters themselves, and gathers them for rollout, reference, average and checkpoint."""
-    run(command(tmp_path / "three", "iterations=2", "engine.zero_stage=3", "rollout.cuda_graph=false", ranks=2))
+    fork_server.train(tmp_path / "three", "iterations=2", "engine.zero_stage=3", "rollout.cuda_graph=false", ranks=2)
     three = rows(tmp_path / "three")
     assert three[0]["reward"] == rows(finished[0])[0]["reward"] and three[0]["first_ratio_deviation"] == 0.0
     assert (tmp_path / "three" / "pytorch_lora_weights.safetensors").exists()
@@ -106,21 +96,23 @@ def test_every_zero_stage_rolls_out_the_same(finished: tuple[Path, str], tmp_pat
     assert evaluations[0] == rows(finished[0], "evaluations.jsonl")[0]
 
 
-def test_bfloat16_is_exactly_on_policy_too(tmp_path: Path) -> None:
-    run(command(tmp_path / "bf16", "iterations=2", "model.dtype=bfloat16"))
+def test_bfloat16_is_exactly_on_policy_too(tmp_path: Path, fork_server: ForkServer) -> None:
+    fork_server.train(tmp_path / "bf16", "iterations=2", "model.dtype=bfloat16")
     for row in rows(tmp_path / "bf16"):
         assert row["first_ratio_deviation"] == 0.0 and row["grad_norm"] > 0
 
 
-def test_eight_bit_rollouts_are_scored_again_exactly(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_eight_bit_rollouts_are_scored_again_exactly(
+    finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer
+) -> None:
     """Other samples than those of an exact rollout, but near; and the first ratio is 1 of what scored them."""
-    run(command(tmp_path / "fp8", "rollout.precision=fp8", "update.old_velocity=recompute", "iterations=2"))
+    fork_server.train(tmp_path / "fp8", "rollout.precision=fp8", "update.old_velocity=recompute", "iterations=2")
     for row, exact in zip(rows(tmp_path / "fp8"), rows(finished[0]), strict=False):
         assert row["first_ratio_deviation"] == 0
         assert row["reward"] == pytest.approx(exact["reward"], abs=0.2) and row["kl"] != exact["kl"]
 
 
-def test_a_schedule_that_spares_forward_passes(tmp_path: Path) -> None:
+def test_a_schedule_that_spares_forward_passes(tmp_path: Path, fork_server: ForkServer) -> None:
     """MixGRPO-Flash with a prefix a group, guided: windows at 0, 1, 1 and 2, and after them half of what is left of 8 steps.
 
     16 images, of which 4 are siblings, twice for guidance. The first update stays exactly on-policy.
@@ -130,7 +122,7 @@ def test_a_schedule_that_spares_forward_passes(tmp_path: Path) -> None:
         "rollout.window={kind: progressive, size: 2, every: 2, decay: 0.5}", "objective.step_weight=tempflow",
         "rollout.after_window={solver: dpmpp_2m, compress_ratio: 0.5}",
     ]  # fmt: skip
-    run(command(tmp_path / "flash", *settings))
+    fork_server.train(tmp_path / "flash", *settings)
     found = rows(tmp_path / "flash")
     expected = [2 * (4 * prefix + 16 * (2 + after)) for prefix, after in ((0, 3), (1, 3), (1, 3), (2, 2))]
     assert [row["rollout_forwards"] for row in found] == expected
@@ -138,13 +130,15 @@ def test_a_schedule_that_spares_forward_passes(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "flash", "evaluations.jsonl")) == 3
 
 
-def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_folds_cached_embeddings_and_recomputed_velocities(
+    finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer
+) -> None:
     """Other ways to the same run: the rollout's numbers are the same bits, and the first update is exactly on-policy."""
     settings = [
         "update.micro_batch_size=largest", "update.old_velocity=recompute", f"prompts.cache={tmp_path / 'embeddings'}",
         "iterations=2",
     ]  # fmt: skip
-    printed = run(command(tmp_path / "folded", *settings))
+    printed = fork_server.train(tmp_path / "folded", *settings)
     kind = "eager (CUDA graphs need a GPU, this is a cpu)"
     assert f"rollout: {kind}" in printed
     assert "update: 8 transitions a forward pass" in printed
@@ -155,24 +149,25 @@ def test_folds_cached_embeddings_and_recomputed_velocities(finished: tuple[Path,
     assert json.loads((tmp_path / "folded" / "summary.json").read_text())["rollout"].startswith(kind)
 
 
-def test_eval_and_sample_read_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_eval_and_sample_read_a_run(finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer) -> None:
     folder = finished[0]
-    cli = [sys.executable, "-m", "fastgrpo"]
-    printed = run([*cli, "eval", str(folder)]).splitlines()[-1]
+    printed = fork_server.run("eval", str(folder)).splitlines()[-1]
     assert json.loads(printed)["accuracy"] == rows(folder, "evaluations.jsonl")[-1]["accuracy"]
     picture = tmp_path / "a.png"
-    run([*cli, "sample", str(folder), "--prompt", "a red circle", "--images", "2", "--output", str(picture)])
+    fork_server.run("sample", str(folder), "--prompt", "a red circle", "--images", "2", "--output", str(picture))
     assert picture.stat().st_size > 100
     (folder / "report.html").unlink()
-    run([*cli, "report", str(folder)])
+    fork_server.run("report", str(folder))
     assert (folder / "report.html").exists()
 
 
-def test_other_advantages_change_the_update_and_not_what_is_reported(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_other_advantages_change_the_update_and_not_what_is_reported(
+    finished: tuple[Path, str], tmp_path: Path, fork_server: ForkServer
+) -> None:
     """Half of each group, by win rates of each reward: rewards are logged as they came, dead groups counted as groups."""
     settings = ["iterations=1", "reward.train={tiny_shapes_graded: 1, tiny_shapes: 0}"]
     settings.append("advantage={std: group, combine: each, pairwise: true, keep: 2}")
-    run(command(tmp_path / "each", *settings, ranks=2))
+    fork_server.train(tmp_path / "each", *settings, ranks=2)
     plain, (row,) = rows(finished[0])[0], rows(tmp_path / "each")
     for key in ("reward", "reward_std", "zero_groups", "images"):
         assert row[key] == plain[key]
@@ -181,7 +176,7 @@ def test_other_advantages_change_the_update_and_not_what_is_reported(finished: t
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int) -> None:
+def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int, fork_server: ForkServer) -> None:
     """A reward of the user's own, `module:function`, two processes: the last rollouts are clearly redder than the first.
 
     The prompts, the same ones every time, leave the colour of one object open, and none asks for red.
@@ -196,7 +191,7 @@ def test_the_reward_rises_under_deepspeed(tmp_path: Path, zero_stage: int) -> No
         "evaluation.every=0", "checkpoint.every=100", "rollout.window={kind: fixed, start: 0, size: 2}",
         f"prompts.train={tmp_path / 'prompts.txt'}", "prompts.weights={}",
     ]  # fmt: skip
-    run(command(tmp_path / "red", *settings, ranks=2))
+    fork_server.train(tmp_path / "red", *settings, ranks=2)
     rewards = [row["reward"] for row in rows(tmp_path / "red")]
     spread = rows(tmp_path / "red")[0]["reward_std"]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 2 * spread, rewards

@@ -8,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 from support.schedules import SD3, marginal, schedule, velocity
 from torch import Tensor
 
-from fastgrpo.sampling.after_window import compressed, dpmpp_2m
+from fastgrpo.sampling.after_window import compress_schedule, dpmpp_2m
 
 
 def solve(x: Tensor, sigmas: Tensor, columns: Tensor) -> Tensor:
@@ -95,15 +95,15 @@ def test_first_second_and_last_step(sigmas: Tensor) -> None:
 
 def test_compressed_schedules() -> None:
     sigmas = schedule(25, 3.0).float()
-    assert torch.equal(compressed(sigmas, 4, 1.0), sigmas)
+    assert torch.equal(compress_schedule(sigmas, 4, 1.0), sigmas)
     # Published: 25 steps, a fixed window of 4, ratio 0.2: 8 network evaluations.
-    flash = compressed(sigmas, 4, 0.2)
+    flash = compress_schedule(sigmas, 4, 0.2)
     assert len(flash) - 1 == 8 and torch.equal(flash[:5], sigmas[:5]) and flash[-1] == 0
     # Where the steps can be left out whole, the others are the schedule's own.
-    assert torch.equal(compressed(sigmas, 5, 0.25), torch.cat([sigmas[:5], sigmas[5::4]]))
+    assert torch.equal(compress_schedule(sigmas, 5, 0.25), torch.cat([sigmas[:5], sigmas[5::4]]))
     for end in range(1, 25):
         for ratio in (0.01, 0.3, 0.77):
-            found = compressed(sigmas, end, ratio)
+            found = compress_schedule(sigmas, end, ratio)
             assert len(found) - 1 == end + max(1, math.floor(ratio * (25 - end) + 0.5))
             assert (found.diff() < 0).all() and torch.equal(found[: end + 1], sigmas[: end + 1]) and found[-1] == 0
 
@@ -111,4 +111,4 @@ def test_compressed_schedules() -> None:
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, float("nan")])
 def test_bad_ratios_are_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"after_window\.compress_ratio .* at most 1"):
-        compressed(SD3, 3, ratio)
+        compress_schedule(SD3, 3, ratio)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastgrpo.records import Rollout
+from fastgrpo.records import Trajectory
 from fastgrpo.sampling.graph import CudaCapture
 from support.helpers import DEVICE
 
@@ -15,7 +15,7 @@ class Rerun:
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
-    def __call__(self, run: Callable[[], Rollout]) -> tuple[Rollout, Callable[[], None]]:
+    def __call__(self, run: Callable[[], Trajectory]) -> tuple[Trajectory, Callable[[], None]]:
         self.captures += 1
         result = run()
 
@@ -28,7 +28,7 @@ class Rerun:
         return result, replay
 
 
-def equal(a: Rollout, b: Rollout) -> bool:
+def equal(a: Trajectory, b: Trajectory) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("latents", "v_old", "log_prob", "final"))
 
 

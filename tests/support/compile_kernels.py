@@ -18,8 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgrpo_kernels.common import BLOCK, THREADS
 from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
-from fastgrpo_kernels.philox import BLOCK, THREADS, normal_fwd_kernel
+from fastgrpo_kernels.philox import normal_fwd_kernel
 from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel
 from fastgrpo_kernels.transition import moments_fwd_kernel, transition_bwd_kernel, transition_fwd_kernel
 
@@ -34,7 +35,7 @@ TARGETS = {
 }
 
 INT64_POINTERS = ("step", "seed", "iteration", "sample_id")
-SCALARS = {"D": "i32", "S": "i32", "table_stride": "i32", "guidance_scale": "fp32"}
+SCALARS = {"D": "i32", "BLOCKS": "i32", "table_stride": "i32", "guidance_scale": "fp32"}
 BF16 = dict.fromkeys(("v", "v_uncond", "x_next_model", "dv", "dv_uncond"), "*bf16")
 UNGUIDED = dict.fromkeys(("v_uncond", "v_guided", "x_next_model", "dv_uncond"))
 

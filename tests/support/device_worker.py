@@ -5,13 +5,16 @@ python tests/support/device_worker.py DTYPE
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.engine.zero import Engine, finish, start
-from fastgrpo.learning.update import update
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.engine.zero import Engine
+from fastgrpo.learning.update import optimizer_step
 from fastgrpo.policy import Policy
 from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
@@ -41,38 +44,35 @@ class AdamW(PlainEngine):
 
 
 def updates(model, engine: Engine | AdamW, experience: Any) -> list[dict[str, float]]:
-    learner = learner_of(model, 1.0)._replace(engine=engine)
-    steps = [update(learner, [experience]) for _ in range(UPDATES)]
+    learner = replace(learner_of(model, 1.0), engine=engine)
+    steps = [optimizer_step(learner, [experience]) for _ in range(UPDATES)]
     return [{name: value.item() for name, value in metrics.items()} for metrics in steps]
 
 
-def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    model = load_tuned_model(device=str(device), dtype=dtype)
-    engine = Engine(
-        Policy(model), zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
-        max_grad_norm=MAX_GRAD_NORM,
-    )  # fmt: skip
+def under_engine(dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+    model = load_tuned_model(device=str(ranks.device), dtype=dtype)
+    options = EngineOptions(
+        zero_stage=1, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM, max_grad_norm=MAX_GRAD_NORM
+    )
+    engine = Engine(Policy(model), ranks, options)
     before = engine.trained_state()
     captured, checks = CapturedRollout(capture()), {}
-    arguments, options = rollout_arguments(model, 1.0)
-    guided, guided_options = rollout_arguments(model, 4.5)
+    arguments, guided = rollout_arguments(model, 1.0), rollout_arguments(model, 4.5)
     with engine.rollout_policy() as policy:
-        first = captured(policy, *arguments, **options)
-        checks["captured before an update"] = equal(first, rollout(policy, *arguments, **options))
+        first = captured(policy, *arguments)
+        checks["captured before an update"] = equal(first, rollout(policy, *arguments))
     experience = experience_from(first, arguments)
     metrics = updates(model, engine, experience)
     with engine.rollout_policy() as policy:
-        later = captured(policy, *arguments, **options)
-        checks["replayed after updates"] = equal(later, rollout(policy, *arguments, **options))
+        later = captured(policy, *arguments)
+        checks["replayed after updates"] = equal(later, rollout(policy, *arguments))
         checks["a replay follows the updates"] = not equal(later, first)
-        other = captured(policy, *guided, **guided_options)
-        checks["a new shape captured after updates"] = equal(other, rollout(policy, *guided, **guided_options))
-        checks["two graphs"] = len(captured._graphs) == 2
-    optimizer = engine._engine.optimizer
-    seen = {"checks": checks, "metrics": metrics, "skipped": engine.skipped_steps}
-    seen["loss_scale"] = getattr(optimizer, "loss_scale", 1.0)
+        other = captured(policy, *guided)
+        checks["a new shape captured after updates"] = equal(other, rollout(policy, *guided))
+        checks["two graphs"] = len(captured.graphs) == 2
+    seen = {"checks": checks, "metrics": metrics, "skipped": engine.skipped_steps, "loss_scale": engine.loss_scale or 1.0}
     if dtype == torch.float32:
-        plain_model = load_tuned_model(device=str(device))
+        plain_model = load_tuned_model(device=str(ranks.device))
         plain = AdamW(Policy(plain_model))
         seen["plain_metrics"] = updates(plain_model, plain, experience)
         state = {name: p.detach() for name, p in plain.trained.items()}
@@ -82,8 +82,7 @@ def under_engine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    device = start()
-    print(json.dumps(under_engine(getattr(torch, sys.argv[1]), device)), flush=True)
+    print(json.dumps(under_engine(getattr(torch, sys.argv[1]), start())), flush=True)
     finish()
 
 

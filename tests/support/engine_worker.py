@@ -19,7 +19,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
-from fastgrpo.engine.zero import Engine, finish, start
+from fastgrpo.engine.options import EngineOptions
+from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 from support.helpers import NoSync
 
@@ -99,31 +101,32 @@ def reference(dtype: torch.dtype) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "state": masters, "start": start}
 
 
-def make_engine(stage: int, dtype: torch.dtype, device: torch.device) -> tuple[Engine, SD3Transformer2DModel]:
-    policy = make_policy().to(device)
-    if os.environ["RANK"] != "0":  # rank 0's weights count
+def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, SD3Transformer2DModel]:
+    policy = make_policy().to(ranks.device)
+    if ranks.rank != 0:  # rank 0's weights count
         with torch.no_grad():
             for p in policy.parameters():
                 p.add_(1.0)
-    engine = Engine(
-        policy, zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
-        max_grad_norm=MAX_GRAD_NORM, micro_batch_size=BATCH // int(os.environ["WORLD_SIZE"]),
+    options = EngineOptions(
+        zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
+        max_grad_norm=MAX_GRAD_NORM, micro_batch_size=BATCH // ranks.world_size,
         # The tiny model would not be split at all.
-        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else None,
+        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else {},
     )  # fmt: skip
-    return engine, policy
+    return Engine(policy, ranks, options), policy
 
 
 def run_updates(engine: Engine, updates: range) -> tuple[list[float], list[float]]:
     """The losses, mean over ranks, and the norms."""
     losses, norms = [], []
-    own = slice(engine.rank * BATCH // engine.world_size, (engine.rank + 1) * BATCH // engine.world_size)
+    share = BATCH // engine.ranks.world_size
+    own = slice(engine.ranks.rank * share, (engine.ranks.rank + 1) * share)
     for update in updates:
         for micro in range(MICRO_BATCHES):
             whole = make_batch(update, micro)
-            batch = {name: tensor[own].to(engine.device) for name, tensor in whole.items()}
+            batch = {name: tensor[own].to(engine.ranks.device) for name, tensor in whole.items()}
             loss = micro_loss(engine, batch, engine.dtype)
-            losses.append(engine.all_reduce(loss).item())
+            losses.append(engine.ranks.all_reduce(loss).item())
             engine.backward(loss, last=micro + 1 == MICRO_BATCHES)
         engine.set_learning_rate(falling(update))
         norms.append(engine.step().item())
@@ -138,10 +141,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bool]:
     """Between two updates, as all of it must leave no trace in those that follow."""
     checks = {}
-    batch = {name: tensor.to(engine.device) for name, tensor in make_batch(99, 0).items()}
+    batch = {name: tensor.to(engine.ranks.device) for name, tensor in make_batch(99, 0).items()}
     through_engine = velocity(engine, batch, engine.dtype)
     # Without its hooks stage 3 computes the same, but keeps every weight that it has once gathered.
-    offload = getattr(engine._engine.optimizer, "parameter_offload", None)
+    offload = getattr(engine.deepspeed.optimizer, "parameter_offload", None)
     hooks = len(offload.forward_hooks) if offload else 0
     assert (hooks > 0) == (engine.zero_stage == 3)
 
@@ -152,7 +155,7 @@ def check_rollout(engine: Engine, policy: SD3Transformer2DModel) -> dict[str, bo
         return outputs[0]
 
     checks["the ranks sample different numbers of times, equal to the engine's forward"] = torch.equal(
-        sample(times=1 + 2 * engine.rank), through_engine
+        sample(times=1 + 2 * engine.ranks.rank), through_engine
     )
     try:
         with engine.rollout_policy():
@@ -186,7 +189,7 @@ def waits_in_a_rollout(engine: Engine) -> int:
     from deepspeed.accelerator import get_accelerator  # chosen by `start`
 
     accelerator, waits = get_accelerator(), []
-    batch = {name: tensor.to(engine.device) for name, tensor in make_batch(99, 0).items()}
+    batch = {name: tensor.to(engine.ranks.device) for name, tensor in make_batch(99, 0).items()}
     accelerator.synchronize = lambda *_, **__: waits.append(1)  # on the instance, in front of the class's own
     try:
         with engine.rollout_policy() as policy, NoSync():
@@ -208,8 +211,8 @@ def check_no_host(engine: Engine) -> dict[str, bool]:
 
 def check_not_finite(engine: Engine) -> dict[str, bool]:
     before = engine.trained_state()
-    batch = {name: tensor[:1].to(engine.device) for name, tensor in make_batch(99, 1).items()}
-    factor = torch.nan if engine.rank == 0 else 1.0
+    batch = {name: tensor[:1].to(engine.ranks.device) for name, tensor in make_batch(99, 1).items()}
+    factor = torch.nan if engine.ranks.rank == 0 else 1.0
     engine.backward(micro_loss(engine, batch, engine.dtype) * factor, last=True)
     norm = engine.step().item()
     checks = {"not finite: skipped, its norm inf": norm == torch.inf and same(before, engine.trained_state())}
@@ -222,7 +225,7 @@ def check_not_finite(engine: Engine) -> dict[str, bool]:
 def check_accumulation(engine: Engine) -> dict[str, bool]:
     """A gradient, and after it 64 times 2^-9 of it, each of which a sum in bfloat16 would round away."""
     engine.set_learning_rate(0.0)  # so that all of them are of the same weights
-    batch, norms = {name: tensor[:1].to(engine.device) for name, tensor in make_batch(99, 1).items()}, []
+    batch, norms = {name: tensor[:1].to(engine.ranks.device) for name, tensor in make_batch(99, 1).items()}, []
     for factors in ([1.0], [1.0] + [2.0**-9] * 64):
         for i, factor in enumerate(factors, 1):
             engine.backward(micro_loss(engine, batch, engine.dtype) * factor, last=i == len(factors))
@@ -230,22 +233,34 @@ def check_accumulation(engine: Engine) -> dict[str, bool]:
     return {"small gradients count": abs(norms[1] / norms[0] - 1.125) < 5e-3}
 
 
-def check_collectives(engine: Engine) -> dict[str, bool]:
-    ranks = list(range(engine.world_size))
-    own = torch.tensor([[engine.rank, 7]], device=engine.device)
-    gathered = engine.gather(own.expand(2, 2))
-    reduced = {op: engine.all_reduce(own.float(), op)[0, 0].item() for op in ("mean", "sum", "min", "max")}
-    wanted = {"mean": sum(ranks) / len(ranks), "sum": sum(ranks), "min": 0, "max": ranks[-1]}
+def check_collectives(ranks: Ranks) -> dict[str, bool]:
+    numbers = list(range(ranks.world_size))
+    own = torch.tensor([[ranks.rank, 7]], device=ranks.device)
+    gathered = ranks.gather(own.expand(2, 2))
+    reduced = {op: ranks.all_reduce(own.float(), op)[0, 0].item() for op in ("mean", "sum", "min", "max")}
+    wanted = {"mean": sum(numbers) / len(numbers), "sum": sum(numbers), "min": 0, "max": numbers[-1]}
     return {
-        "gather": gathered.tolist() == [[rank, 7] for rank in ranks for _ in range(2)],
-        "gather of bool": engine.gather(own > 0).tolist() == [[rank > 0, True] for rank in ranks],
-        "all_reduce": reduced == wanted and own[0, 0].item() == engine.rank,
-        "broadcast_object": engine.broadcast_object({"rank": engine.rank}) == {"rank": 0},
+        "gather": gathered.tolist() == [[rank, 7] for rank in numbers for _ in range(2)],
+        "gather of bool": ranks.gather(own > 0).tolist() == [[rank > 0, True] for rank in numbers],
+        "all_reduce": reduced == wanted and own[0, 0].item() == ranks.rank,
+        "broadcast_object": ranks.broadcast_object({"rank": ranks.rank}) == {"rank": 0},
+        "together": raised_together(ranks) == ("mine" if ranks.rank == 0 else "on rank 0: mine"),
     }
 
 
-def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str, Any]:
-    engine, policy = make_engine(case[0], DTYPES[case[1]], device)
+def raised_together(ranks: Ranks) -> str:
+    """What `together` raises on this rank when rank 0 alone raised inside."""
+    try:
+        with ranks.together(KeyError), ranks.together(ValueError):
+            if ranks.rank == 0:
+                raise ValueError("mine")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def train(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
+    engine, policy = make_engine(case[0], DTYPES[case[1]], ranks)
     addresses = [p.data_ptr() for p in policy.parameters()]
     losses, norms = run_updates(engine, range(2))
     checks = check_rollout(engine, policy)
@@ -257,14 +272,14 @@ def train(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str
     save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", UPDATES, {"ema": ema.state_dict(), "seed": 1})
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
     final = engine.trained_state("cpu")
-    checks |= check_no_host(engine) | check_not_finite(engine) | check_collectives(engine) | check_accumulation(engine)
+    checks |= check_no_host(engine) | check_not_finite(engine) | check_collectives(ranks) | check_accumulation(engine)
     engine.close()
     seen = {"losses": losses + more_losses, "norms": norms + more_norms, "state": state}
     return {**seen, "more": more, "final": final, "checks": checks}
 
 
-def resume(case: tuple[int, str], device: torch.device, folder: Path) -> dict[str, Any]:
-    engine, _ = make_engine(case[0], DTYPES[case[1]], device)
+def resume(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
+    engine, _ = make_engine(case[0], DTYPES[case[1]], ranks)
     ema = Ema(engine.trained_state(), warmed_up(0.9))
     iteration, state = load_checkpoint(engine, folder / f"{case[0]}-{case[1]}")
     ema.load_state_dict(state["ema"])
@@ -277,8 +292,8 @@ def resume(case: tuple[int, str], device: torch.device, folder: Path) -> dict[st
     return {**loaded, "more": more, "final": final}
 
 
-def refusal(case: tuple[int, str], device: torch.device, folder: Path) -> str:
-    engine, _ = make_engine(case[0], DTYPES[case[1]], device)
+def refusal(case: tuple[int, str], ranks: Ranks, folder: Path) -> str:
+    engine, _ = make_engine(case[0], DTYPES[case[1]], ranks)
     try:
         engine.load(folder)
     except ValueError as error:
@@ -288,34 +303,34 @@ def refusal(case: tuple[int, str], device: torch.device, folder: Path) -> str:
     return "loaded"
 
 
-def die_in_a_save(device: torch.device, folder: Path) -> None:
+def die_in_a_save(ranks: Ranks, folder: Path) -> None:
     """The last rank is killed half way through its file."""
-    engine, _ = make_engine(1, torch.float32, device)
+    engine, _ = make_engine(1, torch.float32, ranks)
 
     def half_of_it(state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         Path(file).write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if engine.rank == engine.world_size - 1:
+    if engine.ranks.rank == engine.ranks.world_size - 1:
         torch.save = half_of_it
     save_checkpoint(engine, folder / "1-float32", UPDATES + 1, {})
 
 
 def main() -> None:
     command, folder = sys.argv[1], Path(sys.argv[2])
-    device = start()
+    ranks = start()
     run = {"train": train, "resume": resume}[command]
-    rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    rank, world_size = ranks.rank, ranks.world_size
     own = folder / f"world{world_size}"
-    results: dict[Any, Any] = {case: run(case, device, own) for case in CASES}
+    results: dict[Any, Any] = {case: run(case, ranks, own) for case in CASES}
     other = folder / "world2" / "1-float32" / f"{UPDATES:05d}" / "engine"
     if command == "train" and world_size == 1:
-        results["other world size"] = refusal((1, "float32"), device, other)
+        results["other world size"] = refusal((1, "float32"), ranks, other)
     if command == "resume":
-        results["other stage"] = refusal((2, "float32"), device, other)
+        results["other stage"] = refusal((2, "float32"), ranks, other)
     torch.save(results, folder / f"{command}-{world_size}-{rank}.pt")
     if command == "train" and world_size > 1:
-        die_in_a_save(device, own)
+        die_in_a_save(ranks, own)
     finish()
 
 

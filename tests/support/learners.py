@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.learning.batches import experience_of
 from fastgrpo.learning.objectives import clip
-from fastgrpo.learning.update import (
-    Learner,
-)
-from fastgrpo.policy import Policy
-from fastgrpo.records import TRAIN, Experience, Rollout, Steps, experience_of, noise_address
-from fastgrpo.sampling import tables as sde
+from fastgrpo.learning.update import Learner
+from fastgrpo.policy import Model, Policy
+from fastgrpo.records import TRAIN, Batch, Experience, Prompted, Schedule, Trajectory, noise_address
+from fastgrpo.sampling.schedule import window_schedule
+from fastgrpo.sampling.tables import sampler_steps
+from fastgrpo_kernels import NoiseAddress
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a yellow circle", "a red circle"]
 
@@ -38,29 +39,29 @@ class PlainEngine:
         return nullcontext(self.policy)
 
 
-def steps_of(model, start: Tensor, size: int, sampler: str = "flow_sde") -> Steps:
-    sigmas = model.sigmas(10)
-    table = sde.window_tables(sampler, sigmas, 0.7, start, size)
-    return Steps(sigmas, table, start, size, sde.kl_weights(sampler, sigmas, 0.7).float()).to(model.device)
+def schedule_of(model: Model, start: Tensor, size: int, sampler: str = "flow_sde") -> Schedule:
+    return window_schedule(sampler_steps(sampler, model.sigmas(10), 0.7), start, size).to(model.device)
 
 
 def rollout_arguments(
-    model, guidance_scale: float, sampler: str = "flow_sde", size: int = 3, seed: int = 0
-) -> tuple[tuple, dict]:
+    model: Model, guidance_scale: float, sampler: str = "flow_sde", size: int = 3, seed: int = 0
+) -> tuple[Schedule, NoiseAddress, Prompted, float]:
     """What `rollout` is given after the policy, on the model's device."""
-    steps = steps_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
+    schedule = schedule_of(model, torch.tensor([0, 6, 3, 0]), size, sampler)
     address = noise_address(TRAIN, seed, 1, torch.arange(4, device=model.device))
-    options = dict(guidance_scale=guidance_scale, latent_shape=model.latent_shape, model_dtype=model.dtype)
-    return (steps, address, Embeddings(model)(PROMPTS, guidance_scale=guidance_scale)), options
+    return schedule, address, Embeddings(model).prompted(PROMPTS, guidance_scale), guidance_scale
 
 
-def experience_from(result: Rollout, arguments: tuple) -> Experience:
-    steps, _, conditioning = arguments
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], device=result.final.device)
-    return experience_of(result, steps, conditioning, advantages, torch.ones_like(advantages))
+def experience_from(trajectory: Trajectory, arguments: tuple, weight: Tensor | None = None) -> Experience:
+    schedule, address, prompted, _ = arguments
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], device=trajectory.final.device)
+    batch = Batch(sample_id=address.sample_id, prompted=prompted, schedule=schedule, trajectory=trajectory)
+    return experience_of(batch, advantages, torch.ones_like(advantages) if weight is None else weight)
 
 
-def learner_of(model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:
-    objective = partial(clip, clip_range=1e-3, beta=beta)
-    reference = model.reference if beta else None
-    return Learner(PlainEngine(Policy(model)), objective, reference, guidance_scale, model.dtype, micro_batch_size)
+def learner_of(model: Model, guidance_scale: float, beta: float = 0.1, micro_batch_size: int = 4) -> Learner:
+    return Learner(
+        engine=PlainEngine(Policy(model)), objective=partial(clip, clip_range=1e-3, beta=beta),
+        reference=model.reference if beta else None, guidance_scale=guidance_scale, model_dtype=model.dtype,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip

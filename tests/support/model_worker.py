@@ -1,17 +1,21 @@
 """A child of test_models: trains one family's tiny pipeline in one process and prints the rewards as one line of JSON.
 
-python tests/support/model_worker.py NAME FOLDER OUTPUT
+`main` takes the family's name, the folder of its pipeline, and one for what the runs write.
 """
 
 import json
-import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
-from fastgrpo.engine.zero import finish, start
+from fastgrpo.callbacks import Callback
+from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.testing import load_family
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import load_config
@@ -23,6 +27,11 @@ def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> t
     """Red above the mean of green and blue, 0 to 1."""
     red, green, blue = images.float().div(255).mean(dim=(2, 3)).T
     return (red - (green + blue) / 2 + 1) / 2
+
+
+def frames_seen(videos: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """The number of frames T of whole clips (B, T, 3, H, W), plus the first number of the last frame."""
+    return torch.full((len(videos),), float(videos.shape[1])) + videos[:, -1, 0, 0, 0]
 
 
 def write_prompts(path: Path, prompts: list[Any]) -> str:
@@ -53,52 +62,48 @@ def configuration(name: str, folder: Path, output: Path, *overrides: str) -> Any
     return load_config(path, overrides)
 
 
-def rewards(config: Any, iterations: int, device: torch.device) -> tuple[list[float], float, float]:
+def rewards(config: Any, iterations: int, ranks: Ranks) -> tuple[list[float], float, float]:
     """The mean of each iteration, their spread within a group at first, and the largest |first ratio - 1|."""
-    trainer = Trainer(config, 1, device)
+    trainer = Trainer(config, ranks=ranks)
     rows = [trainer.iterate(i) for i in range(1, iterations + 1)]
-    trainer.engine.close()
+    trainer.close()
     return [row["reward"] for row in rows], rows[0]["reward_std"], max(row["first_ratio_deviation"] for row in rows)
 
 
-def whole_run(config: Any, device: torch.device, stop_after: int | None = None) -> list[float]:
-    """`Trainer.run`, or its first iterations and the checkpoint there, as a killed run leaves them."""
-    from fastgrpo.reporting.runlog import RunLog, read_lines
+class Killed(Exception):
+    pass
 
-    trainer = Trainer(config, 1, device)
-    if stop_after is None:
+
+class KilledAtCheckpoint(Callback):
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        raise Killed
+
+
+def whole_run(config: Any, ranks: Ranks, killed: bool = False) -> list[float]:
+    """The rewards of `Trainer.run`, which may be killed right after its first checkpoint."""
+    trainer = Trainer(config, ranks=ranks, callbacks=[KilledAtCheckpoint()] if killed else [])
+    with pytest.raises(Killed) if killed else nullcontext():
         trainer.run()
-    else:
-        trainer.log = RunLog(config.output, 0)
-        trainer.evaluate(0, config.evaluation.images, base=True)
-        for i in range(1, stop_after + 1):
-            trainer.log.metrics(trainer.iterate(i))
-        trainer._save(stop_after, 0.0)
-        trainer.log.close()
-    trainer.engine.close()
+    trainer.close()
     return [row["reward"] for row in read_lines(config.output / "metrics.jsonl")]
 
 
-def main() -> None:
-    name, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    device, result = start(), {}
+def main(arguments: Sequence[str]) -> None:
+    name, folder, output = arguments[0], Path(arguments[1]), Path(arguments[2])
+    ranks, result = start(), {}
     for form in ("lora", "full"):
         settings = [f"model.train={form}", f"update.learning_rate={'3e-2' if form == 'lora' else '3e-3'}"]
         config = configuration(name, folder, output / form, *settings)
-        found, spread, deviation = rewards(config, ITERATIONS, device)
+        found, spread, deviation = rewards(config, ITERATIONS, ranks)
         checkpointed = configuration(name, folder, output / f"{form}_ckpt", *settings, "update.gradient_checkpointing=true")
-        again, *_ = rewards(checkpointed, 2, device)
+        again, *_ = rewards(checkpointed, 2, ranks)
         result[form] = {
             "rewards": found, "spread": spread, "first_ratio_deviation": deviation, "checkpointed": again
         }  # fmt: skip
         if form == "lora":
             stopped = configuration(name, folder, output / "stopped", *settings)
-            whole_run(stopped, device, stop_after=4)
-            result[form]["resumed"] = whole_run(stopped, device)
-    _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, device)
+            whole_run(stopped, ranks, killed=True)
+            result[form]["resumed"] = whole_run(stopped, ranks)
+    _, _, result["bfloat16"] = rewards(configuration(name, folder, output / "bf16", "model.dtype=bfloat16"), 1, ranks)
     print(json.dumps(result))
     finish()
-
-
-if __name__ == "__main__":
-    main()

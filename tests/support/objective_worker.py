@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from fastgrpo.engine.zero import finish, start
+from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.trainer import Trainer
 from support.model_worker import configuration
 
@@ -32,16 +31,16 @@ RUNS = {
 ITERATIONS = 8
 
 
-def train(config: Any, device: torch.device, iterations: int) -> dict[str, Any]:
-    trainer = Trainer(config, 1, device)
+def train(config: Any, ranks: Ranks, iterations: int) -> dict[str, Any]:
+    trainer = Trainer(config, ranks=ranks)
     before = trainer.engine.trained_state()
     rows = [trainer.iterate(i) for i in range(1, iterations + 1)]
     after = trainer.engine.trained_state()
     moved = max((after[name] - before[name]).abs().max().item() for name in before)
     lag = None
-    if trainer.learning.old is not None:
-        lag = max((after[name] - old).abs().max().item() for name, old in trainer.learning.old.weights.items())
-    trainer.engine.close()
+    if trainer.updater.old is not None:
+        lag = max((after[name] - old).abs().max().item() for name, old in trainer.updater.old.weights.items())
+    trainer.close()
     return {"rows": rows, "moved": moved, "lag": lag}
 
 
@@ -58,13 +57,13 @@ def data(folder: Path, size: int, pairs: bool) -> Path:
 
 def main() -> None:
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    device = start()
+    ranks = start()
     for name in sys.argv[3:]:
         settings = ["update.learning_rate=3e-2", *RUNS[name]]
         if "offline" in name:
             settings.append(f"prompts.train={data(output / name / 'data', 32, pairs='dpo' in name)}")
         config = configuration("sd3", folder, output / name, *settings)
-        print(json.dumps({"name": name, **train(config, device, ITERATIONS)}), flush=True)
+        print(json.dumps({"name": name, **train(config, ranks, ITERATIONS)}), flush=True)
     finish()
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.records import Prompted
+
 SHAPE = (2, 3, 5)  # an odd number of elements
 NUM_STEPS, SIZE = 6, 2
 
@@ -13,8 +15,15 @@ class Toy(NamedTuple):
     offset: Tensor  # (B, 1, 1, 1)
 
 
+def toy_prompts(offset: Tensor, uncond: float | None = None) -> Prompted:
+    """Conditionings that add `offset` (B, 1, 1, 1) to the velocity and, under guidance, `uncond` without the prompt."""
+    return Prompted(Toy(offset), None if uncond is None else Toy(torch.full_like(offset, uncond)))
+
+
 class ToyPolicy(nn.Module):
     """A velocity that depends on everything it is given, element by element."""
+
+    latent_shape, dtype, guide = SHAPE, torch.float32, None
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
         return torch.tanh(x) * sigma.view(-1, 1, 1, 1) + conditioning.offset

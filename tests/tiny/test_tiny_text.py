@@ -9,14 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from scipy import ndimage
+from support.drawing import drawn
 
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.adapter import to_pixels
-from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.rewards import load_reward
-from fastgrpo.sampling.generate import generate
 from fastgrpo.tiny.pretrain import make_tokenizer
 from fastgrpo.tiny.render import BACKGROUND
 from fastgrpo.tiny.text import recipe, world
@@ -259,9 +257,6 @@ def test_stock_pipeline_draws_the_same_and_the_base_is_half_right() -> None:
         prompts, num_inference_steps=10, guidance_scale=2.0, latents=noise, max_sequence_length=1, output_type="np"
     ).images
     stock = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-    own = generate(
-        model, Policy(model), Embeddings(model), prompts, torch.arange(count), stream=SAMPLE, seed=0, num_steps=10,
-        guidance_scale=2.0,
-    )  # fmt: skip
+    own = drawn(model, prompts, num_steps=10, guidance_scale=2.0)
     assert (stock.int() - own.int()).abs().max() <= 1
     assert 0.4 < load_reward("tiny_text")(own, prompts, records).mean() < 0.75

@@ -20,6 +20,7 @@ from fastgrpo.tiny.world import (
     split_prompts,
 )
 
+pytestmark = pytest.mark.slow  # thousands of drawings
 SCENES = 1200  # a category, or a kind of mistake
 ALLOWED = SCENES // 1000  # may be judged wrongly
 PROMPTS = sum(split_prompts(), [])

@@ -165,6 +165,7 @@ def test_tokenizer_has_a_token_for_each_word_and_round_trips() -> None:
     assert tokenizer.unk_token_id not in {i for ids in encoded for i in ids[1:-1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", TAGS)
 def test_mislabel_changes_what_is_true(tag: str) -> None:
     rng = np.random.default_rng(3)

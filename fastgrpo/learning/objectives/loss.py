@@ -11,6 +11,7 @@ Only the policy term is weighed by step, as in the released GRPO-Guard; the KL h
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,13 +23,16 @@ REFERENCE_ELEMENTS = 65_536  # 16 x 64 x 64: SD3.5 at 512 px, at which the publi
 class Moments(Protocol):
     """What `fastgrpo_kernels.transition` returns."""
 
-    m1: Tensor  # (B,) mean(e d)
-    m2: Tensor  # (B,) mean(d d)
-    m3: Tensor  # (B,) mean(k k)
+    @property
+    def m1(self) -> Tensor: ...  # (B,) mean(e d)
+    @property
+    def m2(self) -> Tensor: ...  # (B,) mean(d d)
+    @property
+    def m3(self) -> Tensor: ...  # (B,) mean(k k)
 
 
 class TargetMoments(NamedTuple):
-    """What objectives on the forward process get: e = v* - v_old, d = v - v_old, k = v - v_ref (see `forward`)."""
+    """The moments that objectives on the forward process are given: e = v* - v_old, d = v - v_old, k = v - v_ref."""
 
     m1: Tensor  # (B,) mean(e d)
     m2: Tensor  # (B,) mean(d d)
@@ -59,6 +63,23 @@ class Loss(NamedTuple):
     clip_fraction: Tensor  # share of samples at which the objective's bound is reached: clipped, or masked
     drift: Tensor  # how far the policy is from the one that sampled
 
+    @staticmethod
+    def over(losses: "Sequence[Loss]", total: float) -> dict[str, Tensor]:
+        """The metrics of one optimiser step from those of its forward passes, by name.
+
+        total: how many passes the loss is a mean over; more than there are where passes of weight 0 were left out.
+        """
+        metrics = {}
+        for name in Loss._fields:
+            values = torch.stack([getattr(loss, name).detach() for loss in losses])
+            if name == "ratio_min":
+                metrics[name] = values.amin()
+            elif name == "ratio_max":
+                metrics[name] = values.amax()
+            else:  # weighted ones are means over all samples, the rest over those that were run
+                metrics[name] = values.sum() / (total if name in ("loss", "policy", "kl") else len(losses))
+        return metrics
+
 
 def effective_clip_range(clip_range: float, num_elements: int) -> float:
     """clip_range sqrt(65536 / D): the clip range quoted at D = 65,536, for a latent of D elements.
@@ -73,12 +94,12 @@ def effective_clip_range(clip_range: float, num_elements: int) -> float:
     return clip_range * math.sqrt(REFERENCE_ELEMENTS / num_elements)
 
 
-def log_ratio(moments: Moments, step: StepRows) -> Tensor:
+def log_ratio(moments: Moments, rows: StepRows) -> Tensor:
     """w (2 m1 - m2), (B,)."""
-    return step.w.double() * (2 * moments.m1.double() - moments.m2.double())
+    return rows.w.double() * (2 * moments.m1.double() - moments.m2.double())
 
 
-def alive(values: Tensor, weight: Tensor) -> Tensor:
+def live(values: Tensor, weight: Tensor) -> Tensor:
     """`values` (B,) in float64, and 0 for the samples that `weight` takes out.
 
     Applied before anything that is not linear: 0 * inf of a sample that is out would be nan, in the gradient too.
@@ -92,10 +113,10 @@ def clipped_policy(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tens
     return torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-def summed(
+def weighted_loss(
     policy: Tensor,  # (B,) float64, finite also where weight is 0
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     weight: Tensor,  # (B,)
     beta: float,
     *,
@@ -104,8 +125,8 @@ def summed(
     drift: Tensor,  # (B,)
 ) -> Loss:
     """The loss of the module's first line, with its metrics."""
-    policy = (weight * step.loss_weight.double() * policy).mean()
-    kl = (weight * alive(step.kl_weight.double() * moments.m3.double(), weight)).mean()
+    policy = (weight * rows.loss_weight.double() * policy).mean()
+    kl = (weight * live(rows.kl_weight.double() * moments.m3.double(), weight)).mean()
     ratio = ratio.detach()
     return Loss(
         loss=(policy + beta * kl).float(),

@@ -1,6 +1,6 @@
 """Objectives on the forward process: nft, awm, dpo, sft. They need the final x0 of a rollout and no log-prob.
 
-    x_t = (1 - t) x0 + t eps,    v* = eps - x0  the velocity to match,    t = `step.s`
+    x_t = (1 - t) x0 + t eps,    v* = eps - x0  the velocity to match,    t = `rows.s`
 
 They are functions of the same three moments as a transition's: of the one with c_x = 0, c_v = 1 and x' = v*,
 
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastgrpo.learning.objectives.loss import Loss, StepRows, TargetMoments, alive, clipped_policy, log_ratio, summed
+from fastgrpo.learning.objectives.loss import Loss, StepRows, TargetMoments, clipped_policy, live, log_ratio, weighted_loss
 
 
 def nft(
     moments: TargetMoments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,  # (B,)
     weight: Tensor,  # (B,) 0 takes a sample out, exactly
     *,
@@ -50,21 +50,21 @@ def nft(
     adv_clip_max: that of the advantages. The factors adv_clip_max / mix and the floor are of the released code.
     """
     m0, m1, m2, abs_plus, abs_minus = (
-        alive(m, weight) for m in (moments.m0, moments.m1, moments.m2, moments.abs_plus, moments.abs_minus)
+        live(m, weight) for m in (moments.m0, moments.m1, moments.m2, moments.abs_plus, moments.abs_minus)
     )
-    t, a = step.s.double(), advantages.double() / adv_clip_max
+    t, a = rows.s.double(), advantages.double() / adv_clip_max
     r = 0.5 + 0.5 * a.clamp(-1, 1)
     even = m0 + mix**2 * m2
     plus = t.square() * (even - 2 * mix * m1) / (t * abs_plus).clamp(min=1e-5)
     minus = t.square() * (even + 2 * mix * m1) / (t * abs_minus).clamp(min=1e-5)
     policy = adv_clip_max / mix * (r * plus + (1 - r) * minus)
-    ratio = log_ratio(moments, step).exp()
-    return summed(policy, moments, step, weight, beta, ratio=ratio, clipped=a.abs() >= 1, drift=moments.m2.double())
+    ratio = log_ratio(moments, rows).exp()
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=ratio, clipped=a.abs() >= 1, drift=moments.m2.double())
 
 
 def awm(
     moments: TargetMoments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     *,
@@ -93,20 +93,20 @@ def awm(
         old = m0.double()
         new = (old + (m2.double() - 2 * m1.double())).clamp(min=0)  # not below 0 by rounding: of no real power
         gain = (old + 1e-10).pow(power) - (new + 1e-10).pow(power)
-        return step.w.double() * step.s.double().pow(time_power) * gain / power
+        return rows.w.double() * rows.s.double().pow(time_power) * gain / power
 
     raw = (moments.m0, moments.m1, moments.m2)
-    ratio = log_r(*(alive(m, weight) for m in raw)).exp()
+    ratio = log_r(*(live(m, weight) for m in raw)).exp()
     scaled = advantage_scale * advantages.double()
-    policy = clipped_policy(ratio, scaled, clip_range) + ema_beta * alive(moments.m2, weight)
+    policy = clipped_policy(ratio, scaled, clip_range) + ema_beta * live(moments.m2, weight)
     moved = log_r(*(m.detach() for m in raw)).exp()
     clipped = (moved - 1).abs() > clip_range
-    return summed(policy, moments, step, weight, beta, ratio=moved, clipped=clipped, drift=moments.m2.double())
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=moved, clipped=clipped, drift=moments.m2.double())
 
 
 def dpo(
     moments: TargetMoments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     *,
@@ -126,16 +126,16 @@ def dpo(
     if len(weight) % 2:
         raise ValueError(f"dpo was given {len(weight)} samples; a batch must hold whole pairs, so an even number")
     weight = weight.reshape(-1, 2).amin(dim=1).repeat_interleave(2)
-    log_r = log_ratio(moments, step)
-    chosen, rejected = (strength / 2 * alive(log_r, weight)).view(-1, 2).unbind(dim=1)
+    log_r = log_ratio(moments, rows)
+    chosen, rejected = (strength / 2 * live(log_r, weight)).view(-1, 2).unbind(dim=1)
     policy = -logsigmoid(chosen - rejected).repeat_interleave(2)
     none = torch.zeros_like(weight, dtype=torch.bool)
-    return summed(policy, moments, step, weight, beta, ratio=log_r.exp(), clipped=none, drift=moments.m2.double())
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=log_r.exp(), clipped=none, drift=moments.m2.double())
 
 
 def sft(
     moments: TargetMoments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     *,
@@ -156,6 +156,6 @@ def sft(
     """
     a = advantages.double()
     factor = {"exp": (a / temperature).exp(), "positive": a.clamp(min=0), "none": torch.ones_like(a)}[advantage]
-    policy = factor * (alive(moments.m0, weight) - 2 * alive(moments.m1, weight) + alive(moments.m2, weight))
+    policy = factor * (live(moments.m0, weight) - 2 * live(moments.m1, weight) + live(moments.m2, weight))
     zero, one = torch.zeros_like(a), torch.ones_like(a)
-    return summed(policy, moments, step, weight, beta, ratio=one, clipped=zero, drift=zero)
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=one, clipped=zero, drift=zero)

@@ -14,12 +14,12 @@ w is 1 / (2 s^2), and all log-probs are means over D, not sums, as in the releas
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.objectives.loss import Loss, Moments, StepRows, alive, clipped_policy, log_ratio, summed
+from fastgrpo.learning.objectives.loss import Loss, Moments, StepRows, clipped_policy, live, log_ratio, weighted_loss
 
 
 def clip(
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,  # (B,)
     weight: Tensor,  # (B,) 0 takes a sample out, exactly
     *,
@@ -32,12 +32,12 @@ def clip(
 
     Its step weight, where there is one, is TempFlow-GRPO's (arXiv 2508.04324).
     """
-    return _clip(log_ratio(moments, step), moments, step, advantages, weight, clip_range, beta)
+    return _clip(log_ratio(moments, rows), moments, rows, advantages, weight, clip_range, beta)
 
 
 def guard(
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     *,
@@ -53,15 +53,15 @@ def guard(
     s = sigma_t sqrt|dt| is the standard deviation of the whole transition (train_sd3_GRPO_Guard.py:
     `sqrt_dt.mean() * sigma_t`). That code takes the mean of d^2 over the batch as well, where the paper, and its
     authors when asked (flow_grpo issue 244), take each sample's own, as here. Its step weight 1 / |dt| is
-    `step.loss_weight`.
+    `rows.loss_weight`.
     """
-    normalised = 2 * step.w.double() * moments.m1.double() * step.s.double()
-    return _clip(normalised, moments, step, advantages, weight, clip_range, beta)
+    normalised = 2 * rows.w.double() * moments.m1.double() * rows.s.double()
+    return _clip(normalised, moments, rows, advantages, weight, clip_range, beta)
 
 
 def dppo(
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     *,
@@ -82,28 +82,28 @@ def dppo(
     clip, whose ratio has a spread of 1 / sqrt(D). delta = 1e-7 is a move of rms(d) = 4.5e-4 s; a clip of 1e-5 at
     D = 65,536 is reached, within one standard deviation, at 2.6e-3 s.
     """
-    log_r, divergence, a = log_ratio(moments, step), _drift(moments, step), advantages.double()
+    log_r, divergence, a = log_ratio(moments, rows), _drift(moments, rows), advantages.double()
     moved = log_r.detach().exp()
     masked = (divergence > delta) & torch.where(a > 0, moved > 1, (a < 0) & (moved < 1))
     kept = (~masked).double()
-    policy = -a * kept * alive(log_r, weight * kept).exp()
-    return summed(policy, moments, step, weight, beta, ratio=moved, clipped=masked, drift=divergence)
+    policy = -a * kept * live(log_r, weight * kept).exp()
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=moved, clipped=masked, drift=divergence)
 
 
 def _clip(
     log_r: Tensor,  # (B,) linear in the moments
     moments: Moments,
-    step: StepRows,
+    rows: StepRows,
     advantages: Tensor,
     weight: Tensor,
     clip_range: float,
     beta: float,
 ) -> Loss:
-    policy = clipped_policy(alive(log_r, weight).exp(), advantages, clip_range)
+    policy = clipped_policy(live(log_r, weight).exp(), advantages, clip_range)
     moved = log_r.detach().exp()
     clipped = (moved - 1).abs() > clip_range
-    return summed(policy, moments, step, weight, beta, ratio=moved, clipped=clipped, drift=_drift(moments, step))
+    return weighted_loss(policy, moments, rows, weight, beta, ratio=moved, clipped=clipped, drift=_drift(moments, rows))
 
 
-def _drift(moments: Moments, step: StepRows) -> Tensor:
-    return torch.where(step.s > 0, moments.m2.detach().double() / (2 * step.s.double().square()), 0.0)
+def _drift(moments: Moments, rows: StepRows) -> Tensor:
+    return torch.where(rows.s > 0, moments.m2.detach().double() / (2 * rows.s.double().square()), 0.0)

@@ -13,21 +13,27 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
-from fastgrpo.rewards.networks.clip import CLIP_L, WEIGHTS, unit
-from fastgrpo.rewards.networks.network import NetworkReward, load_network, mlp_head
-from fastgrpo.rewards.networks.pixels import processed
+from fastgrpo.rewards.networks.clip import CLIP_L, WEIGHTS, normalize
+from fastgrpo.rewards.networks.network import BatchSize, NetworkReward, load_network, mlp_head
+from fastgrpo.rewards.networks.pixels import preprocess
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 class Aesthetic(NetworkReward):
-    """Of the image alone."""
+    """Scores the image only; the prompt is ignored."""
 
     name = "aesthetic"
     needs: ClassVar[dict[str, str]] = {"config.json": CLIP_L, WEIGHTS: CLIP_L}
 
-    def __init__(self, device: torch.device, *, path: str = "", head: str = "", batch_size: int = 32) -> None:
-        """head: the file of the head's weights; where it is not set, it is looked for in the folder `path`."""
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        path: str = "",  # the folder of CLIP
+        head: str = "",  # the file of the head's weights; left out: looked for in the folder `path`
+        batch_size: BatchSize = 32,  # images that go through the network at once
+    ) -> None:
         self.file = Path(head or Path(path) / HEAD)
         super().__init__(device, path=path, batch_size=batch_size)
 
@@ -44,5 +50,5 @@ class Aesthetic(NetworkReward):
         self.head.to(self.device)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = processed(images, self.network.config.vision_config.image_size).to(self.device)
-        return self.head["layers"](unit(self.network.get_image_features(pixels).pooler_output)).squeeze(-1)
+        pixels = preprocess(images, self.network.config.vision_config.image_size).to(self.device)
+        return self.head["layers"](normalize(self.network.get_image_features(pixels).pooler_output)).squeeze(-1)

@@ -16,13 +16,13 @@ E length of an embedding.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from fastgrpo.rewards.networks.network import TOKENIZER, NetworkReward, load_network
-from fastgrpo.rewards.networks.pixels import processed
+from fastgrpo.rewards.networks.pixels import preprocess
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -37,7 +37,7 @@ class ClipScore(NetworkReward):
     needs: ClassVar[dict[str, str]] = {"config.json": CLIP_L, WEIGHTS: CLIP_L, TOKENIZER: CLIP_L}
 
     def build(self, folder: Path) -> None:
-        self.network = self.load(folder)
+        self.network: Any = self.load(folder)  # Any: a type checker takes transformers' configurations for mappings
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     def load(self, folder: Path) -> CLIPModel:
@@ -48,17 +48,17 @@ class ClipScore(NetworkReward):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) uint8 -> (b, E) of length 1."""
-        return unit(self.network.get_image_features(self.pixels(images)).pooler_output)
+        return normalize(self.network.get_image_features(self.pixels(images)).pooler_output)
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
         """-> (b, E) of length 1. Always padded to the full length: then a score does not hang on the other prompts."""
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return unit(self.network.get_text_features(**tokens.to(self.device)).pooler_output)
+        return normalize(self.network.get_text_features(**tokens.to(self.device)).pooler_output)
 
     def pixels(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) uint8 -> (b, 3, S, S) float32, what the network sees."""
-        return processed(images, self.network.config.vision_config.image_size).to(self.device)
+        return preprocess(images, self.network.config.vision_config.image_size).to(self.device)
 
 
 class PickScore(ClipScore):
@@ -74,6 +74,6 @@ class PickScore(ClipScore):
         return self.network.logit_scale.exp() * super().score(images, prompts)
 
 
-def unit(embeddings: Tensor) -> Tensor:
+def normalize(embeddings: Tensor) -> Tensor:
     """(B, E) -> (B, E) of length 1."""
     return embeddings / embeddings.norm(dim=-1, keepdim=True)

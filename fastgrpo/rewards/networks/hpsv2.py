@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 from transformers import CLIPConfig, CLIPModel
 
 from fastgrpo.rewards.networks.clip import CLIP_H, ClipScore
-from fastgrpo.rewards.networks.network import TOKENIZER, load_network, renamed
-from fastgrpo.rewards.networks.pixels import cropped, shorter_side
+from fastgrpo.rewards.networks.network import TOKENIZER, load_network, rename_weights
+from fastgrpo.rewards.networks.pixels import crop_and_normalize, shorter_side
 
 CHECKPOINT = "HPS_v2.1_compressed.pt"
 # In order: what is inside a layer, then where the layer is. logit_scale is called so in both.
@@ -55,15 +55,15 @@ class HPSv2(ClipScore):
         """hpsv2 turns an image into floats before it resizes, so nothing is rounded to whole levels or cut at 0 and 255."""
         size = self.network.config.vision_config.image_size
         pixels = images.to(self.device).float() / 255
-        pixels = interpolate(pixels, shorter_side(*pixels.shape[-2:], size), mode="bicubic", antialias=True)
-        return cropped(pixels, size)
+        pixels = interpolate(pixels, shorter_side(pixels.shape[-2], pixels.shape[-1], size), mode="bicubic", antialias=True)
+        return crop_and_normalize(pixels, size)
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP's weights by transformers' names. open_clip keeps query, key and value in one, and multiplies by its
     projections from the right."""
-    names = {}
-    for name, tensor in renamed(weights, RULES).items():
+    names: dict[str, Tensor] = {}
+    for name, tensor in rename_weights(weights, RULES).items():
         if ".in_proj_" in name:
             before, kind = name.split("in_proj_")
             names |= {f"{before}{part}_proj.{kind}": piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from fastgrpo.rewards.networks.network import NetworkReward, load_network, mlp_head, renamed
-from fastgrpo.rewards.networks.pixels import cropped, shorter_side
+from fastgrpo.data.pixels import as_arrays
+from fastgrpo.rewards.networks.network import NetworkReward, load_network, mlp_head, rename_weights
+from fastgrpo.rewards.networks.pixels import crop_and_normalize, shorter_side
 
 CHECKPOINT, REPOSITORY = "ImageReward.pt", "THUDM/ImageReward"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -44,13 +45,16 @@ class ImageReward(NetworkReward):
 
     def build(self, folder: Path) -> None:
         weights = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-        seen, read = renamed(under(weights, "blip.visual_encoder."), RULES), under(weights, "blip.text_encoder.")
-        config, source = vision_config(seen), folder / CHECKPOINT
-        self.vision = load_network(BlipVisionModel, self.device, source, config=config, state_dict=seen)
-        config = text_config(json.loads((folder / "med_config.json").read_text()), config.hidden_size)
+        seen, read = (
+            rename_weights(part_of(weights, "blip.visual_encoder."), RULES),
+            part_of(weights, "blip.text_encoder."),
+        )
+        vision, source = vision_config(seen), folder / CHECKPOINT
+        self.vision = load_network(BlipVisionModel, self.device, source, config=vision, state_dict=seen)
+        config = text_config(json.loads((folder / "med_config.json").read_text()), vision.hidden_size)
         self.text = load_network(BlipTextModel, self.device, source, config=config, state_dict=read, add_pooling_layer=False)
         self.head = mlp_head(config.hidden_size)
-        self.head.load_state_dict(under(weights, "mlp."))
+        self.head.load_state_dict(part_of(weights, "mlp."))
         self.head.to(self.device)
         self.tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -66,13 +70,15 @@ class ImageReward(NetworkReward):
     def pixels(self, images: Tensor) -> Tensor:
         """The published transform of torchvision: shorter side by PIL's bicubic, crop, floats, CLIP's mean and deviation."""
         size = self.vision.config.image_size
-        height, width = shorter_side(*images.shape[-2:], size)
-        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
-        resized = [Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays]
-        return cropped(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device).float() / 255, size)
+        height, width = shorter_side(images.shape[-2], images.shape[-1], size)
+        pictures = [Image.fromarray(array) for array in as_arrays(images)]
+        resized = [np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+        return crop_and_normalize(
+            torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device).float() / 255, size
+        )
 
 
-def under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights of one part, by their names within it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 

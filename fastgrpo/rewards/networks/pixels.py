@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-def processed(images: Tensor, size: int) -> Tensor:
+def preprocess(images: Tensor, size: int) -> Tensor:
     """transformers: PIL's bicubic to the shorter side, centre crop. (B, 3, H, W) uint8 -> (B, 3, S, S) float32, CPU."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     arrays = list(images.cpu().numpy())
@@ -23,7 +23,7 @@ def shorter_side(height: int, width: int, size: int) -> tuple[int, int]:
     return (size, other) if height <= width else (other, size)
 
 
-def cropped(pixels: Tensor, size: int) -> Tensor:
+def crop_and_normalize(pixels: Tensor, size: int) -> Tensor:
     """torchvision's CenterCrop and Normalize: (B, 3, H, W) float32, 0 to 1 -> (B, 3, S, S).
 
     Where half a pixel is left over, torchvision cuts at the even side and transformers at the lower."""

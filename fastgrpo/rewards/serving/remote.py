@@ -2,17 +2,17 @@
 
     reward: {train: remote, eval: remote, settings: {remote: {urls: ["http://10.0.0.2:8000", "http://10.0.0.3:8000"]}}}
 
-A batch is cut into requests as large as the servers allow, which the servers share. One that does not answer is passed over
-and asked again later, with growing and random pauses; when none has answered in `retries` rounds, `RewardUnavailable` stops
-the run. Only servers of one version are used: the images of a group are compared, so the same thing must score them all.
+A batch is cut into requests as large as the servers allow, which the servers share. A server that does not answer is left
+out and asked again later, after growing and random pauses; when none has answered in `retries` rounds, `RewardUnavailable`
+stops the run. Only servers of one version are used: the images of a group are compared, so the same reward must score all.
 """
 
 import itertools
+import math
 import os
-import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("httpx2 is not installed: pip install 'fastgrpo[serve]'") from error
 
+from fastgrpo.config.bounds import Above, AtLeast
 from fastgrpo.rewards import RewardUnavailable, checked
-from fastgrpo.rewards.serving.wire import pack
+from fastgrpo.rewards.retry import tries
+from fastgrpo.rewards.serving.wire import Format, pack
 
-MAX_PAUSE = 30.0  # seconds
+Answer = TypeVar("Answer")
 
 
 class Lost(Exception):
@@ -39,13 +41,13 @@ class Remote:
         self,
         *,
         device: torch.device,
-        urls: Sequence[str],
+        urls: Sequence[str],  # of the servers, such as http://10.0.0.2:8000
         token_env: str | None = None,  # the environment variable that holds the token
-        timeout: float = 120.0,  # seconds for an answer
-        retries: int = 8,  # rounds after the first, over all servers
-        pause: float = 0.5,  # seconds before the second round, then twice as long each
-        max_images: int = 64,  # a request; a server may allow fewer
-        form: str = "raw",  # or png, which is slower and smaller
+        timeout: Annotated[float, Above(0)] = 120.0,  # seconds for an answer
+        retries: Annotated[int, AtLeast(0)] = 8,  # rounds after the first, over all servers
+        pause: Annotated[float, AtLeast(0)] = 0.5,  # seconds before the second round, then twice as long each
+        max_images: Annotated[int, AtLeast(1)] = 64,  # a request; a server may allow fewer
+        form: Format = "raw",  # of the images on the wire; png is slower and smaller
     ) -> None:
         if isinstance(urls, str) or not urls:
             raise ValueError(f"reward.settings.remote.urls = {urls!r}: expected a list such as [http://127.0.0.1:8000]")
@@ -56,20 +58,23 @@ class Remote:
         # Asked directly, whatever proxy the environment names: these are the user's own machines.
         self._client = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout, connect=10), trust_env=False)
         self._threads = ThreadPoolExecutor(len(self.urls), "remote")
-        self._random = random.Random()  # a generator of its own: a retry must not change what a run draws
         self._first = itertools.count(int(os.environ.get("RANK", "0")))  # ranks begin with different servers
         found = self._healths()
         self.name, self.version = found["reward"], found["version"]
-        self.low, self.high = (float(f"{sign}inf") if found[key] is None else found[key] for key, sign in BOUNDS)
+        self.low = -math.inf if found["low"] is None else found["low"]
+        self.high = math.inf if found["high"] is None else found["high"]
         self.max_images, self.max_bytes = min(max_images, found["max_images"]), found["max_bytes"]
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """images (B, 3, H, W) or (B, T, 3, H, W) uint8 -> (B,)."""
         size = max(1, min(self.max_images, self.max_bytes // max(1, images[0].numel())))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+
+        def scores(part: slice) -> list[float]:
+            return self._request(images[part], prompts[part], metadata[part])
+
         # Packed one by one when their turn comes. `map` keeps the order.
-        answers = self._threads.map(lambda part: self._request(images[part], prompts[part], metadata[part]), parts)
-        return torch.tensor([score for answer in answers for score in answer])
+        return torch.tensor([score for answer in self._threads.map(scores, parts) for score in answer])
 
     def _request(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
         data, first = pack(images, prompts, metadata, self.form), next(self._first)
@@ -87,7 +92,7 @@ class Remote:
         return self._try(ask, first)
 
     def _healths(self) -> dict:
-        """What the servers say of themselves; those that answer must agree, and the limits are the narrowest."""
+        """What is served, under the narrowest limits of all servers; those that answer must serve the same."""
         found: dict[str, dict] = {}
 
         def ask(url: str) -> None:
@@ -105,23 +110,21 @@ class Remote:
         limits = {key: min(one[key] for one in found.values()) for key in ("max_images", "max_bytes")}
         return {**next(iter(found.values())), **limits}
 
-    def _try(self, ask, first: int):
-        """The first answer of the servers in turn, round after round."""
+    def _try(self, ask: Callable[[str], Answer], first: int) -> Answer:
+        """The first answer, asking the servers in turn and round after round."""
         reasons: dict[str, str] = {}
-        for attempt in range(self.retries + 1):
+        for _ in tries(self.retries, self.pause):
             for i in range(len(self.urls)):
                 url = self.urls[(first + i) % len(self.urls)]
                 try:
                     return ask(url)
                 except Lost as lost:
                     reasons[url] = str(lost)
-            if attempt < self.retries:
-                time.sleep(min(MAX_PAUSE, self.pause * 2**attempt) * self._random.uniform(0.5, 1.5))
-        told = "; ".join(f"{url} {reason}" for url, reason in reasons.items())
-        raise RewardUnavailable(f"no reward server answered in {self.retries + 1} rounds: {told}")
+        summary = "; ".join(f"{url} {reason}" for url, reason in reasons.items())
+        raise RewardUnavailable(f"no reward server answered in {self.retries + 1} rounds: {summary}")
 
     def _answer(self, method: str, url: str, content: bytes | None = None) -> dict:
-        """A server's JSON. What the request is to blame for, and not the server, is an error at once."""
+        """The JSON of a server's answer. Raises `Lost` where the server is to blame, ValueError where the request is."""
         try:
             response = self._client.request(method, url, content=content)
         except httpx2.TransportError as error:
@@ -134,6 +137,3 @@ class Remote:
             return dict(response.json())
         except (TypeError, ValueError):
             raise Lost(f"answered what is no JSON object: {response.text[:100]!r}") from None
-
-
-BOUNDS = (("low", "-"), ("high", "+"))

@@ -7,14 +7,14 @@
     GET  /metrics   counters as Prometheus reads them
     GET  /docs      this, as OpenAPI says it
 
-Requests that arrive while a batch is being scored wait, and are then scored together, up to `max_images`. What is wrong with
-a request is its sender's to hear (4xx), and nobody else's: of a batch that fails each request is scored again alone.
+Requests that arrive while a batch is being scored wait, and are then scored together, up to `max_images`. A bad request
+fails for its sender alone (4xx): when a batch fails, each of its requests is scored again by itself.
 """
 
 import asyncio
 import hmac
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -30,6 +30,8 @@ from pydantic import BaseModel
 
 from fastgrpo.rewards import Reward, checked, load_reward, reward_version, score_range
 from fastgrpo.rewards.serving.wire import HEADER_BYTES, PREAMBLE, Request, WireError, unpack
+
+Counts = dict[str, float]  # what /metrics shows, by name; 0 where nothing was counted
 
 
 class Scores(BaseModel):
@@ -61,7 +63,7 @@ class Service:
     token: str | None = None
     max_images: int = 64
     max_bytes: int = 1 << 28  # of a request's pixels
-    counts: Counter = field(default_factory=Counter)
+    counts: Counts = field(default_factory=lambda: defaultdict(int))
 
     def score(self, request: Request) -> list[float]:
         """Checked, so that no client can get a score that is none."""
@@ -80,7 +82,7 @@ class Service:
 class Batcher:
     """Scores what waits together: one batch after the other, in a thread, while the loop takes in more."""
 
-    def __init__(self, score: Callable[[Request], list[float]], max_images: int, counts: Counter) -> None:
+    def __init__(self, score: Callable[[Request], list[float]], max_images: int, counts: Counts) -> None:
         self._score, self._max_images, self._counts = score, max_images, counts
         self._waiting: deque[tuple[Request, asyncio.Future]] = deque()
         self._arrived, self._thread = asyncio.Event(), ThreadPoolExecutor(1, "reward")
@@ -115,7 +117,9 @@ class Batcher:
         requests = [request for request, _ in batch]
         began = time.perf_counter()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._score(joined(requests)))
+            scores = await asyncio.get_running_loop().run_in_executor(
+                self._thread, lambda: self._score(join_requests(requests))
+            )
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
@@ -123,14 +127,17 @@ class Batcher:
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return
-        self._counts.update(batches=1, images=len(scores), seconds=time.perf_counter() - began)
+        self._counts["batches"] += 1
+        self._counts["images"] += len(scores)
+        self._counts["seconds"] += time.perf_counter() - began
         for request, answer in batch:
             if not answer.done():  # its client may have left
                 answer.set_result(scores[: len(request.prompts)])
             scores = scores[len(request.prompts) :]
 
 
-def joined(requests: list[Request]) -> Request:
+def join_requests(requests: list[Request]) -> Request:
+    """Several requests as one."""
     return Request(
         torch.cat([request.images for request in requests]),
         [prompt for request in requests for prompt in request.prompts],
@@ -180,9 +187,9 @@ def application(service: Service) -> fastapi.FastAPI:
         if service.token and not hmac.compare_digest(authorization.encode(), expected):
             raise HTTPException(401, "wrong or missing token: send it as 'Authorization: Bearer TOKEN'")
         data = await body(request, PREAMBLE.size + service.max_bytes + service.max_images * HEADER_BYTES)
-        asked = await asyncio.to_thread(unpack, data, service.max_images, service.max_bytes)
+        scoring = await asyncio.to_thread(unpack, data, service.max_images, service.max_bytes)
         try:
-            scores = await batcher[0](asked)
+            scores = await batcher[0](scoring)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
         except Exception as error:
@@ -233,13 +240,13 @@ def exposition(service: Service) -> str:
 def make_service(
     name: str, *, device: torch.device | str, settings: dict[str, Any], token: str | None, max_images: int, max_bytes: int
 ) -> Service:
-    """Load the reward; of clips it is given what clients send, which decide on frames themselves."""
+    """Load the reward. It scores what clients send, frames or clips: they decide on that by their `reward.frames`."""
     reward = load_reward(name, device=device, settings=settings, frames="clip")
     version = reward_version(name, settings)
     return Service(name=name, reward=reward, version=version, token=token, max_images=max_images, max_bytes=max_bytes)
 
 
 def serve(service: Service, host: str, port: int) -> None:
-    """Until a signal ends it."""
+    """Serve the reward until a signal ends the process."""
     print(f"reward {service.name}, version {service.version}: http://{host}:{port}/docs", flush=True)
     uvicorn.run(application(service), host=host, port=port, log_level="warning")

@@ -14,7 +14,7 @@ import json
 import math
 import struct
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 VERSION = 1
 PREAMBLE = struct.Struct("<4sII")
 MAGIC = b"FGR1"
-FORMATS = ("raw", "png")
+Format = Literal["raw", "png"]
+FORMATS = get_args(Format)
 HEADER_BYTES = 1 << 16  # allowed an image for its prompt and metadata, beside the pixels
 KEYS = {"version", "format", "dtype", "shape", "prompts", "metadata", "sizes"}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.forward_process import noise_levels, noised, target_moments
+from fastgrpo.learning.batches import live_batches, live_count
+from fastgrpo.learning.forward_process import add_noise, noise_levels, target_moments
 from fastgrpo.learning.pairs import pairs_of_groups
-from fastgrpo.learning.update import live_batches, live_count
-from fastgrpo.records import FORWARD, TRAIN, noise_address, select
+from fastgrpo.records import FORWARD, TRAIN, Prompted, noise_address
 from fastgrpo_kernels import normal, transition
 
 SHAPE = (3, 7, 5)
@@ -27,9 +27,9 @@ def batch_of(samples: int = 5, levels: int = 2, seed: int = 3, noise_id: Tensor 
     x0 = torch.randn(samples, *SHAPE, generator=generator)
     sigma = torch.rand(samples, levels, generator=generator)
     noise_id = torch.arange(samples) if noise_id is None else noise_id
-    experience = noised(
-        x0, sigma, noise_id, Number(torch.arange(samples)), torch.randn(samples, generator=generator),
-        torch.ones(samples), seed=seed, iteration=4,
+    experience = add_noise(
+        x0, sigma, noise_address(FORWARD, seed, 4, noise_id), Prompted(Number(torch.arange(samples))),
+        torch.randn(samples, generator=generator), torch.ones(samples),
     )  # fmt: skip
     return x0, sigma, experience
 
@@ -87,7 +87,7 @@ def test_noise_levels_are_different_and_the_same_everywhere() -> None:
 def test_pairs_are_best_with_worst() -> None:
     values = torch.tensor([0.1, 2.0, -1.0, 0.5, 3.0, 3.0, 3.0, 3.0, -2.0, 5.0, 0.0, 0.0])
     pairs = pairs_of_groups(values, group_size=4, count=2)
-    order = pairs.place.argsort(stable=True).tolist()
+    order = pairs.sort_key.argsort(stable=True).tolist()
     live = [1, 2, 3, 0, 9, 8]  # the second group's are equal, and so are the third's middle two
     assert order[:6] == live
     assert pairs.weight.tolist() == [float(i in live) for i in range(12)]
@@ -100,11 +100,11 @@ def test_pairs_stay_together_in_whole_batches() -> None:
     pairs = pairs_of_groups(values, group_size=8, count=1)
     _, _, experience = batch_of(24, noise_id=pairs.noise_id)
     whole = replace(experience, advantages=values, weight=pairs.weight)
-    batches = [select(whole, torch.arange(start, start + 8)) for start in range(0, 24, 8)]
+    batches = [whole.select(torch.arange(start, start + 8)) for start in range(0, 24, 8)]
     count = int(live_count(batches))
     assert count == 1
-    packed = live_batches(batches, count, pairs.place)[0]
-    chosen, rejected = packed.conditioning.sample[:4].view(2, 2).unbind(1)
+    packed = live_batches(batches, count, pairs.sort_key)[0]
+    chosen, rejected = packed.prompted.cond.sample[:4].view(2, 2).unbind(1)
     assert chosen.tolist() == [values[:8].argmax(), 16 + values[16:].argmax()]
     assert rejected.tolist() == [values[:8].argmin(), 16 + values[16:].argmin()]
     assert packed.weight.tolist() == [1.0] * 4 + [0.0] * 4

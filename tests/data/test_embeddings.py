@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.tiny_model import load_tiny_model
 
+from fastgrpo.data import embeddings as module
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.sampling import generate as generation
+from fastgrpo.records import Prompted
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 
@@ -27,17 +28,21 @@ class Counting:
         return self.model.encode(prompts)
 
 
-def equal(a: tuple, b: tuple) -> bool:
+def equal(a: tuple | None, b: tuple | None) -> bool:
+    if isinstance(a, Prompted) and isinstance(b, Prompted):
+        return equal(a.cond, b.cond) and equal(a.uncond, b.uncond)
+    if a is None or b is None:
+        return a is b
     return type(a) is type(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_from_disk_they_are_the_same_bits(tiny_model, tmp_path: Path, guidance_scale: float) -> None:
     model = Counting(tiny_model)
-    expected = Embeddings(tiny_model)(PROMPTS, guidance_scale=guidance_scale)
+    expected = Embeddings(tiny_model).prompted(PROMPTS, guidance_scale)
     Embeddings(model, tmp_path).prepare(["", *PROMPTS], show=False)
     assert sorted(model.asked) == ["", "a red circle", "two blue squares"]
-    found = Embeddings(model, tmp_path)(PROMPTS, guidance_scale=guidance_scale)  # as another process would
+    found = Embeddings(model, tmp_path).prompted(PROMPTS, guidance_scale)  # as another process would
     assert equal(found, expected) and len(model.asked) == 3
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -45,31 +50,31 @@ def test_from_disk_they_are_the_same_bits(tiny_model, tmp_path: Path, guidance_s
 def test_a_prompt_that_was_not_prepared_is_encoded_and_kept(tiny_model, tmp_path: Path) -> None:
     model = Counting(tiny_model)
     for _ in range(2):
-        Embeddings(model, tmp_path)(["one green square"], guidance_scale=1.0)
+        Embeddings(model, tmp_path).prompted(["one green square"], 1.0)
     assert model.asked == ["one green square"]
 
 
 def test_other_encoders_or_settings_have_other_files(tmp_path: Path) -> None:
     """A file is only ever read for exactly what it was made from."""
     model = load_tiny_model()
-    Embeddings(model, tmp_path)(["a red circle"], guidance_scale=1.0)
+    Embeddings(model, tmp_path).prompted(["a red circle"], 1.0)
     with torch.no_grad():
         next(model.pipeline.text_encoder.parameters()).mul_(1.01)
     counting = Counting(model)
-    Embeddings(counting, tmp_path)(["a red circle"], guidance_scale=1.0)
+    Embeddings(counting, tmp_path).prompted(["a red circle"], 1.0)
     assert counting.asked == ["a red circle"]
     model.settings = replace(model.settings, max_text_tokens=2)
-    Embeddings(counting, tmp_path)(["a red circle"], guidance_scale=1.0)
+    Embeddings(counting, tmp_path).prompted(["a red circle"], 1.0)
     assert counting.asked == ["a red circle"] * 2
 
 
 def test_memory_is_bounded_where_the_disk_has_them(tiny_model, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "IN_MEMORY", 2)
+    monkeypatch.setattr(module, "IN_MEMORY", 2)
     embeddings, model = Embeddings(tiny_model, tmp_path), Counting(tiny_model)
     for prompt in ("a red circle", "two blue squares", "one green square"):
-        embeddings([prompt], guidance_scale=1.0)
-    assert len(embeddings._known) == 2
-    assert equal(embeddings(["a red circle"], guidance_scale=1.0), Embeddings(model)(["a red circle"], guidance_scale=1.0))
+        embeddings.prompted([prompt], 1.0)
+    assert len(embeddings.in_memory) == 2
+    assert equal(embeddings.prompted(["a red circle"], 1.0), Embeddings(model).prompted(["a red circle"], 1.0))
 
 
 def test_released_encoders_still_encode() -> None:

@@ -13,6 +13,7 @@ from fastgrpo.sampling.tables import (
     SAMPLERS,
     coefficient_table,
     kl_weights,
+    sampler_steps,
     step_weights,
     window_tables,
 )
@@ -46,7 +47,7 @@ def published_step(sampler, x, v, sigmas, i, noise_level):
 def test_table_is_the_published_step(sampler, sigmas):
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 33, generator=generator, dtype=torch.float64)
-    table = coefficient_table(sampler, sigmas, NOISE[sampler])
+    table = coefficient_table(sampler_steps(sampler, sigmas, NOISE[sampler]))
     assert table.shape == (sigmas.numel() - 1, 4) and table.dtype == torch.float64
     for i, (c_x, c_v, s, w) in enumerate(table):
         mean, std = published_step(sampler, x, v, sigmas, i, NOISE[sampler])
@@ -57,7 +58,7 @@ def test_table_is_the_published_step(sampler, sigmas):
 
 def test_sd3_coefficients():
     """The numbers of Flow-GRPO's own setting: SD3.5, shift 3, T = 10, a = 0.7; and CPS 0.8 beside it."""
-    table = coefficient_table("flow_sde", SD3, 0.7)
+    table = coefficient_table(sampler_steps("flow_sde", SD3, 0.7))
     expected = {  # sigma, s, c_x, c_v
         0: (1.000, 0.700, 0.755, -0.040),
         1: (0.960, 0.743, 0.713, -0.058),
@@ -70,13 +71,15 @@ def test_sd3_coefficients():
         got = torch.cat([SD3[i : i + 1], table[i, [2, 0, 1]]])
         assert (got - torch.tensor([sigma, s, c_x, c_v])).abs().max() < 6e-4, (i, got)
     assert table[0, 2].item() == pytest.approx(0.7, abs=1e-12)
-    cps_std = coefficient_table("cps", SD3, 0.8)[[0, 1, 4, 7, 8, 9], 2]
+    cps_std = coefficient_table(sampler_steps("cps", SD3, 0.8))[[0, 1, 4, 7, 8, 9], 2]
     assert (cps_std - torch.tensor([0.913, 0.869, 0.673, 0.264, 0.008, 0.0])).abs().max() < 6e-4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_without_noise_every_sampler_is_the_ode(sampler):
-    torch.testing.assert_close(coefficient_table(sampler, SD3, 0.0), coefficient_table("ode", SD3, 0.0))
+    torch.testing.assert_close(
+        coefficient_table(sampler_steps(sampler, SD3, 0.0)), coefficient_table(sampler_steps("ode", SD3, 0.0))
+    )
 
 
 # The marginals. For data N(MU, SPREAD^2) the exact velocity E[x1 - x0 | x_t] is affine in x_t, so each step
@@ -130,7 +133,7 @@ def no_noise(table, sigmas):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_marginals_are_preserved(sampler):
     sigmas = schedule(STEPS)
-    table = coefficient_table(sampler, sigmas, MARGINAL_NOISE[sampler])
+    table = coefficient_table(sampler_steps(sampler, sigmas, MARGINAL_NOISE[sampler]))
     assert marginal_error(table, sigmas) < TOLERANCE[sampler]
 
 
@@ -138,17 +141,18 @@ def test_marginals_are_preserved(sampler):
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
 def test_a_wrong_table_does_not_preserve_them(sampler, damage):
     sigmas = schedule(STEPS)
-    table = coefficient_table(sampler, sigmas, MARGINAL_NOISE[sampler])
+    table = coefficient_table(sampler_steps(sampler, sigmas, MARGINAL_NOISE[sampler]))
     damage(table, sigmas)
     assert marginal_error(table, sigmas) > 2 * TOLERANCE[sampler]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_marginals_of_data_with_two_modes(sampler):
     """Monte-Carlo, not Gaussian: half the data around -1 and half around 1.5, with its shares and spreads."""
     n, spread, modes = 20_000, 0.3, torch.tensor([-1.0, 1.5], dtype=torch.float64)
     sigmas = schedule(STEPS)
-    table = coefficient_table(sampler, sigmas, MARGINAL_NOISE[sampler])
+    table = coefficient_table(sampler_steps(sampler, sigmas, MARGINAL_NOISE[sampler]))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, generator=generator, dtype=torch.float64)
     for (c_x, c_v, s), sigma in zip(table[:, :3], sigmas[:-1], strict=True):
@@ -167,14 +171,14 @@ def test_samples_have_the_marginals_of_data_with_two_modes(sampler):
 @pytest.mark.parametrize("noise_level", [0.0, 0.5, 0.8, 1.0])
 def test_cps_keeps_the_noise_schedule_at_few_steps(noise_level):
     """Data at one point: x_t is (1 - t) mu + t x1, and after every step the noise is exactly sigma_next."""
-    mean, std = sampled_moments(coefficient_table("cps", SD3, noise_level), SD3, spread=0.0)
+    mean, std = sampled_moments(coefficient_table(sampler_steps("cps", SD3, noise_level)), SD3, spread=0.0)
     torch.testing.assert_close(mean, (1 - SD3[1:]) * MU, rtol=0, atol=1e-12)
     torch.testing.assert_close(std, SD3[1:], rtol=0, atol=1e-12)
 
 
 def test_flow_sde_leaves_excess_noise_at_few_steps():
     """What cps repairs. With data at 0, x = sigma x1 and v = x1 become (c_x sigma + c_v) x1 + s eps."""
-    c_x, c_v, s, _ = coefficient_table("flow_sde", SD3, 0.7).T
+    c_x, c_v, s, _ = coefficient_table(sampler_steps("flow_sde", SD3, 0.7)).T
     noise = torch.hypot(c_x * SD3[:-1] + c_v, s)[[0, 1, 4, 7, 8, 9]]
     assert (noise - torch.tensor([1.001, 0.971, 0.725, 0.341, 0.240, 0.007])).abs().max() < 1e-3
     assert noise[4] > 25 * SD3[9]  # 0.240 where 0.009 is scheduled
@@ -184,8 +188,8 @@ def test_cps_at_a_fixed_level_contracts_data_that_has_spread():
     """Its marginals are not the ODE's, with many steps either: each redraws a fixed share of the noise."""
     for num_steps in (10, 400):
         sigmas = schedule(num_steps)
-        _, std = sampled_moments(coefficient_table("cps", sigmas, 0.8), sigmas)
-        _, ode_std = sampled_moments(coefficient_table("ode", sigmas, 0.0), sigmas)
+        _, std = sampled_moments(coefficient_table(sampler_steps("cps", sigmas, 0.8)), sigmas)
+        _, ode_std = sampled_moments(coefficient_table(sampler_steps("ode", sigmas, 0.0)), sigmas)
         assert std[-1] < 0.85 * ode_std[-1]
 
 
@@ -195,25 +199,25 @@ def test_cps_at_a_fixed_level_contracts_data_that_has_spread():
 def test_outside_the_window_the_step_is_the_ode():
     mask = torch.zeros(10, dtype=torch.bool)
     mask[2:5] = True
-    table = coefficient_table("cps", SD3, 0.8, mask)
-    torch.testing.assert_close(table[mask], coefficient_table("cps", SD3, 0.8)[mask], rtol=0, atol=0)
-    torch.testing.assert_close(table[~mask], coefficient_table("ode", SD3, 0.0)[~mask], rtol=0, atol=0)
+    table = coefficient_table(sampler_steps("cps", SD3, 0.8), mask)
+    torch.testing.assert_close(table[mask], coefficient_table(sampler_steps("cps", SD3, 0.8))[mask], rtol=0, atol=0)
+    torch.testing.assert_close(table[~mask], coefficient_table(sampler_steps("ode", SD3, 0.0))[~mask], rtol=0, atol=0)
     assert (table[~mask][:, 2:] == 0).all()
 
 
 def test_log_prob_weight_of_the_released_cps_code():
-    w = coefficient_table("cps", SD3, 0.8, log_prob_weight="cps_reference")[:, 3]
+    w = coefficient_table(sampler_steps("cps", SD3, 0.8), log_prob_weight="cps_reference")[:, 3]
     assert w.tolist() == [1.0] * 9 + [0.0]
-    with pytest.raises(ValueError, match="'cps_reference' is of sampler 'cps', not 'flow_sde'"):
-        coefficient_table("flow_sde", SD3, 0.7, log_prob_weight="cps_reference")
+    with pytest.raises(ValueError, match="'cps_reference' belongs to sampler 'cps', not 'flow_sde'"):
+        coefficient_table(sampler_steps("flow_sde", SD3, 0.7), log_prob_weight="cps_reference")
     with pytest.raises(ValueError, match="'other' is unknown"):
-        coefficient_table("cps", SD3, 0.8, log_prob_weight="other")
+        coefficient_table(sampler_steps("cps", SD3, 0.8), log_prob_weight="other")
 
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
 def test_kl_weights(sampler):
-    s, dt = coefficient_table(sampler, SD3, NOISE[sampler])[:9, 2], SD3.diff()[:9]
-    paper, reference = (kl_weights(sampler, SD3, NOISE[sampler], kl)[:9] for kl in ("paper", "reference"))
+    s, dt = coefficient_table(sampler_steps(sampler, SD3, NOISE[sampler]))[:9, 2], SD3.diff()[:9]
+    paper, reference = (kl_weights(sampler_steps(sampler, SD3, NOISE[sampler]), kl)[:9] for kl in ("paper", "reference"))
     torch.testing.assert_close(paper, 1 / (2 * s**2))
     std_dev_t = {  # of the released code, which the reference form divides by
         "flow_sde": 0.7 * torch.sqrt(SD3[:9] / (1 - torch.where(SD3[:9] == 1, SD3[1], SD3[:9]))),
@@ -222,9 +226,9 @@ def test_kl_weights(sampler):
     }[sampler]
     torch.testing.assert_close(reference, 1 / (2 * std_dev_t**2))
     torch.testing.assert_close(reference, paper if sampler == "cps" else paper * -dt)
-    assert kl_weights("cps", SD3, 0.8)[9] == 0 and kl_weights("ode", SD3, 0.0).eq(0).all()
+    assert kl_weights(sampler_steps("cps", SD3, 0.8))[9] == 0 and kl_weights(sampler_steps("ode", SD3, 0.0)).eq(0).all()
     with pytest.raises(ValueError, match="kl 'both' is unknown"):
-        kl_weights(sampler, SD3, NOISE[sampler], "both")
+        kl_weights(sampler_steps(sampler, SD3, NOISE[sampler]), "both")
 
 
 WINDOWS = trained_steps(torch.tensor([0, 4]), 3, 10)
@@ -232,11 +236,11 @@ WINDOWS = trained_steps(torch.tensor([0, 4]), 3, 10)
 
 def test_tempflow_weights() -> None:
     """TempFlow-GRPO's released SD3.5 script multiplies the loss by 2.25 std: over the mean of the 9 trained steps."""
-    s = coefficient_table("flow_sde", SD3, 0.7)[:, 2]
-    whole = step_weights("tempflow", "flow_sde", SD3, 0.7, torch.arange(10) < 9)
+    s = coefficient_table(sampler_steps("flow_sde", SD3, 0.7))[:, 2]
+    whole = step_weights(sampler_steps("flow_sde", SD3, 0.7), torch.arange(10) < 9, "tempflow")
     torch.testing.assert_close(whole[:9], 2.25 * s[:9], rtol=2e-3, atol=0)
     assert whole[9] == 0
-    weights = step_weights("tempflow", "flow_sde", SD3, 0.7, WINDOWS)
+    weights = step_weights(sampler_steps("flow_sde", SD3, 0.7), WINDOWS, "tempflow")
     assert weights.shape == (2, 10) and weights.dtype == torch.float64
     for row, first in zip(weights, (0, 4), strict=True):
         window = slice(first, first + 3)
@@ -247,12 +251,12 @@ def test_tempflow_weights() -> None:
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
 def test_guard_and_uniform_weights(sampler) -> None:
-    guard = step_weights("guard", sampler, SD3, 0.5, WINDOWS)
+    guard = step_weights(sampler_steps(sampler, SD3, 0.5), WINDOWS, "guard")
     torch.testing.assert_close(guard[WINDOWS], (1 / (SD3[:-1] - SD3[1:])).expand(2, -1)[WINDOWS])
     assert guard[~WINDOWS].eq(0).all()
-    assert torch.equal(step_weights("uniform", sampler, SD3, 0.5, WINDOWS), WINDOWS.double())
+    assert torch.equal(step_weights(sampler_steps(sampler, SD3, 0.5), WINDOWS, "uniform"), WINDOWS.double())
     with pytest.raises(ValueError, match="step_weight 'noise' is unknown; use 'uniform', 'tempflow' or 'guard'"):
-        step_weights("noise", sampler, SD3, 0.5, WINDOWS)
+        step_weights(sampler_steps(sampler, SD3, 0.5), WINDOWS, "noise")
 
 
 @pytest.mark.parametrize(
@@ -271,28 +275,28 @@ def test_guard_and_uniform_weights(sampler) -> None:
 )
 def test_bad_tables_are_refused(sampler, sigmas, noise_level, message):
     with pytest.raises(ValueError, match=message):
-        coefficient_table(sampler, sigmas, noise_level)
+        coefficient_table(sampler_steps(sampler, sigmas, noise_level))
 
 
 def test_bad_masks_are_refused():
     mask = torch.zeros(10, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"use bool \(..., 10\)"):
-        coefficient_table("cps", SD3, 0.8, mask.long())
+        coefficient_table(sampler_steps("cps", SD3, 0.8), mask.long())
     with pytest.raises(ValueError, match=r"use bool \(..., 10\)"):
-        coefficient_table("cps", SD3, 0.8, mask[:9])
+        coefficient_table(sampler_steps("cps", SD3, 0.8), mask[:9])
     with pytest.raises(ValueError, match="no noise inside the window"):
-        coefficient_table("ode", SD3, 0.0, ~mask.index_fill(0, torch.tensor([9]), True))
+        coefficient_table(sampler_steps("ode", SD3, 0.0), ~mask.index_fill(0, torch.tensor([9]), True))
     with pytest.raises(ValueError, match="holds the last step, 9.*end the window at step 8"):
-        coefficient_table("flow_sde", SD3, 0.7, ~mask)
+        coefficient_table(sampler_steps("flow_sde", SD3, 0.7), ~mask)
 
 
 def test_window_tables():
     start = torch.tensor([0, 2, 6])
-    tables = window_tables("flow_sde", SD3, 0.7, start, 3)
+    tables = window_tables(sampler_steps("flow_sde", SD3, 0.7), start, 3)
     assert tables.shape == (3, 10, 4) and tables.dtype == torch.float32
     for first, table in zip(start.tolist(), tables, strict=True):
         assert table[:, 2].nonzero()[:, 0].tolist() == [first, first + 1, first + 2]
-        expected = coefficient_table("flow_sde", SD3, 0.7, table[:, 2] > 0).float()
+        expected = coefficient_table(sampler_steps("flow_sde", SD3, 0.7), table[:, 2] > 0).float()
         torch.testing.assert_close(table, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="3 steps from step 7"):
-        window_tables("flow_sde", SD3, 0.7, torch.tensor([0, 7]), 3)
+        window_tables(sampler_steps("flow_sde", SD3, 0.7), torch.tensor([0, 7]), 3)

@@ -1,0 +1,96 @@
+"""What a run tells others while it runs: a logger, a test, a stop of one's own.
+
+    class Watch(Callback):
+        def on_iteration(self, trainer, metrics):
+            if trainer.ranks.rank == 0:
+                wandb.log(metrics)
+
+Callbacks are called on every rank, in the order in which they were given, after the run's own files are written.
+What one raises ends the run, and must be raised on every rank.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from fastgrpo.config.keys import Config
+from fastgrpo.config.reading import dump_config
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.files import write_atomically
+from fastgrpo.parts import Objects
+from fastgrpo.reporting.report import write_report
+from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.runlog import RunLog
+
+Samples = tuple[Tensor, list[dict]]
+
+
+class Run(Protocol):
+    """What a callback can rely on in the trainer that calls it; a `fastgrpo.trainer.Trainer` has much more."""
+
+    config: Config
+    ranks: Ranks
+    objects: Objects  # what was handed in
+    iteration: int  # iterations done
+    saved: int  # the iteration of the last checkpoint
+    rollout_form: str  # how rollouts are run, for people to read
+
+
+class Callback:
+    """Does nothing; a subclass overrides what it wants to hear of."""
+
+    def on_start(self, trainer: Run) -> None:
+        """Before the first iteration of `Trainer.run`; `trainer.iteration` are done already in a run that goes on."""
+
+    def on_iteration(self, trainer: Run, metrics: dict) -> None:
+        """After an iteration, with its line of metrics.jsonl."""
+
+    def on_evaluation(self, trainer: Run, row: dict, samples: Samples | None) -> None:
+        """After an evaluation: its line of evaluations.jsonl; images (n, 3, H, W) uint8 to look at, and their records.
+
+        samples: None where `evaluation.samples` is 0.
+        """
+
+    def on_checkpoint(self, trainer: Run, folder: Path) -> None:
+        """After a checkpoint and the averaged weights were written into the run's folder."""
+
+    def on_end(self, trainer: Run, summary: dict) -> None:
+        """After the last iteration, its evaluation and its checkpoint; the summary is empty on all ranks but 0."""
+
+
+class FolderLog(Callback):
+    """Writes a run's own files, on rank 0: see `fastgrpo.reporting.runlog`. Nothing is written outside of `Trainer.run`."""
+
+    def __init__(self) -> None:
+        self.log: RunLog | None = None
+
+    def on_start(self, trainer: Run) -> None:
+        if trainer.ranks.rank != 0:
+            return
+        folder = trainer.config.output
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(RunFolder(folder).config, dump_config(trainer.config))
+        trainer.objects.write_prompts(trainer.config)
+        self.log = RunLog(folder, trainer.iteration)
+        print(f"rollout: {trainer.rollout_form}", flush=True)
+
+    def on_iteration(self, trainer: Run, metrics: dict) -> None:
+        if self.log:
+            self.log.metrics(metrics)
+
+    def on_evaluation(self, trainer: Run, row: dict, samples: Samples | None) -> None:
+        if self.log:
+            self.log.evaluation(row)
+            if samples is not None:
+                self.log.samples(row["iteration"], *samples)
+
+    def on_checkpoint(self, trainer: Run, folder: Path) -> None:
+        if self.log:
+            write_report(folder)
+
+    def on_end(self, trainer: Run, summary: dict) -> None:
+        if self.log:
+            self.log.summary(summary)
+            self.log.close()
+            write_report(trainer.config.output)

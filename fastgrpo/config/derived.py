@@ -1,0 +1,17 @@
+"""What follows from a configuration, and more than one place has to know."""
+
+from fastgrpo.config.keys import Config
+
+
+def recomputes_old(config: Config, micro_batch_size: int | None = None) -> bool:
+    """Whether the update makes v_old again, as is asked for, or else where its forward passes are not the rollout's.
+
+    micro_batch_size: what `largest` turned out to be, once that is known.
+    """
+    if config.update.old_velocity is not None:
+        return config.update.old_velocity == "recompute"
+    rollout, model = config.rollout, config.model
+    size = micro_batch_size or config.update.micro_batch_size
+    # A compiled block is one program with gradients and another without, which keep other values in full precision.
+    compiled = model.compile and model.dtype != "float32"
+    return rollout.precision != "model" or compiled or size not in ("rollout", rollout.batch_size)

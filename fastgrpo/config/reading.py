@@ -1,0 +1,69 @@
+"""The configuration from and to YAML files, with `--set a.b=c` on top. Each key is checked by itself, and not the whole.
+
+    config = read_config("configs/tiny_shapes.yaml", ["rollout.num_steps=8"])
+
+Every error names the key's full path, the value, and the nearest valid choice: what is not understood is refused, never
+repaired. A path that starts with `./` or `../` is relative to the file it stands in.
+
+A file may start from another, named relative to itself, which may do so in turn:
+
+    extends: ../../tiny_shapes.yaml
+    rollout: {guidance_scale: 2.0, window: {kind: all_but_last}}
+
+Sections go key by key, nested ones too, and the later file wins. Whatever is one value replaces the earlier one whole: a
+number or a list, a free mapping of names (prompts.weights, reward.settings), and a section that names its `kind`, whose
+other keys belong to that kind (rollout.window).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastgrpo.config import schema
+from fastgrpo.config.keys import Config
+from fastgrpo.config.schema import ConfigError
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides of the form `a.b=value`. `fastgrpo.validation.check` checks the whole."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
+    data = _read(path)
+    for override in overrides:
+        schema.apply_override(data, override)
+    # What is still relative came with an override, from the folder where the command is given.
+    data = schema.relative_paths(data, Path.cwd())
+    return schema.build(Config, data)
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
+    data = schema.parse_yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
+    named = data.pop("extends", None)
+    data = schema.relative_paths(data, path.parent)
+    if named is None:
+        return data
+    parent, heirs = path.parent / str(named), (*heirs, path.resolve())
+    if not parent.is_file():
+        schema.refuse(f"{path}: extends", named, f"{parent.resolve()} is no file; name one relative to this one's folder")
+    if parent.resolve() in heirs:
+        way = " -> ".join(str(file) for file in (*heirs[heirs.index(parent.resolve()) :], parent.resolve()))
+        schema.refuse(f"{path}: extends", named, f"a circle ({way}); let one of these files extend nothing")
+    return schema.merge(Config, _read(parent, heirs), data)
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, with what it extends and with every path absolute; it reads back to an equal one."""
+    return yaml.safe_dump(schema.plain(config), sort_keys=False)
+
+
+def differences(before: Config, after: Config, but: Sequence[str] = ()) -> list[str]:
+    """The keys in which two configurations differ, except those in `but`, as "key: before -> after"."""
+    old, new = schema.flat(schema.plain(before)), schema.flat(schema.plain(after))
+    rows = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new} if key not in but}
+    return [f"{key}: {before} -> {after}" for key, (before, after) in rows.items() if before != after]

@@ -1,0 +1,57 @@
+"""The numbers of an iteration and of a whole run. Names are those of metrics.jsonl and summary.json."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.learning.advantages import Advantages
+from fastgrpo.records import Batch
+from fastgrpo.reporting.run_folder import RunFolder, read_lines
+from fastgrpo.rewards import RewardSum
+
+
+def means_over_ranks(ranks: Ranks, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars on the device as numbers, means over ranks. Collective."""
+    reduced = ranks.all_reduce(torch.stack([value.double() for value in values.values()]))
+    return dict(zip(values, reduced.tolist(), strict=True))
+
+
+def forward_passes(batches: Sequence[Batch]) -> int:
+    """How often a rank's rollouts asked the network for a sample's velocity; under guidance each time counts twice."""
+    return sum(
+        batch.schedule.forward_passes(len(batch.sample_id)) * (2 if batch.prompted.guided else 1)
+        for batch in batches if batch.schedule is not None
+    )  # fmt: skip
+
+
+def reward_metrics(reward: RewardSum, scores: Tensor, advantages: Advantages, group_size: int) -> dict:
+    """scores (N, R): where there are several rewards, each one's mean stands apart, before its weight."""
+    rewards = reward.total(scores)
+    groups = rewards.view(-1, group_size)
+    several = dict(zip(reward.names, scores.mean(dim=0).tolist(), strict=True)) if len(reward.names) > 1 else None
+    return {
+        "reward": rewards.mean().item(),
+        **({} if several is None else {"rewards": several}),
+        "reward_std": groups.std(dim=1, correction=0).mean().item(),
+        "zero_groups": 1 - advantages.weight.view_as(groups).amax(dim=1).mean().item(),
+    }
+
+
+def run_summary(folder: Path, **about: object) -> dict:
+    """The first evaluation against the last, from a run's files, and `about` the run."""
+    rows = read_lines(RunFolder(folder).evaluations)
+    base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
+    last = read_lines(RunFolder(folder).metrics)[-1]
+    return {
+        "base_accuracy": base["overall"],
+        "final_accuracy": final["overall"],
+        "base": {tag: value for tag, value in base.items() if tag != "overall"},
+        "final": {tag: value for tag, value in final.items() if tag != "overall"},
+        "images": last["images"],
+        "iterations": last["iteration"],
+        "status": "finished",
+        **about,
+    }

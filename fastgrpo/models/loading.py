@@ -1,0 +1,121 @@
+"""How a model's pipeline comes to be: read from a folder in the diffusers format, or built with random weights.
+
+Random weights serve to measure speed and to plan: they follow one of the published architectures in architectures/.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+
+from fastgrpo.models.folder import check_folder
+from fastgrpo.models.settings import Settings
+from fastgrpo.quiet import quiet
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+PROMPT_PARTS = ("text_", "token", "processor")  # how the names of those parts begin that a pipeline reads prompts with
+
+
+class LoadedPipeline:
+    """A pipeline of diffusers on a device, nothing in it trainable, with the dtype and the settings that it runs with."""
+
+    pipeline_class: ClassVar[str]
+    vae_dtype: ClassVar[torch.dtype | None] = None  # the decoder's dtype, where it is not the model's
+
+    def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
+        self.pipeline = pipeline.to(device)
+        self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
+        self._check_settings()
+        take_no_shortcuts(dtype)
+        for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
+            module.requires_grad_(False)
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
+        """The model in a folder in the diffusers format. Nothing is downloaded. settings: see `Settings`."""
+        check_folder(path, cls.pipeline_class)
+        dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
+        with quiet("diffusers", "transformers"):
+            kind = cls.part_class(cls.pipeline_class)
+            pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
+        return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
+        """A published architecture with random weights and without text encoders: its prompts are placeholders.
+
+        On the meta device its tensors have shapes and no data.
+        """
+        dtypes = {"vae": cls.vae_dtype or dtype}
+        parts = {
+            name: build(cls.part_class(config["_class_name"]), config, dtypes.get(name, dtype), device)
+            for name, config in read_architecture(architecture)["parts"].items()
+        }
+        kind = cls.part_class(cls.pipeline_class)
+        absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
+        return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def part_class(cls, name: str) -> Any:
+        """The class of a pipeline, or of one of its parts. A family overrides this for classes that diffusers lacks."""
+        return getattr(diffusers, name)
+
+    @classmethod
+    def own_parts(cls, path: Path) -> dict[str, Any]:
+        """Those parts of the pipeline in the folder, by name, that a family loads in its own way."""
+        return {}
+
+    @property
+    def transformer(self) -> Any:
+        """The network that makes velocities, an nn.Module."""
+        return self.pipeline.transformer
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """The networks that read a prompt; none where prompts are placeholders."""
+        parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [part for part in parts if part is not None]
+
+    def _check_settings(self) -> None:
+        """Refuse settings that the model cannot run with: ValueError."""
+
+
+def take_no_shortcuts(dtype: torch.dtype) -> None:
+    """Switch off the fast paths that torch takes by itself on a GPU and that would cost exactness.
+
+    This holds for the whole process. torch has narrower switches only as a `with`, and all who call attention, the encoders
+    and the processors of diffusers would have to enter it.
+    """
+    # On Hopper torch 2.11 and later prefer cuDNN's attention, which plans training and inference differently: the first
+    # ratio need not be exactly 1 then. model.attention "cudnn" asks for it at each call.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype == torch.float32:
+        # cuDNN computes float32 convolutions, the transformer's patches among them, with TF32's 10 bits, and nothing else in
+        # torch does: numbers of a GPU would differ from those of a CPU a thousand times more than by rounding.
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def read_architecture(name: str) -> dict[str, Any]:
+    """A published architecture: the configs of its parts, and the numbers that were published about it."""
+    file = ARCHITECTURES / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
+        raise ValueError(f"model.architecture = {name!r}: unknown; there are {known}")
+    return json.loads(file.read_text())
+
+
+def build(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """One part of a pipeline from its class and config: a scheduler, or a network with random weights."""
+    before = torch.get_default_dtype()
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_config(dict(config))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind.from_config(dict(config)).eval()
+    finally:
+        torch.set_default_dtype(before)

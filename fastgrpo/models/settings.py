@@ -1,0 +1,20 @@
+"""The settings of a model: the keys of a configuration's `model` section that a model family reads."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is used, beside its weights. A family refuses a setting that it has no use for."""
+
+    max_text_tokens: int = 256
+    height: int | None = None  # pixels; None is the size that the transformer was made for
+    width: int | None = None
+    num_frames: int | None = None  # frames of a video
+    distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
+
+
+def model_settings(section: Any) -> dict[str, Any]:
+    """The `Settings` of a configuration's `model` section, by name."""
+    return {field.name: getattr(section, field.name) for field in fields(Settings)}

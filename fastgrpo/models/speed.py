@@ -1,0 +1,79 @@
+"""Four ways to run a model faster, each asked for by a key of the configuration.
+
+model.attention          `use_attention`        other attention kernels, see `fastgrpo.models.attention`
+model.compile            `compile_blocks`       torch.compile of each transformer block
+rollout.precision fp8    `prepare_drafts`       rollouts in 8-bit numbers, see `fastgrpo.models.fp8`
+model.tiny_decoder       `load_tiny_decoder`    a distilled decoder for training images
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderTiny
+
+from fastgrpo.models.attention import use_attention
+from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
+from fastgrpo.models.loading import LoadedPipeline
+from fastgrpo.quiet import quiet
+
+
+class Accelerated(LoadedPipeline):
+    """A pipeline with the ways to run it faster."""
+
+    # The tokens that the family's attention has to leave out, in words; None where it attends to all of them.
+    masks: ClassVar[str | None] = None
+    tiny_decoder: Any = None  # the AutoencoderTiny, once one was loaded
+    _drafted: Sequence[Fp8Linear] = ()  # the layers that can multiply 8-bit numbers
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The transformer's blocks: the modules of which it has many alike."""
+        # SD3 names them only where diffusers asks which modules must not be split between devices.
+        names = self.transformer._repeated_blocks or self.transformer._no_split_modules
+        found = [module for module in self.transformer.modules() if type(module).__name__ in names]
+        if not found:
+            raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
+        return found
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block in place, one program for each shape; blocks are alike, so they share the programs."""
+        # A block is compiled for each shape, with and without gradients, with and without its adapter. The compiler's own
+        # limit is lower, and past it blocks would run eagerly with no more than a line in the log.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for block in self.blocks:
+            # Left to itself, the compiler would answer a second shape with one program for all shapes to come.
+            block.compile(dynamic=False)
+
+    def use_attention(self, name: str) -> None:
+        """Run the transformer on the attention kernels called `name`; ValueError if they cannot serve this model here."""
+        # flash-attn takes no mask, diffusers hands xformers the true and false of a mask as scores of one and zero, and
+        # cuDNN's gradient under a mask can be NaN (pytorch issue 196678).
+        if name != "native" and self.masks:
+            raise ValueError(f"model.attention = {name!r}: {type(self).__name__} has to mask {self.masks}; take native")
+        use_attention(self.transformer, name)
+
+    def prepare_drafts(self) -> None:
+        """Make ready for `drafting`, once the trained weights are in place."""
+        self._drafted = prepare_fp8(self.blocks)
+
+    def drafting(self) -> AbstractContextManager[None]:
+        """Inside, frozen layers multiply in 8 bits if `prepare_drafts` was called; without it nothing changes."""
+        return drafting(self._drafted)
+
+    def load_tiny_decoder(self, path: Path) -> None:
+        """Load a distilled decoder for `decode(draft=True)`: for SD3 the one called taesd3, for FLUX taef1."""
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.tiny_decoder = {path}: holds no config.json, so it is no AutoencoderTiny folder")
+        with quiet("diffusers", "transformers"):
+            decoder = AutoencoderTiny.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
+        channels = self.pipeline.vae.config.latent_channels
+        if decoder.config.latent_channels != channels:
+            raise ValueError(
+                f"model.tiny_decoder = {path}: reads latents of {decoder.config.latent_channels} channels, "
+                f"this model's have {channels}"
+            )
+        self.tiny_decoder = decoder.to(self.device).eval().requires_grad_(False)

@@ -1,0 +1,111 @@
+"""The trained weights of a model: a LoRA beside its layers or every weight, the model before training, saving and reading.
+
+model.add_lora(rank=32, alpha=64)            or model.train_all(keep_reference=True)
+with model.reference(): ...                  the model before training
+model.save_trained(folder, weights)          in the diffusers format
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgrpo.models.loading import LoadedPipeline
+from fastgrpo.models.lora import lora_config
+
+FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
+
+
+class Trainable(LoadedPipeline):
+    """A pipeline whose transformer can be trained. `network` is the transformer that a velocity comes from."""
+
+    untrained: Any = None  # full fine-tuning: the transformer before it, frozen
+    _in_reference = False
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the layers that a LoRA goes beside, unless a configuration names others; a family defines them."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Any:
+        """The transformer that `velocity` runs: the trained one, or inside `reference` the one before training."""
+        return self.untrained if self._in_reference and self.untrained is not None else self.transformer
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether `add_lora` was called or a LoRA was read."""
+        return hasattr(self.transformer, "peft_config")
+
+    def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
+        """Put a trainable low-rank update beside each target layer. Until it is trained it has no effect."""
+        chosen = list(targets or self.lora_targets)
+        layers = [f".{name}" for name, _ in self.transformer.named_modules()]
+        for target in chosen:  # PEFT complains only if none of them is there
+            if not any(layer.endswith(f".{target}") for layer in layers):
+                name = type(self.transformer).__name__
+                raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
+        self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
+
+    def train_all(self, *, keep_reference: bool) -> None:
+        """Make every weight of the transformer trainable. keep_reference: keep a frozen copy for `reference` too."""
+        if keep_reference:
+            self.untrained = copy.deepcopy(self.transformer)
+        self.transformer.requires_grad_(True)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, `velocity` is that of the model before training: its LoRA is off, or its frozen copy runs."""
+        if self.has_lora:
+            self.transformer.disable_adapters()
+        elif self.untrained is None:
+            raise RuntimeError("no copy of the untrained transformer was kept: see train_all")
+        self._in_reference = True
+        try:
+            yield
+        finally:
+            self._in_reference = False
+            if self.has_lora:
+                self.transformer.enable_adapters()
+
+    def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write the trained weights in the diffusers format. trained: parameter name in `transformer` -> float32 value.
+
+        A LoRA is read by `pipeline.load_lora_weights(folder)` in any script; a whole transformer, in the model's dtype, by
+        its class's `from_pretrained(folder, subfolder="transformer")`.
+        """
+        if self.has_lora:
+            self._save_lora(folder, trained)
+            return
+        state = self.transformer.state_dict()
+        state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
+        # save_pretrained would write the weights that the transformer holds now, whatever it is handed.
+        self.transformer.save_config(folder / FULL)
+        save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+    def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        # The metadata carries alpha: without it diffusers silently takes alpha = rank on load. Its sets become sorted lists,
+        # because the order of a set differs from process to process.
+        metadata = self.transformer.peft_config["default"].to_dict()
+        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
+        type(self.pipeline).save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(trained)),
+            transformer_lora_adapter_metadata=metadata,
+        )
+
+    def load_trained(self, folder: Path) -> None:
+        """Read the weights that `save_trained` wrote."""
+        if not (folder / FULL).is_dir():
+            self.pipeline.load_lora_weights(folder)
+            return
+        state: dict[str, Tensor] = {}
+        for file in sorted((folder / FULL).glob("*.safetensors")):
+            state |= load_file(file, device=str(self.device))
+        self.transformer.load_state_dict(state)

@@ -1,0 +1,118 @@
+"""The folder of a run: what its files are called and how they are read. Reading needs no torch.
+
+config.yaml                         the whole configuration, every path absolute
+prompts_{train,eval}.jsonl          only where prompts were given to the trainer as objects
+metrics.jsonl   tensorboard/        a line an iteration
+evaluations.jsonl                   a line an evaluation; the first is the base model
+samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
+checkpoints/                        see `fastgrpo.engine.checkpoint`
+pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
+transformer/                        or the averaged weights of a whole transformer
+summary.json   report.html          at the end
+prompts_train.jsonl, ..._eval       prompts that a program handed in instead of naming a file
+
+The two files of lines are appended to while a run goes on. A kill can leave half a line at their end: it never counts as
+a row. Whoever goes on with a run reads with `read_lines`, which refuses every other damage; the report, which must show
+what there is of any run, reads with `readable_lines`, which leaves out what it cannot read and says where.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie; none of them has to be there."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts of the samples, in their order."""
+        return self.samples / "prompts.json"
+
+    def given_prompts(self, section: str) -> Path:
+        """The prompts that a program handed in. section: "train" or "eval"."""
+        return self.path / f"prompts_{section}.jsonl"
+
+    def samples_of(self, iteration: int) -> Path:
+        """The folder of one iteration's images; the grid of them lies beside it with the suffix .png."""
+        return self.samples / f"{iteration:05d}"
+
+    def sample_folders(self) -> dict[int, Path]:
+        """The folder of each iteration that has samples, in rising order."""
+        folders = (folder for folder in self.samples.glob("*") if folder.is_dir() and folder.name.isdecimal())
+        return {int(folder.name): folder for folder in sorted(folders)}
+
+
+def image_of(folder: Path, number: int) -> Path:
+    """One image in a folder of samples."""
+    return folder / f"{number:03d}.png"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of lines, none where there is no file. Damage before the last line raises ValueError."""
+    rows, unreadable, count = _parse(path)
+    if unreadable and unreadable[0] < count:
+        raise ValueError(
+            f"{path}:{unreadable[0]}: not JSON with an iteration; remove the line to go on without what it said"
+        )
+    return rows
+
+
+def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file of lines, and the numbers of the lines, from 1, that are none."""
+    rows, unreadable, _ = _parse(path)
+    return rows, unreadable
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
+    """The rows, the numbers of the lines that are none, and the number of lines."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows, unreadable = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and type(row.get("iteration")) is int:
+            rows.append(row)
+        else:
+            unreadable.append(number)
+    return rows, unreadable, len(lines)

@@ -1,0 +1,79 @@
+"""Whole or not at all: writers that fail, and writers that are killed at every step."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.files import atomic_file, move_into_place, write_atomically
+
+
+def only(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in ("old", "n\u00e9w"):
+        write_atomically(path, text)
+        assert path.read_bytes() == text.encode("utf-8") and only(tmp_path) == ["a.json"]
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with pytest.raises(KeyError), atomic_file(path) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and only(tmp_path) == ["a.json"]
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_writing(path: Path) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text("half")
+        kill()
+
+
+def die_before(function: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        setattr(os, function, kill)
+        write_atomically(path, "new")
+
+    return write
+
+
+@pytest.mark.parametrize("write", [die_while_writing, die_before("fsync"), die_before("replace")])
+def test_a_killed_writer_leaves_what_was_there(write: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    child = os.fork()
+    if child == 0:
+        try:
+            write(path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_text() == "old"
+    left = [name for name in only(tmp_path) if name != "a.json"]
+    assert len(left) == 1 and left[0].endswith(".partial")
+
+
+def test_everything_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and folder of a tree is flushed, then the tree renamed, then the list that holds its name flushed."""
+    partial, final = tmp_path / "a.partial", tmp_path / "a"
+    (partial / "deep" / "deeper").mkdir(parents=True)
+    (partial / "deep" / "deeper" / "file").write_text("x")
+    inodes = {path.stat().st_ino for path in (partial, *partial.rglob("*"))}
+    events: list[int | str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: events.append("rename") or rename(*names))
+    move_into_place(partial, final)
+    assert set(events[:-2]) == inodes and events[-2:] == ["rename", tmp_path.stat().st_ino]
+    assert (final / "deep" / "deeper" / "file").read_text() == "x" and only(tmp_path) == ["a"]
