@@ -1,4 +1,4 @@
-"""What a run tells others while it runs: a logger, a test, a stop of one's own.
+"""Callbacks, which a run tells what happens while it runs: for a logger, a test, a stop of one's own.
 
     class Watch(Callback):
         def on_iteration(self, trainer, metrics):
@@ -27,7 +27,7 @@ Samples = tuple[Tensor, list[dict]]
 
 
 class Run(Protocol):
-    """What a callback can rely on in the trainer that calls it; a `fastgrpo.trainer.Trainer` has much more."""
+    """The members of a trainer that a callback can rely on; a `fastgrpo.trainer.Trainer` has many more."""
 
     config: Config
     ranks: Ranks

@@ -1,4 +1,4 @@
-"""What a measurement needs: the machine and its peaks, honest times, memory. Of the device that this process computes on."""
+"""Everything that a measurement needs of the device that this process computes on: its peaks, honest times, memory."""
 
 import importlib.metadata
 import os
@@ -29,7 +29,7 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a number was measured on: the device and its memory, the processor's cores, the releases of what computes."""
+    """The machine that a number was measured on: device, memory, the processor's cores, releases of what computes."""
     found: dict[str, Any] = {"device": device_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)

@@ -1,4 +1,4 @@
-"""What a run is made of: prompts, rewards and a model, from a configuration or handed in as objects.
+"""The parts of a run: prompts, rewards and a model, from a configuration or handed in as objects.
 
 An object takes the place of what the configuration names, and is recorded there: a reward by its name `module:function`,
 prompts as files in the run's folder. So `config.yaml` says what was run, and the commands on a run's folder find it.
@@ -26,7 +26,7 @@ Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., 
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """What a user hands in instead of naming it in the configuration; None: it is loaded as configured."""
+    """Objects that a user hands in instead of naming them in the configuration; None: loaded as configured."""
 
     model: Model | None = None
     reward: Reward | None = None

@@ -96,7 +96,7 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the sampling policy did, as far as it is trained on. Steps come first, so that a step's batch is contiguous."""
+    """The sampled steps that are trained on, and the end. Steps come first, so that a step's batch is contiguous."""
 
     latents: Tensor  # (S + 1, B, *D) float32, before each trained step and after the last
     v_old: Tensor  # (S, B, *D) velocity, under guidance the guided one in float32, else in the model's dtype

@@ -289,7 +289,7 @@ class Trainer:
 
     @property
     def _averages(self) -> dict[str, Ema]:
-        """Of weights, by the name under which a checkpoint holds them."""
+        """The averages of weights, by the names under which a checkpoint holds them."""
         return {"ema": self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
 
     def resume(self) -> int:
@@ -329,7 +329,7 @@ class Trainer:
 
 
 def prepare(model: Model, config: Config) -> None:
-    """What the configuration asks of a model before an engine wraps it, in the only order that works."""
+    """Applies what the configuration asks of a model, in the only order that works, before an engine wraps it."""
     model.use_attention(config.model.attention)
     if config.model.tiny_decoder:
         model.load_tiny_decoder(config.model.tiny_decoder)

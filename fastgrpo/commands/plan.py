@@ -37,7 +37,7 @@ ADAM_BYTES = 8  # two float32 moments
 
 @dataclass(frozen=True)
 class Counts:
-    """What one image costs at the configuration's size."""
+    """The costs of one image at the configuration's size."""
 
     parameters: int
     trained: int

@@ -1,4 +1,4 @@
-"""What the commands share that use the model of a saved run."""
+"""The arguments and the model of a saved run, which several commands share."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""What a configuration may say."""
+"""The keys of a configuration, and how they are read and built."""

@@ -1,4 +1,4 @@
-"""What follows from a configuration, and more than one place has to know."""
+"""Facts that follow from a configuration, for the places that have to agree on them."""
 
 from fastgrpo.config.keys import Config
 

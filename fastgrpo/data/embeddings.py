@@ -89,7 +89,7 @@ class Embeddings:
 
 
 def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
-    """What classifier-free guidance compares a prompt with."""
+    """The prompt that classifier-free guidance compares this one with."""
     return "" if isinstance(prompt, str) else prompt._replace(text="")
 
 

@@ -1,4 +1,4 @@
-"""What is learned from, and in which batches: a rollout's trained steps, without what teaches nothing, in micro-batches."""
+"""The transitions to learn from: a rollout's trained steps, without what teaches nothing, in micro-batches."""
 
 from collections.abc import Iterator, Sequence
 

@@ -27,7 +27,7 @@ from fastgrpo_kernels import Guided, guided_velocity, transition
 
 
 class Engine(Protocol):
-    """What an update needs of `fastgrpo.engine.zero.Engine`."""
+    """The part of `fastgrpo.engine.zero.Engine` that an update uses."""
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What stays the same from one optimiser step to the next."""
+    """Everything that stays the same from one optimiser step to the next."""
 
     engine: Engine
     network: Network | None = None  # the policy's forward pass; None: the engine's

@@ -121,7 +121,7 @@ class Updater:
 
 
 def learning_rate(config: Config, iteration: int) -> float:
-    """Of the iterations 1 to n: a straight line from the first to the last, a function of the iteration alone."""
+    """The learning rate of an iteration, on a straight line from the first to the last: a function of its number alone."""
     first, last = config.update.learning_rate, config.update.final_learning_rate
     if last is None or config.iterations == 1:
         return first

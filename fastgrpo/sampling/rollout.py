@@ -85,7 +85,7 @@ def _column(rows: Tensor, i: int, x: Tensor) -> Tensor:
 def _initial_latents(
     policy: Policy, schedule: Schedule, address: NoiseAddress, prompted: Prompted, guidance_scale: float
 ) -> Tensor:
-    """What the loop starts from, (B, *D): noise, or of siblings that share it the first one's rollout up to the window."""
+    """The latents (B, *D) that the loop starts from: noise, or for siblings the first one's, where the window begins."""
     batch, siblings = address.sample_id.numel(), schedule.siblings
     if siblings == 1:
         return normal(address, INITIAL_STEP, math.prod(policy.latent_shape)).view(batch, *policy.latent_shape)

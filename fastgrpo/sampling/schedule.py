@@ -87,7 +87,7 @@ def ode_schedule(sigmas: Tensor, rows: int) -> Schedule:
 
 
 def prefix_schedule(schedule: Schedule, rows: Tensor) -> Schedule:
-    """Of some rows (n,) the steps before the window, which are an ODE."""
+    """The steps of some rows (n,) before the window, which are an ODE."""
     return Schedule(
         sigmas=schedule.sigmas[: schedule.prefix + 1],
         table=schedule.table[rows, : schedule.prefix],
@@ -116,7 +116,7 @@ def _check_no_window(rollout: RolloutConfig) -> None:
 
 
 def _check_window(rollout: RolloutConfig) -> None:
-    """What needs one window for all groups, and whole groups in a batch."""
+    """Refuses what needs one window for all groups where each has its own, and batches that break groups."""
     one_window = {
         f"after_window.compress_ratio {rollout.after_window.compress_ratio}": rollout.after_window.compress_ratio != 1,
         "shared_noise": rollout.shared_noise,

@@ -143,7 +143,7 @@ def window_tables(
 
 
 def kl_weights(steps: SamplerSteps, kl: KLForm = "paper") -> Tensor:
-    """What multiplies m3 = mean((mu - mu_ref)^2) in the KL of each step, (T,) float64; 0 where s = 0.
+    """The factor of m3 = mean((mu - mu_ref)^2) in the KL of each step, (T,) float64; 0 where s = 0.
 
     `paper`: 1 / (2 s^2), the KL of the two Gaussians (Flow-GRPO eq. 5), as a mean over elements.
     `reference`: 1 / (2 g^2), of the released code. It divides by its `std_dev_t`, without dt in the SDEs,
@@ -162,7 +162,7 @@ def step_weights(
     trained: Tensor,  # (..., T) bool, see `fastgrpo.sampling.windows.trained_steps`
     step_weight: StepWeight = "uniform",
 ) -> Tensor:
-    """What multiplies each step's policy loss, not its KL, as in the released codes: (..., T) float64; 0 outside.
+    """The factor of each step's policy loss, not of its KL, as in the released codes: (..., T) float64; 0 outside.
 
     `tempflow`: s over its mean in the window (TempFlow-GRPO, arXiv 2508.04324): what a step explores, it also
     learns. Over all steps but the last of SD3.5 at T = 10 that is the released code's 2.25 s.

@@ -1,4 +1,4 @@
-"""What every objective is given and returns, and the sum that they share.
+"""The records that every objective takes and returns, and the sum that they share.
 
     loss = 1/B sum_b weight_b (loss_weight_b policy_b + beta kl_weight_b m3_b)
 
@@ -21,7 +21,7 @@ REFERENCE_ELEMENTS = 65_536  # 16 x 64 x 64: SD3.5 at 512 px, at which the publi
 
 
 class Moments(Protocol):
-    """What `fastgrpo_kernels.transition` returns."""
+    """The moments that `fastgrpo_kernels.transition` returns."""
 
     @property
     def m1(self) -> Tensor: ...  # (B,) mean(e d)
