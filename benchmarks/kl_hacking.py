@@ -12,7 +12,7 @@ of held-out prompts, always from the same noise:
     accuracy     its honest part: the share of images that show exactly what was asked
     distance     from an image to the nearest image of the world, of any content: root mean square over its pixels, in
                  levels of 255, mean over images. Prompts play no part in it: it is the images' quality alone.
-    diversity    root mean square difference between two images of one prompt, likewise, mean over pairs and prompts
+    diversity    root mean square difference between two images of one prompt, in levels of 255, mean over pairs
 
 The nearest image is found exactly, up to its grid: a scene is four cells that each hold one shape or none, so each cell
 has its own nearest drawing, of all shapes, colours, centres and radii. What both can at best be is shown by true images:

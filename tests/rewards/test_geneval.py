@@ -56,7 +56,7 @@ CASES = [
     ("nothing seen", SINGLE, [], {}, False, 0, "expected oven>=1, found 0"),
     ("too uncertain", SINGLE, [seen("oven", score=0.3)], {}, False, 0, "found 0"),
     ("certain enough", SINGLE, [seen("oven", score=0.31)], {}, True, 1, ""),
-    ("strict bears a second one", SINGLE, [seen("oven"), seen("oven", 50)], {}, True, 0, ""),
+    ("strict tolerates a second one", SINGLE, [seen("oven"), seen("oven", 50)], {}, True, 0, ""),
     ("both", TWO, [seen("oven"), seen("bed")], {}, True, 1, ""),
     ("one of two", TWO, [seen("bed")], {}, False, 0.5, "expected oven>=1"),
     ("neither", TWO, [], {}, False, 0, "expected oven>=1, found 0; expected bed>=1, found 0"),
