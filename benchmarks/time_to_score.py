@@ -250,7 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scores", type=float, nargs="+", default=[0.9, 0.95])
     parser.add_argument("--budget", type=float, default=1500, help="seconds of training of a run, at most")
     parser.add_argument("--multiple", type=float, default=8.2, help="of the default's seconds, at most: the baseline")
-    parser.add_argument("--other-multiple", type=float, default=3, help="of the default's seconds, at most: all other recipes")
+    parser.add_argument("--other-multiple", type=float, default=3, help="of the same seconds, at most: all other recipes")
     parser.add_argument("--every", type=float, default=10, help="seconds of training between evaluations, at first")
     parser.add_argument("--images", type=int, default=200, help="of an evaluation")
     parser.add_argument("--steps", type=int, default=20, help="of an evaluation's ODE")
