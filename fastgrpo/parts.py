@@ -19,7 +19,7 @@ from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name
+from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name, weights_of
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
 
@@ -50,6 +50,10 @@ class Objects:
             reward = replace(reward, train=name, eval=name)
         if self.held_out_reward is not None:
             reward = replace(reward, eval=reward_name(self.held_out_reward))
+        if self.reward is not None or self.held_out_reward is not None:
+            named = {*weights_of(reward.train), *weights_of(reward.eval)}
+            # The settings of a reward that an object has replaced would be those of nothing.
+            reward = replace(reward, settings={name: own for name, own in reward.settings.items() if name in named})
         if self.prompts is not None:
             prompts = replace(prompts, train=RunFolder(config.output).given_prompts("train"))
         if self.held_out is not None:
