@@ -1,6 +1,7 @@
 """The house: floors with names, no circle, arrows that only run down, and no door but the front ones. From the ground up."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ HOMES = {
 }
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the two packages by name."""
     found = {}
@@ -55,7 +62,7 @@ class Imports(ast.NodeVisitor):
     def __init__(self, path: Path) -> None:
         self.names: set[str] = set()
         self.path = path
-        self.visit(ast.parse(path.read_text()))
+        self.visit(tree_of(path))
 
     def visit_If(self, node: ast.If) -> None:
         if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
@@ -70,6 +77,7 @@ class Imports(ast.NodeVisitor):
         self.names.update(f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Module -> modules of the project that it imports. `from package import module` is an arrow to the module alone."""
     known = modules()
@@ -133,11 +141,12 @@ def test_heavy_libraries_have_one_home() -> None:
     assert not astray
 
 
+@cache
 def private_names() -> set[str]:
     """Every function, class, method and attribute of the two packages whose name says that it is nobody else's."""
     found = set()
     for path in modules().values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -157,7 +166,7 @@ def own_of(tree: ast.AST) -> set[str]:
 
 
 def used_by(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     nodes = list(ast.walk(tree))
     imported = {
         alias.name for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastgrpo")
@@ -183,7 +192,7 @@ def test_long_lists_of_parameters_are_named_at_the_call_and_explained() -> None:
     for name, path in modules().items():
         if name.startswith("fastgrpo_kernels"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
                 continue
             positional = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
@@ -196,7 +205,7 @@ def explained(path: Path, function: ast.FunctionDef) -> bool:
     """It has a docstring, or is the `__init__` of a class that has one."""
     if ast.get_docstring(function):
         return True
-    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
     owners = [node for node in classes if node.lineno < function.lineno <= (node.end_lineno or 0)]
     return function.name == "__init__" and any(ast.get_docstring(node) for node in owners)
 

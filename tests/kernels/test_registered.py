@@ -23,7 +23,7 @@ from fastgrpo_kernels import (
 from fastgrpo_kernels.common import runs_kernels
 from fastgrpo_kernels.transition import Inputs, transition_bwd_ref
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # each compiles
 
 OPS = torch.ops.fastgrpo
 SHAPE = (3, 4, 5)
@@ -165,7 +165,6 @@ def test_a_compiled_loop_runs_the_kernels(guided: bool, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.slow
 @pytest.mark.processes
 def test_inductor_compiles_the_loop() -> None:
     """Its own code may round the network in another way, so this compares what it computes and not bits."""
