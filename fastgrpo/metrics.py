@@ -22,7 +22,7 @@ def means_over_ranks(ranks: Ranks, values: Mapping[str, Tensor]) -> dict[str, fl
 def forward_passes(batches: Sequence[Batch]) -> int:
     """How often a rank's rollouts asked the network for a sample's velocity; under guidance each time counts twice."""
     return sum(
-        batch.schedule.forward_passes(len(batch.sample_id)) * (2 if batch.prompted.guided else 1)
+        batch.schedule.forward_passes(len(batch.sample_id)) * batch.prompted.passes
         for batch in batches if batch.schedule is not None
     )  # fmt: skip
 

@@ -50,6 +50,11 @@ class Prompted(NamedTuple):
         """Whether the network is asked twice for each sample."""
         return self.uncond is not None
 
+    @property
+    def passes(self) -> int:
+        """How often the network is asked for each sample."""
+        return 2 if self.guided else 1
+
     def take(self, index: Tensor) -> "Prompted":
         """The samples `index`, in that order."""
         return Prompted(take(self.cond, index), None if self.uncond is None else take(self.uncond, index))
