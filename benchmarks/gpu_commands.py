@@ -22,7 +22,8 @@ CONFIG = "configs/tiny_shapes.yaml"
 REFERENCE = Path(__file__).with_name("reference_tiny.json")
 TOLERANCE = 0.01  # of the first iteration's loss and gradient, relative
 ACCURACY = 0.95  # what README says of the run
-TESTS = ["-m", "gpu", "-n", "8", "--timeout", "100"]  # in parallel: every dtype, shape and alignment is a kernel to compile
+# In parallel, as every dtype, shape and alignment is a kernel to compile; with a line for each, as a run can be cut short.
+TESTS = ["-m", "gpu", "-n", "10", "--timeout", "100", "--tb", "short"]
 QUICK_TESTS = ["tests/kernels/test_philox.py"]
 COUNTERS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "InstructionStats", "LaunchStats")
 KERNELS = "regex:sde_step_fwd|transition_(fwd|bwd)"
@@ -40,11 +41,11 @@ def run(phase: Phase, command: list[str], output: Path) -> int:
 
 def tests(phase: Phase) -> None:
     log = phase.out / "tests.log"
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-vv", "--no-header", "-p", "no:cacheprovider"]
     status = run(phase, [*command, *(QUICK_TESTS if REHEARSE else TESTS)], log)
     lines = log.read_text().splitlines()
     counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
-    failed = [line[:160] for line in lines if re.match(r"FAILED|ERROR", line)]
+    failed = [line[:160] for line in lines if re.search(r"\] (FAILED|ERROR) ", line)]
     phase.check("pytest", status == 0, status=status, counts=(counts or lines or ["no output"])[-1], failed=failed[:25])
 
 

@@ -4,7 +4,7 @@
     qwen        Qwen-Image with its guidance, beside what another trainer has published
     flux        FLUX.1-dev
     models      one stochastic step each of models at full size: do they run, and in what memory?
-    compiled    SD3.5 Medium with torch.compile
+    compiled    SD3.5 Medium and Qwen-Image with torch.compile
 
 The recipes are those of configs/, with random weights and as few groups as make an iteration. In a rehearsal the models are
 the tiny ones of `fastgrpo.testing`.
@@ -33,6 +33,7 @@ from fastgrpo.testing import load_family
 from fastgrpo.validation import Config, load_config
 
 # verl-omni's Qwen-Image LoRA recipe, images a second and GPU (H800), with the reward on the same GPUs and without it.
+COMPILED = "model.compile=true"
 VERL_OMNI = {"images_per_second": 0.305, "images_per_second_without_reward": 0.355}
 
 
@@ -97,7 +98,12 @@ RUNS = {
         step_of("Z-Image", "z_image", 4), step_of("Wan2.1-1.3B", "wan", 4), step_of("BAGEL", "bagel", 4),
         step_of("FLUX.1-dev", "flux", 3),
     ),
-    "compiled": (Run("SD3.5-M, compiled", "sd3", ("model.compile=true",), 3),),
+    "compiled": (
+        Run("SD3.5-M, compiled", "sd3", (COMPILED,), 3),
+        Run("SD3.5-M, compiled, attention by cuDNN", "sd3", (COMPILED, "model.attention=cudnn")),
+        # Without checkpointing it takes all the memory of an H200.
+        Run("Qwen-Image, compiled", "qwen_image", (COMPILED, "update.gradient_checkpointing=false"), published=VERL_OMNI),
+    ),
 }  # fmt: skip
 
 
@@ -144,7 +150,13 @@ def tiny_settings(recipe: Path, folder: Path) -> list[str]:
     family.save(folder)
     sizes = dict.fromkeys(("height", "width", "num_frames", "distilled_guidance"), "null")
     model = {**sizes, **family.settings, "path": folder, "architecture": "null", "dtype": "float32"}
-    small = ["prompts.cache=null", "rollout.groups=1", "rollout.group_size=4", "rollout.batch_size=2"]
+    small = [
+        "model.attention=native",
+        "prompts.cache=null",
+        "rollout.groups=1",
+        "rollout.group_size=4",
+        "rollout.batch_size=2",
+    ]
     return [*(f"model.{key}={value}" for key, value in model.items()), *small]
 
 

@@ -72,7 +72,7 @@ def rollouts(phase: Phase) -> None:
                 if not multiplies_8_bits(phase, model):
                     continue
                 speed.measure(FIRST_BATCH, "captured, fp8", speed.drawn(FIRST_BATCH, CapturedRollout(capture()), model))
-            model.compile_blocks()
+            model.compile()
             draw = speed.drawn(FIRST_BATCH, rollout, model)
             speed.measure(FIRST_BATCH, f"{suffix}compiled", draw, COMPILED_SECONDS)
             draw = speed.drawn(FIRST_BATCH, CapturedRollout(capture()), model)

@@ -43,28 +43,28 @@ MEANINGS = {0: "ok", SOME_FAILED: "some failed", LOST_GPU: "lost the GPU"}  # of
 class Phase:
     name: str
     script: Path
-    expected: int  # seconds that its turn should take on an H100, estimated
+    expected: int  # seconds that its turn takes on an H200 with 16 cores, about
     limit: int  # seconds after which it is ended
 
 
 SETUP_SECONDS = 30  # until the phases are ready, with the wheels' installation
 TOGETHER = (
-    Phase("tests", HERE / "gpu_commands.py", 70, 120),
-    Phase("tiny", HERE / "gpu_commands.py", 60, 130),
-    Phase("kernels", HERE / "gpu_kernels.py", 30, 60),
-    Phase("capture", HERE / "gpu_capture.py", 80, 120),
+    Phase("tests", HERE / "gpu_commands.py", 90, 130),
+    Phase("tiny", HERE / "gpu_commands.py", 70, 130),
+    Phase("longer", HERE / "gpu_commands.py", 100, 150),
+    Phase("kernels", HERE / "gpu_kernels.py", 70, 110),
+    Phase("capture", HERE / "gpu_capture.py", 110, 140),
+    Phase("models", HERE / "gpu_iterations.py", 90, 130),
 )
 ALONE = (
-    Phase("rollouts", HERE / "gpu_rollouts.py", 95, 130),
+    Phase("rollouts", HERE / "gpu_rollouts.py", 110, 130),
     Phase("update", HERE / "gpu_iterations.py", 60, 90),
-    Phase("qwen", HERE / "gpu_iterations.py", 75, 105),
-    Phase("flux", HERE / "gpu_iterations.py", 35, 70),
-    Phase("profile", HERE / "gpu_rollouts.py", 25, 40),
-    Phase("bandwidth", HERE / "gpu_kernels.py", 25, 45),
+    Phase("compiled", HERE / "gpu_iterations.py", 170, 220),
+    Phase("qwen", HERE / "gpu_iterations.py", 85, 105),
+    Phase("flux", HERE / "gpu_iterations.py", 45, 70),
+    Phase("profile", HERE / "gpu_rollouts.py", 16, 40),
+    Phase("bandwidth", HERE / "gpu_kernels.py", 18, 45),
     Phase("ncu", HERE / "gpu_commands.py", 30, 45),
-    Phase("models", HERE / "gpu_iterations.py", 70, 120),
-    Phase("longer", HERE / "gpu_commands.py", 90, 150),
-    Phase("compiled", HERE / "gpu_iterations.py", 100, 170),
 )
 
 

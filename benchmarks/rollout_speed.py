@@ -67,14 +67,14 @@ def variants(eager: Adapter, *, compiled: bool, fp8: bool) -> dict[str, Any]:
             prepare(model)
         return model
 
-    prepare_drafts, compile_blocks = type(eager).prepare_drafts, type(eager).compile_blocks
+    prepare_drafts, compiles = type(eager).prepare_drafts, type(eager).compile
     found = {"eager": eager}
     if compiled:
-        found["compiled"] = tried(lambda: made(compile_blocks))
+        found["compiled"] = tried(lambda: made(compiles))
     if fp8:
         found["fp8"] = tried(lambda: made(prepare_drafts))
     if fp8 and compiled:
-        found["fp8, compiled"] = tried(lambda: made(prepare_drafts, compile_blocks))
+        found["fp8, compiled"] = tried(lambda: made(prepare_drafts, compiles))
     return found
 
 

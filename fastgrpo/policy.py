@@ -110,10 +110,10 @@ class Model(Protocol):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The blocks that `compile_blocks` compiles."""
+        """The blocks that `compile` compiles."""
 
-    def compile_blocks(self) -> None:
-        """torch.compile the transformer's blocks in place, for model.compile."""
+    def compile(self) -> None:
+        """torch.compile what takes time, the blocks above all, in place, for model.compile."""
 
     def load_tiny_decoder(self, path: Path) -> None:
         """Load the decoder that `decode(draft=True)` uses, for model.tiny_decoder."""
@@ -131,7 +131,7 @@ class Policy(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.transformer = model.transformer
-        self.velocity = model.velocity
+        self.velocity = lambda *args: model.velocity(*args)  # as it is at the time: `compile` replaces it
         self.latent_shape: tuple[int, ...] = model.latent_shape
         self.dtype: torch.dtype = model.dtype  # of what the network reads
         self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one

@@ -344,4 +344,4 @@ def prepare(model: Model, config: Config) -> None:
     if config.rollout.precision == "fp8":
         model.prepare_drafts()
     if config.model.compile:
-        model.compile_blocks()
+        model.compile()

@@ -176,7 +176,7 @@ class Bench:
         blocks = self.model.blocks
         before = [block._compiled_call_impl for block in blocks]
         if compiled and not self.compiled:
-            self.model.compile_blocks()
+            self.model.compile()
             self.compiled = [block._compiled_call_impl for block in blocks]
         try:
             for block, call in zip(blocks, self.compiled if compiled else [None] * len(blocks), strict=True):

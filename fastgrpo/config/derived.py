@@ -10,8 +10,6 @@ def recomputes_old(config: Config, micro_batch_size: int | None = None) -> bool:
     """
     if config.update.old_velocity is not None:
         return config.update.old_velocity == "recompute"
-    rollout, model = config.rollout, config.model
+    rollout = config.rollout
     size = micro_batch_size or config.update.micro_batch_size
-    # A compiled block is one program with gradients and another without, which keep other values in full precision.
-    compiled = model.compile and model.dtype != "float32"
-    return rollout.precision != "model" or compiled or size not in ("rollout", rollout.batch_size)
+    return rollout.precision != "model" or size not in ("rollout", rollout.batch_size)

@@ -70,7 +70,8 @@ class ModelConfig:
     train: Literal["lora", "full"] = "lora"
     """Train a low-rank update (lora), or every weight of the transformer (full)."""
     compile: bool = False
-    """Compile each transformer block with torch.compile, once for rollout and update. Each shape takes a minute or more."""
+    """Compile each transformer block with torch.compile, as one program for rollout and update, and the decoder of images.
+    Each shape takes a minute or more."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -243,7 +244,7 @@ class UpdateConfig:
     old_velocity: Literal["rollout", "recompute"] | None = None
     """Take v_old as the rollout left it (rollout), or from another forward pass as the update makes it (recompute). Left
     out: rollout, but recompute where the update's passes round in another way, so that the first ratio would not be exactly
-    1: with rollout.precision fp8, with another micro_batch_size than the rollout's, and with model.compile below float32."""
+    1: with rollout.precision fp8, and with another micro_batch_size than the rollout's."""
     skip_dead: bool = True
     """Leave out of an optimiser step the batches that would hold only samples of weight 0, whose gradient is 0: groups of
     equal rewards, and what `advantage.keep` leaves out. It saves time where a step has several batches."""

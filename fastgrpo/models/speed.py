@@ -1,7 +1,7 @@
 """Four ways to run a model faster, each asked for by a key of the configuration.
 
 model.attention          `use_attention`        other attention kernels, see `fastgrpo.models.attention`
-model.compile            `compile_blocks`       torch.compile of each transformer block
+model.compile            `compile`              torch.compile of each transformer block and of the decoder
 rollout.precision fp8    `prepare_drafts`       rollouts in 8-bit numbers, see `fastgrpo.models.fp8`
 model.tiny_decoder       `load_tiny_decoder`    a distilled decoder for training images
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from fastgrpo.models.attention import use_attention
+from fastgrpo.models.compiled import CompiledVelocity, Velocity
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.loading import LoadedPipeline
 from fastgrpo.quiet import quiet
@@ -25,6 +26,7 @@ class Accelerated(LoadedPipeline):
 
     # The tokens that the family's attention has to leave out, in words; None where it attends to all of them.
     masks: ClassVar[str | None] = None
+    velocity: Velocity
     tiny_decoder: Any = None  # the AutoencoderTiny, once one was loaded
     _drafted: Sequence[Fp8Linear] = ()  # the layers that can multiply 8-bit numbers
 
@@ -38,15 +40,18 @@ class Accelerated(LoadedPipeline):
             raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
         return found
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block in place, one program for each shape; blocks are alike, so they share the programs."""
-        # A block is compiled for each shape, with and without gradients, with and without its adapter. The compiler's own
-        # limit is lower, and past it blocks would run eagerly with no more than a line in the log.
+    def compile(self) -> None:
+        """torch.compile each of the transformer's blocks, see `fastgrpo.models.compiled`, and an image's decoder."""
+        # There is a program for each shape and each kind of block, with and without its adapter. The compiler's own limit is
+        # lower, and past it blocks would run eagerly with no more than a line in the log.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for block in self.blocks:
-            # Left to itself, the compiler would answer a second shape with one program for all shapes to come.
-            block.compile(dynamic=False)
+        self.velocity = CompiledVelocity(
+            self.velocity, self.transformer, self.blocks, drafting=lambda: any(layer.drafting for layer in self._drafted)
+        )
+        of_images = isinstance(self.pipeline.vae, AutoencoderKL)
+        if of_images:  # that of a video decodes frame by frame, with a memory
+            self.pipeline.vae.decoder.compile(dynamic=False)
 
     def use_attention(self, name: str) -> None:
         """Run the transformer on the attention kernels called `name`; ValueError if they cannot serve this model here."""

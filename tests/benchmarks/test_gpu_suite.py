@@ -173,7 +173,7 @@ REHEARSED = {  # phase -> rows that must be there
         "graph of noise", "graph of network, guided", "graph of a rollout", "after the LoRA moved",
         "a second shape in the pool", "first ratio, attention as chosen", "engine: graph before an update",
         "engine: replay after updates", "engine: updates show in a replay", "engine: a rollout waits for nothing",
-        "engine: a new shape after updates", "first ratio, compiled", "first ratio, compiled, precision casts emulated",
+        "engine: a new shape after updates", "first ratio, compiled",
     },
     "rollouts": {
         *(f"batch {batch}, {form}" for batch in (2, 1, 3) for form in ("diffusers", "eager", "captured")),
@@ -181,6 +181,7 @@ REHEARSED = {  # phase -> rows that must be there
     },
     "update": {"SD3.5-M: iteration 3", "gradient at scale 2^0", "SD3.5-M, checkpointed: iteration 1"},
     "qwen": {"Qwen-Image: model", "Qwen-Image: iteration 1", "Qwen-Image: iteration 2"},
+    "compiled": {"SD3.5-M, compiled, attention by cuDNN: iteration 2", "Qwen-Image, compiled: iteration 2"},
     "profile": {"rollout of 3 steps", "forward and backward", "decoder"},
     "bandwidth": {f"{form} (2, 4, 8, 8)" for form in ("usual", "fused", "fused, guided", "fused transition")},
     "ncu": {"ncu"},

@@ -87,7 +87,7 @@ def bench_of(blocks: list[nn.Module]) -> tuple[Bench, list[tuple[str, dict]]]:
     said: list[tuple[str, dict]] = []
     bench = object.__new__(Bench)
     bench.say, bench.compiled = lambda name, **values: said.append((name, values)), []
-    model = SimpleNamespace(blocks=blocks, compile_blocks=lambda: [block.compile(backend="eager") for block in blocks])
+    model = SimpleNamespace(blocks=blocks, compile=lambda: [block.compile(backend="eager") for block in blocks])
     bench.trainer = SimpleNamespace(model=model)
     return bench, said
 
@@ -97,7 +97,7 @@ def test_a_form_has_its_blocks_compiled_or_not_whatever_the_configuration_says(c
     blocks = [nn.Linear(2, 2) for _ in range(2)]
     bench, _ = bench_of(blocks)
     if compiled_before:
-        bench.model.compile_blocks()
+        bench.model.compile()
     before = [block._compiled_call_impl for block in blocks]
     kept = []
     for _ in range(2):

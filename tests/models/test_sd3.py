@@ -128,7 +128,7 @@ def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:
         return graph
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: module_compile(self, **how, backend=backend))
-    model.compile_blocks()
+    model.compile()
     conditioning = model.encode(["a red circle"] * 7)
     found = []
     for batch in (2, 3, 7, 3, 2):
