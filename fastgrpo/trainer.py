@@ -164,6 +164,8 @@ class Trainer:
             **({} if scores is None else reward_metrics(self.reward, scores, advantages, self.config.rollout.group_size)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
             **means_over_ranks(self.ranks, updates),
+            "skipped_steps": self.engine.skipped_steps,
+            **({} if self.engine.loss_scale is None else {"loss_scale": self.engine.loss_scale}),
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }

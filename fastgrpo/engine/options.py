@@ -63,7 +63,12 @@ class EngineOptions:
             "gradient_accumulation_steps": 1,  # `Engine.backward` is told which micro-batch is the last
             "gradient_clipping": self.max_grad_norm if self.zero_stage > 0 else 0.0,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "fp16": {"enabled": self.dtype == torch.float16},
+            # A transition's gradient of SD3.5-M at 512 px, measured on an H200 against float32: at DeepSpeed's 2^16, 55% of
+            # its entries are lost to 0 (cosine 0.958); at 2^24, 8% (0.999998), and the largest is 0.27, where float16 ends
+            # at 65504. DeepSpeed doubles the scale only after 1000 updates without an overflow, so it would stay too low. A
+            # scale that is too high is halved by an overflow, whose update is skipped: with hysteresis 1 by the first
+            # already, where DeepSpeed's default of 2 would skip one more update at the same scale.
+            "fp16": {"enabled": self.dtype == torch.float16, "initial_scale_power": 24, "hysteresis": 1},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             # By default DeepSpeed times every forward pass from the third update on, and waits for the device before each:

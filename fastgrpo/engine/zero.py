@@ -119,6 +119,7 @@ class Engine(Generic[PolicyType]):
         norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or torch.inf)
         if not norm.isfinite():
             norm = torch.full_like(norm, torch.inf)
+            self.deepspeed.skipped_steps += 1
             for p in parameters:
                 p.grad = None  # AdamW passes it over
         self.deepspeed.step()
@@ -131,7 +132,7 @@ class Engine(Generic[PolicyType]):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of updates that were left out because a gradient was not finite."""
+        """The number of updates of the run that were left out because a gradient was not finite."""
         return self.deepspeed.skipped_steps
 
     @torch.no_grad()

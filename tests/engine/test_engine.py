@@ -98,7 +98,7 @@ def test_equals_plain_torch(world_size: int, stage: int, dtype: str, trained: An
 def test_rollout_swapping_and_collectives(world_size: int, stage: int, dtype: str, trained: Any) -> None:
     for rank in trained[world_size]:
         checks = rank[stage, dtype]["checks"]
-        assert len(checks) == 17 and not [name for name, passed in checks.items() if not passed]
+        assert len(checks) == 18 and not [name for name, passed in checks.items() if not passed]
 
 
 @pytest.mark.processes
@@ -157,6 +157,27 @@ def test_policies_are_refused() -> None:
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="float16 needs CUDA; on a CPU use float32 or bfloat16"):
         Engine(nn.Linear(2, 2), OneRank(), EngineOptions(**OPTIONS | {"dtype": torch.float16}))
+
+
+def test_float16_starts_at_2_to_the_24_and_each_overflow_halves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By DeepSpeed's own reading of its configuration, and its own scaler."""
+    ranks_module.load_deepspeed()
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    options = EngineOptions(**OPTIONS | {"dtype": torch.float16})
+    read = DeepSpeedFP16Config(**options.deepspeed_config([nn.Parameter(torch.zeros(2))])["fp16"])
+    assert read.enabled and read.loss_scale == 0  # which stands for a scale that moves
+    scaler = loss_scaler.CreateLossScaler(torch.float16, 0, True, read.dynamic_loss_scale_args())
+    scales = [scaler.loss_scale]
+    for overflow in (True, True, False, True):
+        scaler.update_scale(overflow)
+        scales.append(scaler.loss_scale)
+    assert scales == [2.0**24, 2.0**23, 2.0**22, 2.0**22, 2.0**21]
+    for _ in range(1001):
+        scaler.update_scale(False)
+    assert scaler.loss_scale == 2.0**22
 
 
 def test_a_deepspeed_without_the_switch_is_told() -> None:

@@ -210,12 +210,15 @@ def check_no_host(engine: Engine) -> dict[str, bool]:
 
 
 def check_not_finite(engine: Engine) -> dict[str, bool]:
-    before = engine.trained_state()
+    before, skipped = engine.trained_state(), engine.skipped_steps
     batch = {name: tensor[:1].to(engine.ranks.device) for name, tensor in make_batch(99, 1).items()}
     factor = torch.nan if engine.ranks.rank == 0 else 1.0
     engine.backward(micro_loss(engine, batch, engine.dtype) * factor, last=True)
     norm = engine.step().item()
-    checks = {"not finite: skipped, its norm inf": norm == torch.inf and same(before, engine.trained_state())}
+    checks = {
+        "not finite: skipped, its norm inf": norm == torch.inf and same(before, engine.trained_state()),
+        "what was skipped is counted": engine.skipped_steps == skipped + 1,
+    }
     _, norms = run_updates(engine, range(1))
     changed = not same(before, engine.trained_state())
     checks["goes on after it"] = changed and torch.tensor(norms).isfinite().all().item()
