@@ -59,11 +59,11 @@ TOGETHER = (
 ALONE = (
     Phase("rollouts", HERE / "gpu_rollouts.py", 110, 130),
     Phase("update", HERE / "gpu_iterations.py", 60, 90),
-    Phase("compiled", HERE / "gpu_iterations.py", 170, 220),
     Phase("qwen", HERE / "gpu_iterations.py", 85, 105),
     Phase("flux", HERE / "gpu_iterations.py", 45, 70),
     Phase("profile", HERE / "gpu_rollouts.py", 16, 40),
     Phase("bandwidth", HERE / "gpu_kernels.py", 18, 45),
+    Phase("compiled", HERE / "gpu_iterations.py", 170, 220),
     Phase("ncu", HERE / "gpu_commands.py", 30, 45),
 )
 

@@ -14,6 +14,7 @@ from support.helpers import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_picture  # noqa: E402
 from gpu_iterations import RUNS, VERL_OMNI, configuration  # noqa: E402
 from gpu_suite import (  # noqa: E402
     ALONE,
@@ -141,8 +142,8 @@ def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_worth_most_fits_into_500_seconds() -> None:
-    """Everything before the phase called models, at the seconds that are expected."""
-    first = list(takewhile(lambda phase: phase.name != "models", ALONE))
+    """Everything before the phase called compiled, at the seconds that are expected."""
+    first = list(takewhile(lambda phase: phase.name != "compiled", ALONE))
     expected = max(phase.expected for phase in TOGETHER) + sum(phase.expected for phase in first)
     assert {"rollouts", "update", "qwen", "flux"} <= {phase.name for phase in first}
     assert SETUP_SECONDS + expected + SUMMARY_SECONDS <= 500
@@ -226,3 +227,29 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
     assert unknown.returncode == 2 and "'rolouts' is unknown; there are tests, tiny" in unknown.stderr
     late = run("9", "models", REHEARSE="1")
     assert late.returncode == 1 and "not begun" in late.stdout and "not ok: models" in late.stdout
+
+
+def test_results_become_a_picture(tmp_path: Path) -> None:
+    """Of several runs, the last number of each; what failed, was not begun or warmed up is no number."""
+    first = [
+        {"phase": "rollouts", "name": "batch 8, eager", "images_per_second": 9.0},
+        {"phase": "rollouts", "name": "batch 8, captured, compiled", "images_per_second": 17.5},
+        {"phase": "rollouts", "name": "batch 24, eager", "not_begun": "21 s were left"},
+        {"phase": "update", "name": "SD3.5-M: iteration 1", "phases": {"rollout": 9.0}, "images_per_second": 1.0},
+        {"phase": "models", "name": "BAGEL: iteration 2", "phases": {"rollout": 9.0}, "images_per_second": 1.0},
+        {"phase": "bandwidth", "name": "fused, guided (9, 16, 64, 64)", "us": 90.0, "share of bandwidth": 0.35},
+        {"phase": "bandwidth", "name": "usual (9, 16, 64, 64)", "us": 900.0},
+    ]
+    last = {
+        "phase": "update", "name": "SD3.5-M: iteration 2", "phases": {"rollout": 4.0, "update": 5.0}, "images": 8,
+        "images_per_second": 4.5, "mfu": 0.2,
+    }  # fmt: skip
+    for name, lines in (("results.jsonl", first), ("results_2.jsonl", [last])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = gpu_picture.read(tmp_path)
+    assert gpu_picture.speeds(rows) == {"eager": {"8": 9.0}, "captured, compiled": {"8": 17.5}}
+    assert gpu_picture.iterations(rows) == {"SD3.5-M": last}
+    assert gpu_picture.shares(rows) == {"fused, guided": {"9x16x64x64": 0.35}}
+    assert len(gpu_picture.draw(rows).axes) == 3
+    with pytest.raises(SystemExit, match=r"holds no results\*\.jsonl"):
+        gpu_picture.read(tmp_path / "nothing")
