@@ -93,7 +93,7 @@ class Bench:
         """`counts` are those of `counts_of`, where they were made before."""
         self.config, self.say, self.counts = config, say, counts or counts_of(config)
         stage = config.engine.zero_stage
-        self.plan_gib = sum(plan.memory(config, self.counts, gpus=1, stage=stage).values()) / GIB
+        self.plan_gib = plan.memory(config, self.counts, gpus=1, stage=stage).peak / GIB
         self.flops = sum(plan.flops_per_image(config, self.counts).values())
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)

@@ -3,31 +3,34 @@
     fastgrpo plan --config configs/sd3_compressibility.yaml --gpus 8
 
 Nothing is measured on a GPU. The published architecture is built on the meta device, where tensors have shapes and no data;
-its FLOPs are counted there, operation by operation, and so are the activations that autograd keeps. With F a forward pass of
+its FLOPs are counted there, operation by operation, and so is the memory that is live at a time. With F a forward pass of
 one image, B its forward and backward pass with what is trained, g = 2 under classifier-free guidance and else 1:
 
     FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding
     images a second and GPU = MFU * peak / FLOPs an image
 
 S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
+
+The peak of memory is what is held all the time and, on top, the most that one phase works with: rollout, decoding or update.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from fastgrpo.commands.counting import counted, flash_attention
+from fastgrpo.engine.options import LARGEST_BUCKET
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import model_class
 from fastgrpo.models.settings import model_settings
+from fastgrpo.records import concatenate
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
@@ -37,7 +40,7 @@ ADAM_BYTES = 8  # two float32 moments
 
 @dataclass(frozen=True)
 class Counts:
-    """The costs of one image at the configuration's size."""
+    """The costs of one image at the configuration's size, and the memory that the configuration's batches work with."""
 
     parameters: int
     trained: int
@@ -47,7 +50,10 @@ class Counts:
     forward_flops: int
     train_flops: int  # forward and backward pass
     decode_flops: int
-    activation_bytes: int  # kept for the backward pass of one transition, without guidance
+    conditioning_bytes: int  # what is read of one prompt
+    rollout_bytes: int  # live at a time in a forward pass of a rollout's batch
+    decode_bytes: int  # live at a time while a batch is decoded
+    update_bytes: int  # live at a time in a micro-batch's forward and backward pass: activations and gradients
 
 
 def count(config: Config) -> Counts:
@@ -66,14 +72,16 @@ def count_model(config: Config, model: Any) -> Counts:
     conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
     conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
     model = type(model)(model.pipeline, dtype=model.dtype, device=META, **vars(model.settings))
-    x = torch.empty(1, *model.latent_shape, dtype=model.dtype, device=META)
-    sigma = torch.ones(1, device=META)
+    batch, guided = config.rollout.batch_size, passes(config)
+    latents = torch.empty(batch, *model.latent_shape, device=META)
 
-    def forward() -> torch.Tensor:
-        return model.velocity(x, sigma, conditioning)
+    def velocity(rows: int) -> Callable[[], torch.Tensor]:
+        x, sigma = latents[:1].to(model.dtype).repeat_interleave(rows, 0), torch.ones(rows, device=META)
+        return partial(model.velocity, x, sigma, concatenate([conditioning] * rows))
 
     with torch.no_grad(), flash_attention():
-        forward_flops, decode_flops = flops(forward), flops(lambda: model.decode(x.float()))
+        forward_flops, rollout_bytes = counted(velocity(guided * batch))
+        decode_flops, decode_bytes = counted(lambda: model.decode(latents))
     if config.model.train == "full":
         model.train_all(keep_reference=False)
     else:
@@ -81,70 +89,40 @@ def count_model(config: Config, model: Any) -> Counts:
     if config.update.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
     model.transformer.train()
+    transitions = guided * micro_batch(config)
+    forward = velocity(transitions)
     with flash_attention():
-        train_flops, kept = flops(lambda: forward().sum().backward()), activation_bytes(model.transformer, forward)
+        train_flops, update_bytes = counted(lambda: forward().sum().backward())
     return Counts(
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
         buffer_bytes=sum(b.nbytes for b in model.transformer.buffers()),
         vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
-        latent_elements=x.numel(),
-        forward_flops=forward_flops,
-        train_flops=train_flops,
-        decode_flops=decode_flops,
-        activation_bytes=kept,
+        latent_elements=latents[0].numel(),
+        forward_flops=forward_flops // (guided * batch),
+        train_flops=train_flops // transitions,
+        decode_flops=decode_flops // batch,
+        conditioning_bytes=sum(tensor.nbytes for tensor in conditioning),
+        rollout_bytes=rollout_bytes,
+        decode_bytes=decode_bytes,
+        update_bytes=update_bytes,
     )
 
 
-@contextmanager
-def flash_attention() -> Iterator[None]:
-    """Makes attention flash attention on the meta device.
-
-    There torch would take attention apart and keep a matrix of tokens by tokens, which no run on a GPU keeps.
-    """
-    functional = torch.nn.functional
-    stock = functional.scaled_dot_product_attention
-
-    # Named as torch names them: some call it by keyword.
-    def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-        # A mask changes neither FLOPs nor what is kept; heads that share keys are as many products as others.
-        if key.shape[1] != query.shape[1]:
-            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
-
-    functional.scaled_dot_product_attention = flash
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
+def passes(config: Config) -> int:
+    """How often a sample is asked for: twice under classifier-free guidance."""
+    return 2 if config.rollout.guidance_scale != 1 else 1
 
 
-def flops(function: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def activation_bytes(transformer: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """The bytes that autograd keeps of a forward pass beside the weights; each storage counts once."""
-    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage takes a freed one's place
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
+def micro_batch(config: Config) -> int:
+    """Transitions a forward pass of the update; of "largest" it is not known here."""
+    size = config.update.micro_batch_size
+    return size if isinstance(size, int) else config.rollout.batch_size
 
 
 def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     """FLOPs that an image takes in an iteration, by what they are for."""
-    rollout, forward = config.rollout, counts.forward_flops
-    guided = 2 if rollout.guidance_scale != 1 else 1
+    forward, guided = counts.forward_flops, passes(config)
     objective, trained = OBJECTIVES[config.objective.name], trained_steps(config)
     rescored = objective.old != "zero" if objective.on_final_images else recomputes_old(config)
     epochs = config.update.inner_epochs
@@ -168,28 +146,50 @@ def rollout_forwards(config: Config) -> float:
     return statistics.fmean(schedule.forward_passes(rollout.group_size) for schedule in schedules) / rollout.group_size
 
 
-def memory(config: Config, counts: Counts, gpus: int, stage: int) -> dict[str, float]:
-    """Bytes on each GPU at a ZeRO stage, by what they are for."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU, by what they are for."""
+
+    held: dict[str, float]  # all the time
+    phases: dict[str, float]  # on top, at most, in each phase
+
+    @property
+    def peak(self) -> float:
+        """The most at a time."""
+        return sum(self.held.values()) + max(self.phases.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "peak": self.peak}
+
+
+def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
+    """The memory at a ZeRO stage. `counts` are of this configuration, as they know the size of its batches."""
     width = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     rollout, full = config.rollout, config.model.train == "full"
     frozen = 0 if full else counts.parameters
     masters = 0 if config.model.dtype == "float32" else 4
-    guided = 2 if rollout.guidance_scale != 1 else 1
-    size = config.update.micro_batch_size
-    micro_batch = size if isinstance(size, int) else rollout.batch_size
     trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus
-    return {
-        "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1) + counts.buffer_bytes,
-        "reference copy": counts.parameters * width * (full and config.objective.beta > 0),
-        "8-bit copy": counts.parameters * (rollout.precision == "fp8"),
-        "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1),
-        "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
-        "average (EMA)": counts.trained * 4,
-        "decoder": counts.vae_parameters * width,
-        "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
-        "activations": counts.activation_bytes * guided * micro_batch,
-    }
+    # DeepSpeed copies gradients into a bucket, in stage 1 in float32. Without it they are those that autograd makes.
+    bucket = min(counts.trained, LARGEST_BUCKET) * (0, 4, width, width)[stage]
+    return Memory(
+        held={
+            "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1) + counts.buffer_bytes,
+            "reference copy": counts.parameters * width * (full and config.objective.beta > 0),
+            "8-bit copy": counts.parameters * (rollout.precision == "fp8"),
+            "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1) * (stage > 0),
+            "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
+            "average (EMA)": counts.trained * 4,
+            "decoder": counts.vae_parameters * width,
+            "prompts": images * counts.conditioning_bytes,
+            "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
+        },
+        phases={
+            "rollout": 0 if config.objective.offline else counts.rollout_bytes,
+            "decoding": 0 if config.objective.offline else counts.decode_bytes,
+            "update": counts.update_bytes + bucket,
+        },
+    )
 
 
 def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
     return {
         "architecture": config.model.architecture, "dtype": config.model.dtype, "gpus": gpus,
         "counts": vars(counts), "flops_per_image": per_image | {"total": total},
-        "memory_bytes": {f"stage {stage}": memory(config, counts, gpus, stage) for stage in stages(config)},
+        "memory_bytes": {f"stage {stage}": memory(config, counts, gpus, stage).as_dict() for stage in stages(config)},
         "mfu": mfu, "peak_flops": peak, "images_per_second_and_gpu": speed,
         "seconds_per_iteration": images / (speed * gpus),
     }  # fmt: skip
@@ -211,6 +211,10 @@ def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
 def stages(config: Config) -> list[int]:
     """The ZeRO stages that this configuration could run."""
     return [0, 1, 2, 3] if config.model.dtype == "float32" else [1, 2, 3]
+
+
+def row(name: str, column: Sequence[float]) -> str:
+    return f"  {name:14}" + "".join(f"{value / GIB:10.2f}" for value in column)
 
 
 def plan_table(result: dict[str, Any], config: Config) -> str:
@@ -234,15 +238,18 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
         "GiB on each GPU " + "".join(f"{stage:>10}" for stage in result["memory_bytes"]),
     ]
     columns = list(result["memory_bytes"].values())
-    for name in columns[0]:
-        if any(column[name] for column in columns):
-            lines.append(f"  {name:14}" + "".join(f"{column[name] / GIB:10.2f}" for column in columns))
-    lines.append(f"  {'sum':14}" + "".join(f"{sum(column.values()) / GIB:10.2f}" for column in columns))
+    for part, mark in (("held", ""), ("phases", "+ ")):
+        for name in columns[0][part]:
+            if any(column[part][name] for column in columns):
+                lines.append(row(mark + name, [column[part][name] for column in columns]))
+    lines.append(row("peak", [column["peak"] for column in columns]))
     lines += [
         "",
-        "Counted on shapes, not measured. Left out: text encoders (prompts.cache sends them away), the decoder's and the",
-        "reward's working memory, fragmentation, with checkpointing one block's activations, and in stage 3 the weights",
-        "gathered at a time. Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
+        "The peak is all that is held and the largest of the phases, marked +, as one works at a time.",
+        "Counted on shapes, not measured. Left out: text encoders (prompts.cache sends them away), the working memory of",
+        "the reward, the optimiser and larger batches of an evaluation, workspaces of cuDNN but for the copies it makes,",
+        "fragmentation, the pool of a captured rollout, and in stage 3 the weights gathered at a time.",
+        "Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
     ]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 STAGES = (0, 1, 2, 3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time, as is its default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class EngineOptions:
             "zero_optimization": {
                 "stage": self.zero_stage,
                 # DeepSpeed allocates a whole bucket, by default of 5e8 elements.
-                "reduce_bucket_size": min(sum(p.numel() for p in parameters), 500_000_000),
+                "reduce_bucket_size": min(sum(p.numel() for p in parameters), LARGEST_BUCKET),
                 # Stage 3 would replace torch's linear in the whole process, also for encoders and rewards.
                 "memory_efficient_linear": False,
                 **self.zero_options,
