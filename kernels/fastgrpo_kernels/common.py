@@ -1,7 +1,7 @@
 """What the kernels share: the shape of a launch, where they run, the sum over a row's blocks, and a table's rows as columns.
 
 A launch has one program for every block of BLOCK elements of every sample: its grid is (BLOCKS, B) with
-BLOCKS = ceil(D / BLOCK).
+BLOCKS = ceil(D / BLOCK). Only `sde_step` gives a program several blocks of a large batch.
 """
 
 import torch

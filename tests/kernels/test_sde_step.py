@@ -1,6 +1,8 @@
 """One denoising transition: the kernel against the reference, the reference against float64, and what must
 hold of any sampler's table."""
 
+import sys
+
 import pytest
 import torch
 from support.helpers import DEVICE, REAL_SHAPES, NoSync
@@ -130,6 +132,29 @@ def test_batch_split_and_repeat_are_bitwise(run):
             torch.testing.assert_close(value[3:], last.log_prob, rtol=1e-6, atol=0)
         else:
             assert torch.equal(value[3:], getattr(last, name)), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("guided", (False, True))
+def test_large_batch_has_the_bits_of_a_small_one(dtype, guided, monkeypatch):
+    """Its programs take several blocks each, of a row that they divide evenly; nothing else may differ."""
+    module = sys.modules["fastgrpo_kernels.sde_step"]
+    shape = (3, module.UNROLLED * BLOCK)
+    case = inputs(shape, dtype, row=3) | {"model_dtype": dtype}
+    if guided:
+        case |= {"velocity": Guided(case["velocity"], case["velocity"].flip(0) * 0.5, 4.5)}
+    small = sde_step_triton(**case)
+    assert module.blocks_a_program(*shape) == 1
+    monkeypatch.setattr(module, "LARGE_BATCH", shape[0] * shape[1])
+    assert module.blocks_a_program(*shape) == module.UNROLLED
+    large = sde_step_triton(**case)
+    for name, value in small._asdict().items():
+        assert torch.equal(value, getattr(large, name)), name
+
+
+@pytest.mark.parametrize(("size", "blocks"), ((4 * BLOCK, 4), (8 * BLOCK, 4), (5 * BLOCK, 1), (4 * BLOCK + 16, 1)))
+def test_blocks_a_program_of_a_large_batch_divide_a_row(size, blocks):
+    assert sys.modules["fastgrpo_kernels.sde_step"].blocks_a_program(4096, size) == blocks
 
 
 @pytest.mark.parametrize("run", (sde_step_triton, sde_step_ref))

@@ -21,11 +21,11 @@ from triton.compiler import ASTSource
 from fastgrpo_kernels.common import BLOCK, THREADS
 from fastgrpo_kernels.guidance import guided_velocity_fwd_kernel
 from fastgrpo_kernels.philox import normal_fwd_kernel
-from fastgrpo_kernels.sde_step import log_prob_fwd_kernel, sde_step_fwd_kernel
+from fastgrpo_kernels.sde_step import SUM, UNROLLED, log_prob_fwd_kernel, sde_step_fwd_kernel
 from fastgrpo_kernels.transition import moments_fwd_kernel, transition_bwd_kernel, transition_fwd_kernel
 
 # What no driver tells is read from the files: resources from the cubin or the assembly, widths from the text.
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,17 +35,24 @@ TARGETS = {
 }
 
 INT64_POINTERS = ("step", "seed", "iteration", "sample_id")
-SCALARS = {"D": "i32", "BLOCKS": "i32", "table_stride": "i32", "guidance_scale": "fp32"}
+SCALARS = {"D": "i32", "BLOCKS": "i32", "SUMS": "i32", "table_stride": "i32", "guidance_scale": "fp32"}
 BF16 = dict.fromkeys(("v", "v_uncond", "x_next_model", "dv", "dv_uncond"), "*bf16")
 UNGUIDED = dict.fromkeys(("v_uncond", "v_guided", "x_next_model", "dv_uncond"))
+CONSTANTS = {"BLOCK": BLOCK, "SUM": SUM}
+EVEN, UNEVEN = {"UNROLL": 1, "EVEN": True}, {"UNROLL": 1, "EVEN": False}
+LARGE = {"UNROLL": UNROLLED, "EVEN": True}
 
-# Kernel, the arguments that are not fp32 pointers (None: absent), and whether D is a multiple of 16.
+# Kernel, the arguments that are not fp32 pointers (a type, or the value of a constant; None: absent), and whether D is a
+# multiple of 16.
 CASES = {
     "normal_fwd": (normal_fwd_kernel, {}, True),
     "normal_fwd odd": (normal_fwd_kernel, {}, False),
-    "sde_step_fwd fp32": (sde_step_fwd_kernel, UNGUIDED, True),
-    "sde_step_fwd bf16": (sde_step_fwd_kernel, BF16, True),
-    "sde_step_fwd odd": (sde_step_fwd_kernel, BF16, False),
+    "sde_step_fwd fp32": (sde_step_fwd_kernel, UNGUIDED | EVEN, True),
+    "sde_step_fwd bf16": (sde_step_fwd_kernel, BF16 | EVEN, True),
+    "sde_step_fwd uneven": (sde_step_fwd_kernel, BF16 | UNEVEN, True),
+    "sde_step_fwd odd": (sde_step_fwd_kernel, BF16 | UNEVEN, False),
+    "sde_step_fwd large fp32": (sde_step_fwd_kernel, UNGUIDED | LARGE, True),
+    "sde_step_fwd large bf16": (sde_step_fwd_kernel, BF16 | LARGE, True),
     "log_prob_fwd": (log_prob_fwd_kernel, {}, True),
     "transition_fwd fp32": (transition_fwd_kernel, UNGUIDED, True),
     "transition_fwd bf16": (transition_fwd_kernel, BF16, True),
@@ -59,14 +66,14 @@ CASES = {
 }
 
 
-def compile_case(kernel, types: dict[str, str | None], divisible: bool, target: GPUTarget):
+def compile_case(kernel, types: dict[str, str | int | None], divisible: bool, target: GPUTarget):
     """As a launch with 16-byte aligned tensors would."""
-    signature, constants, hints = {}, {"BLOCK": BLOCK}, {}
+    signature, constants, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         default = "*i64" if name in INT64_POINTERS else SCALARS.get(name, "*fp32")
-        signature[name] = types.get(name, default) if name != "BLOCK" else "constexpr"
-        if signature[name] is None:
-            signature[name], constants[name] = "constexpr", None
+        signature[name] = (CONSTANTS | types).get(name, default)
+        if not isinstance(signature[name], str):
+            signature[name], constants[name] = "constexpr", signature[name]
         if signature[name].startswith("*") or name == "D" and divisible:
             hints[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": THREADS // target.warp_size}
@@ -93,7 +100,8 @@ def nvidia_report(assembly: dict) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(assembly["cubin"])
         file.flush()
-        usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        instructions = subprocess.check_output([TOOLS / "nvdisasm", file.name], text=True, stderr=subprocess.DEVNULL)
     access = re.compile(r"(ld|st)\.global[.\w:]*?((?:\.v\d)?\.b\d+)")
     # STACK holds what ptxas spills and LOCAL what it indexes.
     resources = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
@@ -104,6 +112,7 @@ def nvidia_report(assembly: dict) -> dict:
         "atomics": len(re.findall(r"\b(?:atom|red)\.global\b", assembly["ptx"])),
         "access": dict(Counter(kind + width for kind, width in access.findall(assembly["ptx"]))),
         "guidance": guidance_arithmetic(assembly["ptx"]),
+        "arithmetic": dict(Counter(re.findall(r"\b((?:FADD|FMUL|FFMA|MUFU|SHFL)[.\w]*) ", instructions))),
     }
 
 
