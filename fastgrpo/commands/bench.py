@@ -94,7 +94,8 @@ class Bench:
         self.config, self.say, self.counts = config, say, counts or counts_of(config)
         stage = config.engine.zero_stage
         self.plan_gib = plan.memory(config, self.counts, gpus=1, stage=stage).peak / GIB
-        self.flops = sum(plan.flops_per_image(config, self.counts).values())
+        flops = plan.flops_per_image(config, self.counts)
+        self.flops = sum(flops.values()) - flops["checkpoints"]
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)
         began = time.perf_counter()

@@ -6,7 +6,7 @@ Nothing is measured on a GPU. The published architecture is built on the meta de
 its FLOPs are counted there, operation by operation, and so is the memory that is live at a time. With F a forward pass of
 one image, B its forward and backward pass with what is trained, g = 2 under classifier-free guidance and else 1:
 
-    FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding
+    FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding, + g F S with checkpointing
     images a second and GPU = MFU * peak / FLOPs an image
 
 S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
@@ -48,7 +48,8 @@ class Counts:
     vae_parameters: int
     latent_elements: int
     forward_flops: int
-    train_flops: int  # forward and backward pass
+    train_flops: int  # forward and backward pass, without what checkpointing computes again
+    checkpoint_flops: int  # what it computes again of a transition
     decode_flops: int
     conditioning_bytes: int  # what is read of one prompt
     rollout_bytes: int  # live at a time in a forward pass of a rollout's batch
@@ -86,13 +87,15 @@ def count_model(config: Config, model: Any) -> Counts:
         model.train_all(keep_reference=False)
     else:
         model.add_lora(rank=config.model.lora.rank, alpha=config.model.lora.alpha, targets=config.model.lora.targets)
-    if config.update.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
     model.transformer.train()
     transitions = guided * micro_batch(config)
-    forward = velocity(transitions)
+    forward, again = velocity(transitions), 0
     with flash_attention():
         train_flops, update_bytes = counted(lambda: forward().sum().backward())
+        if config.update.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+            checkpointed, update_bytes = counted(lambda: forward().sum().backward())
+            again = checkpointed - train_flops
     return Counts(
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
@@ -101,6 +104,7 @@ def count_model(config: Config, model: Any) -> Counts:
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
         train_flops=train_flops // transitions,
+        checkpoint_flops=again // transitions,
         decode_flops=decode_flops // batch,
         conditioning_bytes=sum(tensor.nbytes for tensor in conditioning),
         rollout_bytes=rollout_bytes,
@@ -130,6 +134,7 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
         "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
         "decode": counts.decode_flops,
         "update": epochs * guided * trained * counts.train_flops,
+        "checkpoints": epochs * guided * trained * counts.checkpoint_flops,
         "reference": epochs * guided * trained * forward * (config.objective.beta > 0),
         "old velocity": guided * trained * forward * rescored,
     }
