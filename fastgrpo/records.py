@@ -16,7 +16,8 @@ from fastgrpo_kernels import NoiseAddress
 
 C = TypeVar("C", bound=tuple)
 
-TRAIN, EVALUATION, SAMPLE, FORWARD = range(4)  # streams of noise that never meet
+TRAIN, EVALUATION, SAMPLE, FORWARD = range(4)  # streams of noise; those of a seed never meet
+STRIDE = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples lie far apart
 
 
 def take(conditioning: C, index: Tensor) -> C:
@@ -33,10 +34,21 @@ def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> 
     """Where a sample's noise lies: a function of what it is, not of when, where or beside what it is drawn."""
     device = sample_id.device
     return NoiseAddress(
-        seed=torch.tensor([stream << 32 | seed], device=device),
+        seed=torch.tensor([_key(stream, seed)], device=device),
         iteration=torch.tensor([iteration], device=device),
         sample_id=sample_id,
     )
+
+
+def _key(stream: int, seed: int) -> int:
+    """The 64 bits of a stream and a seed from 0 to 2^64 - 1, as the int64 of the same bits.
+
+    A seed of 32 bits stands below its stream, so that no two such pairs have one key. A longer one fills all 64 bits, and its
+    streams are `STRIDE` apart: four different keys. Two pairs can meet only where long seeds differ by exactly one, two or
+    three STRIDE, or where a long seed lies within 2^34 above -STRIDE to -4 STRIDE, one seed in 2^28.
+    """
+    key = stream << 32 | seed if seed < 1 << 32 else (seed + (stream + 1) * STRIDE) % (1 << 64)
+    return key - (1 << 64) if key >= 1 << 63 else key
 
 
 class Prompted(NamedTuple):
