@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,12 @@ def _key(stream: int, seed: int) -> int:
     """
     key = stream << 32 | seed if seed < 1 << 32 else (seed + (stream + 1) * STRIDE) % (1 << 64)
     return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def numpy_generator(seed: int, number: int) -> np.random.Generator:
+    """What draws on the host: addressed by a seed of 64 bits and the number of an iteration or an epoch."""
+    # numpy would make float64 of a list with a number from 2^63 on, and lose its last bits.
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
 
 
 class Prompted(NamedTuple):

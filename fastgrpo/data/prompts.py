@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastgrpo.records import numpy_generator
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -156,12 +158,11 @@ def prompts_of_iteration(
     depend on seed and iteration alone: every rank has the same, and a resumed run goes on where it stopped.
     """
     if probabilities is not None:
-        rng = np.random.Generator(np.random.Philox(key=[seed, iteration]))
-        return rng.choice(num_prompts, groups, replace=False, p=probabilities)
+        return numpy_generator(seed, iteration).choice(num_prompts, groups, replace=False, p=probabilities)
     positions = np.arange(iteration * groups, (iteration + 1) * groups)
     shuffles = {epoch: _shuffle(num_prompts, int(epoch), seed) for epoch in np.unique(positions // num_prompts)}
     return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])
 
 
 def _shuffle(num_prompts: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_prompts)
+    return numpy_generator(seed, epoch).permutation(num_prompts)

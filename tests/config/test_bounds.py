@@ -158,7 +158,7 @@ def test_every_use_of_a_seed_takes_all_its_bits() -> None:
     """What a seed draws differs from what its low and its high half draw, and 32 bits draw what they always did."""
     window = Window(kind="random", size=2, range=(0, 999))
     for seed in (2**32 + 5, 5 << 32, 2**63 + 5, 2**64 - 1):
-        others = {seed % 2**32, seed >> 32, 5}
+        others = {seed % 2**32, seed >> 32, seed - 1, 0}
         for draw in (
             lambda s: prompts_of_iteration(1000, 8, 0, s).tolist(),
             lambda s: prompts_of_iteration(1000, 8, 0, s, np.full(1000, 1e-3)).tolist(),
@@ -167,6 +167,8 @@ def test_every_use_of_a_seed_takes_all_its_bits() -> None:
         ):
             assert all(draw(seed) != draw(other) for other in others)
         torch.manual_seed(seed)
+    generator = np.random.Generator(np.random.Philox(key=[7, 2]))
+    assert prompts_of_iteration(1000, 8, 250, 7).tolist() == generator.permutation(1000)[:8].tolist()
     word = np.random.SeedSequence([7, 3, 0]).generate_state(1)[0]
     assert window_starts(window, 1000, 3, torch.arange(1), 7).item() == int(word) % 998
 
