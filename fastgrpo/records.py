@@ -44,9 +44,9 @@ def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> 
 def _key(stream: int, seed: int) -> int:
     """The 64 bits of a stream and a seed from 0 to 2^64 - 1, as the int64 of the same bits.
 
-    A seed of 32 bits stands below its stream, so that no two such pairs have one key. A longer one fills all 64 bits, and its
-    streams are `STRIDE` apart: four different keys. Two pairs can meet only where long seeds differ by exactly one, two or
-    three STRIDE, or where a long seed lies within 2^34 above -STRIDE to -4 STRIDE, one seed in 2^28.
+    A seed of 32 bits stands below its stream, so that no two such pairs have one key. A longer one fills all 64 bits, and
+    its streams are `STRIDE` apart: four different keys. Two pairs can meet only where long seeds differ by exactly one, two
+    or three STRIDE, or where a long seed lies within 2^34 above -STRIDE to -4 STRIDE, as one in 2^28 does.
     """
     key = stream << 32 | seed if seed < 1 << 32 else (seed + (stream + 1) * STRIDE) % (1 << 64)
     return key - (1 << 64) if key >= 1 << 63 else key

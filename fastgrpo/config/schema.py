@@ -114,16 +114,16 @@ def build(cls: type, data: Any, prefix: str = "") -> Any:
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name}: missing; it has no default")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+    return cls(**{key: convert(value, hints[key], prefix + key) for key, value in data.items()})
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type `hint`, or a refusal; int to float, list to tuple and str to Path are the only conversions."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path + ".")
     if origin is Annotated:
-        return _within(_convert(value, arguments[0], path), arguments[1:], path)
+        return _within(convert(value, arguments[0], path), arguments[1:], path)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, path)
     if origin is Literal:
@@ -137,8 +137,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             refuse(path, value, f"expected a mapping of names to {type_name(arguments[1])}")
         for key in value:
             if not isinstance(key, str):
-                refuse(f"{path}.{key}", value[key], "this key is a name, which YAML reads as something else: put it in quotes")
-        return {key: _convert(v, arguments[1], f"{path}.{key}") for key, v in value.items()}
+                refuse(f"{path}.{key}", value[key], f"the name {key!r} is no text: put it in quotes")
+        return {key: convert(v, arguments[1], f"{path}.{key}") for key, v in value.items()}
     if hint is Any:
         return _convert_any(value, path)
     if hint is float and type(value) in (int, float):
@@ -193,7 +193,7 @@ def _convert_list(value: Any, origin: Any, arguments: tuple[Any, ...], path: str
     item_hints = [arguments[0]] * len(value) if alike else list(arguments)
     if len(item_hints) != len(value):
         refuse(path, value, f"expected {len(item_hints)} values")
-    items = [_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True))]
+    items = [convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True))]
     return tuple(items) if origin is tuple else items
 
 
@@ -204,13 +204,13 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
     hints = tuple(hint for hint in hints if hint is not type(None))
     for hint in hints:
         try:
-            return _convert(value, hint, path)
+            return convert(value, hint, path)
         except ConfigError:
             continue
     mappings = [hint for hint in hints if typing.get_origin(hint) is dict and isinstance(value, dict)]
     names = [hint for hint in hints if typing.get_origin(hint) is Literal and isinstance(value, str)]
     single = [hint for hint in hints if typing.get_origin(hint) is not dict]
-    return _convert(value, (*mappings, *names, *single, *hints)[0], path)
+    return convert(value, (*mappings, *names, *single, *hints)[0], path)
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ is given twice in one mapping is refused, as one of the two values would be lost
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -18,9 +18,7 @@ MERGE = TAG + "merge"
 NULL = re.compile(r"(?:~|null|Null|NULL|)")
 BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
 INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)")
-FLOAT = re.compile(
-    r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))"
-)
+FLOAT = re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 # What a plain scalar is: the first of these that matches it whole, and its possible first letters.
 SCALARS = (
     (TAG + "null", NULL, ["~", "n", "N", ""]),
@@ -33,7 +31,7 @@ SCALARS = (
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
-    yaml_constructors: dict = {}
+    yaml_constructors: ClassVar[dict] = {}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Looked at here, because what `<<` merges in later may be given again."""
@@ -58,6 +56,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_float(self, node: yaml.ScalarNode) -> float:
         return float(_written(node, FLOAT).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+    def construct_unknown(self, node: yaml.Node) -> NoReturn:
+        raise _error(f"{node.tag.replace(TAG, '!!')} is no type of YAML's core schema", node)
 
 
 def _written(node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
@@ -84,7 +85,7 @@ for _kind in ("null", "str", "seq", "map"):
 _Loader.add_constructor(TAG + "bool", _Loader.construct_bool)
 _Loader.add_constructor(TAG + "int", _Loader.construct_int)
 _Loader.add_constructor(TAG + "float", _Loader.construct_float)
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_Loader.add_constructor(None, _Loader.construct_unknown)
 
 
 def load(text: str) -> Any:

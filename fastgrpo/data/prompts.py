@@ -28,6 +28,7 @@ class ImagePrompt(NamedTuple):
     image: Path
 
 
+OVERALL = "overall"  # the mean over categories, which stands among them in an evaluation
 IMAGE_FIELD = "image"  # the input image in a line of prompts for an image-conditioned model
 
 
@@ -123,6 +124,15 @@ def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     shared = sorted(lines(train) & lines(evaluation))
     if shared:
         raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
+
+
+def check_tags(evaluation: PromptSet) -> None:
+    """Refuse a category ("tag") of evaluation prompts under whose name an evaluation reports something else."""
+    for prompt, record in zip(evaluation.prompts, evaluation.metadata, strict=True):
+        if record.get("tag") == OVERALL:
+            raise ValueError(
+                f"the prompt {prompt!r} has the tag {OVERALL!r}, which is what the mean over all tags is called: rename it"
+            )
 
 
 def prompt_probabilities(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
