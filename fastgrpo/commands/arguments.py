@@ -30,8 +30,6 @@ def of_type(hint: Any) -> Callable[[str], Any]:
 def path(text: str) -> Path:
     """A path as it is typed, with `~` as the home folder."""
     try:
-        if not text:
-            raise ConfigError("expected a path, found nothing")
         return schema.to_path(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

@@ -17,7 +17,6 @@ other keys belong to that kind (rollout.window).
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def dump_config(config: Config) -> str:
 
 
 def differences(before: Config, after: Config, but: Sequence[str] = ()) -> list[str]:
-    """The keys in which two configurations differ, as "key: before -> after". `but`: except these; * stands for any text."""
+    """The keys in which two configurations differ, except those in `but`, as "key: before -> after"."""
     old, new = schema.flat(schema.plain(before)), schema.flat(schema.plain(after))
-    rows = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new}}
-    left_out = {key for key in rows for pattern in but if fnmatchcase(key, pattern)}
-    changed = {key: values for key, values in rows.items() if values[0] != values[1] and key not in left_out}
-    return [f"{key}: {before} -> {after}" for key, (before, after) in changed.items()]
+    rows = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new} if key not in but}
+    return [f"{key}: {before} -> {after}" for key, (before, after) in rows.items() if before != after]

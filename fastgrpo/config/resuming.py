@@ -7,27 +7,29 @@ not. `docs/configuration.md` prints the table.
 from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import differences
 
-# Key, in which * stands for any text -> why it may change.
+# Key -> why it may change.
 MAY_CHANGE = {
     "iterations": "a run may be made longer; a line of learning rates then ends at the new last iteration",
     "output": "the run's folder may be moved or renamed",
     "model.path": "a place: the weights in it count, not where they lie",
-    "model.tiny_decoder": "a place, as model.path",
     "prompts.train": "a place: the prompts in it count",
     "prompts.eval": "a place: the prompts in it count",
     "prompts.cache": "a place; embeddings that are not there are made again",
     "checkpoint.every": "how often the state is saved",
     "checkpoint.keep": "how many checkpoints stay",
-    "evaluation.every": "how often is evaluated; no evaluation has an effect on the training",
-    "reward.settings.*.url": "where a server is",
-    "reward.settings.*.urls": "where servers are",
-    "reward.settings.*.token_env": "a name for what opens a server",
-    "reward.settings.*.api_key_env": "a name for what opens a server",
-    "reward.settings.*.timeout": "how long a server is waited for",
-    "reward.settings.*.retries": "how often a server is asked again",
-    "reward.settings.*.backoff": "how soon a server is asked again",
-    "reward.settings.*.pause": "how soon a server is asked again",
-    "reward.settings.*.concurrency": "how many questions a server has at a time",
+    "evaluation.every": "how often is evaluated, which has no effect on the training",
+    "reward.settings.remote.urls": "where the servers are",
+    "reward.settings.remote.token_env": "what opens the servers",
+    "reward.settings.remote.timeout": "how long a server is waited for",
+    "reward.settings.remote.retries": "how often the servers are asked again",
+    "reward.settings.remote.pause": "how soon the servers are asked again",
+    "reward.settings.remote.max_images": "how many images a request holds",
+    "reward.settings.vlm_judge.url": "where the endpoint is",
+    "reward.settings.vlm_judge.api_key_env": "what opens the endpoint",
+    "reward.settings.vlm_judge.timeout": "how long the endpoint is waited for",
+    "reward.settings.vlm_judge.retries": "how often the endpoint is asked again",
+    "reward.settings.vlm_judge.backoff": "how soon the endpoint is asked again",
+    "reward.settings.vlm_judge.concurrency": "how many images are judged at a time",
 }
 
 

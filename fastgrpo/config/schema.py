@@ -65,6 +65,8 @@ def absolute_paths(data: Any, folder: Path) -> Any:
 
 def to_path(text: str) -> Path:
     """A path as it is typed, `~` and `~user` being home folders; environment variables are left as they are."""
+    if not text:
+        raise ConfigError("a path is empty; leave the key out, or name a file or a folder")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -143,7 +145,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         return _convert_any(value, path)
     if hint is float and type(value) in (int, float):
         return _finite(value, path)
-    if hint is Path and isinstance(value, str) and value:
+    if hint is Path and isinstance(value, str):
         return to_path(value)
     if type(value) is not hint:
         way_out = next((f"; {text}" for kinds, text in WAYS_OUT.items() if hint in kinds), "")
