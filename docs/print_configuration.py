@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastgrpo.config.reference import describe
+from fastgrpo.config.resuming import MAY_CHANGE
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of
 from fastgrpo.models import MODELS
 from fastgrpo.rewards import REWARDS
@@ -38,8 +39,11 @@ fastgrpo train --config configs/tiny_shapes.yaml --set rollout.num_steps=8 --set
 
 - A key that does not exist, a value of the wrong type and a combination that cannot run are refused before anything heavy
   is loaded, with the key, the value and the nearest valid choice. Nothing is silently repaired.
-- A path that starts with `./` or `../` is relative to the file that it stands in. Any other path is relative to the folder
-  in which the command is given.
+- Numbers, booleans and text are those of YAML 1.2: `1e-4` and `012` (twelve) are numbers, `1_000` and `12:30` are text,
+  and `true` and `false` are the only booleans. A key that is given twice in one place is refused; of several `--set` for
+  one key the last counts.
+- A path that starts with `./` or `../` is relative to the file that it stands in, and one that starts with `~` to the home
+  folder. Any other path is relative to the folder in which the command is given. Environment variables are not replaced.
 - `extends` names another file on top of which the keys of this one go, section by section. A value replaces the earlier
   value whole. So does a section that names its `kind`, because its other keys belong to that kind.
 - The folder of a run holds its whole configuration as `config.yaml`, with absolute paths.
@@ -53,6 +57,14 @@ objective: {name: clip, clip_range: 1e-4, beta: 0.04}
 ## Names
 
 Some keys choose from a table in the code. [Extending](extending.md) shows how to add a row.
+"""
+RESUMING = """\
+## What may change when a run goes on
+
+A run that was stopped goes on when its command is given again. These keys may have other values then, because none of the
+run's numbers hang on them. Any other change is refused with the key and both values, unless no iteration was finished yet:
+such a run is begun anew as it is now configured.
+
 """
 TABLES = {
     "model.name": ("fastgrpo.models.MODELS", MODELS),
@@ -127,6 +139,11 @@ def names() -> str:
     return table(("key", "names", "table"), rows)
 
 
+def resuming() -> str:
+    """What a run that goes on may change."""
+    return RESUMING + table(("key", "why it may change"), ((code(key), reason) for key, reason in MAY_CHANGE.items()))
+
+
 def objective_settings() -> str:
     rows = []
     for name in OBJECTIVES:
@@ -158,7 +175,7 @@ def setting(parameter: inspect.Parameter) -> str:
 
 def page() -> str:
     own = "## Settings of objectives\n\n" + objective_settings(), "## Settings of rewards\n\n" + reward_settings()
-    return "\n".join([HEAD, names(), *sections(parsed(describe())), *own])
+    return "\n".join([HEAD, names(), *sections(parsed(describe())), resuming(), *own])
 
 
 if __name__ == "__main__":

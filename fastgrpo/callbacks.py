@@ -22,6 +22,7 @@ from fastgrpo.parts import Objects
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.runlog import RunLog
+from fastgrpo.validation import changes_of_run, has_trained
 
 Samples = tuple[Tensor, list[dict]]
 
@@ -70,9 +71,11 @@ class FolderLog(Callback):
             return
         folder = trainer.config.output
         folder.mkdir(parents=True, exist_ok=True)
+        corrected = not has_trained(folder) and changes_of_run(trainer.config)
         write_atomically(RunFolder(folder).config, dump_config(trainer.config))
         trainer.objects.write_prompts(trainer.config)
-        self.log = RunLog(folder, trainer.iteration)
+        # The first evaluation of a run that trained nothing is not that of the corrected one.
+        self.log = RunLog(folder, -1 if corrected else trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)
 
     def on_iteration(self, trainer: Run, metrics: dict) -> None:

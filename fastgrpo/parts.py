@@ -14,7 +14,7 @@ import torch
 
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, check_tags, load_prompts
 from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
@@ -93,6 +93,7 @@ class Parts:
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given)
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
+        check_tags(held_out)
         reward, held_out_reward = _rewards(config, device, objects)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(

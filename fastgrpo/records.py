@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from fastgrpo_kernels import NoiseAddress
 
 C = TypeVar("C", bound=tuple)
 
-TRAIN, EVALUATION, SAMPLE, FORWARD = range(4)  # streams of noise that never meet
+TRAIN, EVALUATION, SAMPLE, FORWARD = range(4)  # streams of noise; those of a seed never meet
+STRIDE = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples lie far apart
 
 
 def take(conditioning: C, index: Tensor) -> C:
@@ -33,10 +35,27 @@ def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> 
     """Where a sample's noise lies: a function of what it is, not of when, where or beside what it is drawn."""
     device = sample_id.device
     return NoiseAddress(
-        seed=torch.tensor([stream << 32 | seed], device=device),
+        seed=torch.tensor([_key(stream, seed)], device=device),
         iteration=torch.tensor([iteration], device=device),
         sample_id=sample_id,
     )
+
+
+def _key(stream: int, seed: int) -> int:
+    """The 64 bits of a stream and a seed from 0 to 2^64 - 1, as the int64 of the same bits.
+
+    A seed of 32 bits stands below its stream, so that no two such pairs have one key. A longer one fills all 64 bits, and
+    its streams are `STRIDE` apart: four different keys. Two pairs can meet only where long seeds differ by exactly one, two
+    or three STRIDE, or where a long seed lies within 2^34 above -STRIDE to -4 STRIDE, as one in 2^28 does.
+    """
+    key = stream << 32 | seed if seed < 1 << 32 else (seed + (stream + 1) * STRIDE) % (1 << 64)
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def numpy_generator(seed: int, number: int) -> np.random.Generator:
+    """What draws on the host: addressed by a seed of 64 bits and the number of an iteration or an epoch."""
+    # numpy would make float64 of a list with a number from 2^63 on, and lose its last bits.
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
 
 
 class Prompted(NamedTuple):

@@ -6,6 +6,7 @@ What cannot run is refused, never repaired, and so is a key that would be left u
 names the key's full path, the value and the way out.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,20 +16,21 @@ from fastgrpo.config import schema
 from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, ModelConfig, RewardConfig
 from fastgrpo.config.reading import differences, dump_config, read_config
+from fastgrpo.config.resuming import forbidden_changes
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import TARGET_FIELDS
+from fastgrpo.engine.checkpoint import complete_checkpoints
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
-from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.run_folder import RunFolder, readable_lines
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.sampling.windows import window_size
 
 __all__ = [
-    "Config", "ConfigError", "check", "check_folder", "check_ranks", "differences", "dump_config", "load_config",
-    "read_config",
-    "recomputes_old", "trained_steps",
+    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_ranks", "differences", "dump_config",
+    "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
 ]  # fmt: skip
 
 
@@ -40,14 +42,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_folder(config: Config) -> None:
-    """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
-    path = RunFolder(config.output).config
-    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
+    """Refuse a folder that cannot be written, and one that holds a run of another configuration.
+
+    `fastgrpo.config.resuming` says what may have changed. A run that has trained nothing yet may be corrected.
+    """
+    folder = config.output
+    _check_writable("output", folder)
+    if config.prompts.cache is not None:
+        _check_writable("prompts.cache", config.prompts.cache)
+    changed = changes_of_run(config) if has_trained(folder) else []
     if changed:
         raise ConfigError(
-            f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "
-            "choose another folder with --set output=... or remove it"
+            f"output = {folder}: holds a run of another configuration ({'; '.join(changed)}); to go on with that run give "
+            "these keys their earlier values, to start another choose another folder with --set output=..."
         )
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether the run in a folder has finished an iteration."""
+    run = RunFolder(folder)
+    return bool(complete_checkpoints(run.checkpoints) or readable_lines(run.metrics)[0])
+
+
+def changes_of_run(config: Config) -> list[str]:
+    """What may not change and differs from the run in the configuration's folder; nothing where there is no run."""
+    kept = RunFolder(config.output).config
+    return forbidden_changes(load_config(kept), config) if kept.exists() else []
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        schema.refuse(key, str(folder), f"{there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        schema.refuse(key, str(folder), f"{there} cannot be written by this user; name another folder")
 
 
 def check(config: Config) -> None:

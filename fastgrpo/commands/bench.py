@@ -25,12 +25,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from fastgrpo.commands import plan
+from fastgrpo.commands.arguments import add_set, check_file, of_type, path
 from fastgrpo.config import schema
+from fastgrpo.config.bounds import AtLeast, AtMost
+from fastgrpo.config.keys import BatchSize
 from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.files import write_atomically
@@ -243,14 +246,14 @@ def checked_forms(wanted: Sequence[str] | None) -> Sequence[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="YAML configuration, see configs/")
+    add_set(parser, "seed=1")
     parser.add_argument(
         "--random-weights", action="store_true", help="take the architecture with random weights, without a checkpoint"
     )
     parser.add_argument(
         "--iterations",
-        type=int,
+        type=of_type(Annotated[int, AtLeast(0), AtMost(1_000_000)]),
         default=3,
         help="whole iterations to measure, of which the first warms up (default: %(default)s); 0: none",
     )
@@ -260,25 +263,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="forms of rollouts to measure: eager, captured, compiled, 'captured, compiled' (default: those of this device)",
     )
-    parser.add_argument("--batches", type=int, nargs="+", help="images of a rollout (default: the configuration's, and 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rollouts of each form (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write (default: bench_CONFIGURATION_DEVICE.json)")
+    parser.add_argument(
+        "--batches", type=of_type(BatchSize), nargs="+", help="images of a rollout (default: the configuration's, and 1)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=of_type(Annotated[int, AtLeast(1), AtMost(1_000_000)]),
+        default=5,
+        help="timed rollouts of each form (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=path, metavar="FILE", help="file to write (default: bench_CONFIGURATION_DEVICE.json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures whole iterations, then rollouts alone."""
     forms = checked_forms(arguments.forms)
-    if arguments.iterations < 0 or arguments.rounds < 1 or min(arguments.batches or [1]) < 1:
-        given = f"--iterations {arguments.iterations} --rounds {arguments.rounds} --batches {arguments.batches}"
-        raise ConfigError(f"{given}: iterations are 0 or more, rounds and batches 1 or more")
     found = machine()
     device = re.sub(r"\W+", "_", found["device"].lower()).strip("_")
-    path = arguments.json or Path(f"bench_{arguments.config.stem}_{device}.json")
+    file = arguments.json or Path(f"bench_{arguments.config.stem}_{device}.json")
+    check_file("--json", file)
     with tempfile.TemporaryDirectory() as folder:
         config = bench_config(arguments.config, arguments.set, arguments.random_weights, Path(folder))
         print(about(config, arguments.config, found), flush=True)
         keys = schema.plain(config)
-        say = Record(path, {"machine": found, "name": arguments.config.stem, "configuration": keys})
+        say = Record(file, {"machine": found, "name": arguments.config.stem, "configuration": keys})
         bench = Bench(config, start(), say)
         bench.iterations(arguments.iterations)
         batches = arguments.batches or sorted({config.rollout.batch_size, 1}, reverse=True)

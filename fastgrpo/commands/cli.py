@@ -17,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands.errors import shown
 
 # Name -> the module in this folder and what the command does. A module is imported only when its command is given, because
 # most of them import torch.
@@ -46,15 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"fastgrpo.commands.{module}")
             command.add_arguments(command_parser)
     arguments = parser.parse_args(argv)
-    try:
-        return command.run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from fastgrpo.rewards import RewardUnavailable
-
-        if not isinstance(error, RewardUnavailable):
-            raise
-        print(f"stopped: {error}", file=sys.stderr)
-        return UNAVAILABLE
+    return shown(command.run, arguments)

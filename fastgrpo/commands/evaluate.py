@@ -6,49 +6,54 @@ fastgrpo eval runs/tiny_shapes --base          of the model it started from
 
 import argparse
 import json
-from pathlib import Path
 
-from fastgrpo.commands.saved_model import add_run_arguments, load_run
+from fastgrpo.commands.arguments import check_set, of_type, path
+from fastgrpo.commands.saved_model import DEVICE, add_run_arguments, saved_config, saved_model
+from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
+
+# The keys that --set may change: those of the trained model and of what it is drawn and scored with.
+READ = ("model", "prompts.eval", "reward.eval", "reward.settings", "reward.frames", "evaluation", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    add_run_arguments(parser)
+    add_run_arguments(parser, "reward.settings.NAME.path=...")
     parser.add_argument(
-        "--prompts", type=Path, action="append", help="another prompt file than the run's own; may be given more than once"
+        "--prompts", type=path, action="append", help="another prompt file than the run's own; may be given more than once"
     )
     parser.add_argument("--reward", action="append", help="another reward than the run's own; may be given more than once")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, for example reward.settings.NAME.path=...",
-    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a line of JSON for each prompt file (the default)")
     form.add_argument("--table", action="store_true", help="print a table: prompt files and their categories by reward")
-    parser.add_argument("--images", type=int, help="number of images over all categories (default: the run's own)")
-    parser.add_argument("--seed", type=int, help="seed of the noise (default: the run's own)")
+    parser.add_argument(
+        "--images", type=of_type(ImageCount), help="number of images over all categories (default: the run's own)"
+    )
+    parser.add_argument("--seed", type=of_type(Seed), help="seed of the noise (default: the run's own)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws and scores the images of every prompt file."""
+    check_set(arguments.set, READ, "eval")
     reward_override = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
-    config, model = load_run(arguments.run, arguments.base, [*arguments.set, *reward_override])
+    config = saved_config(arguments.run, arguments.base, [*arguments.set, *reward_override])
     settings, reward = config.evaluation, config.reward
-    (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
+    fields = (IMAGE_FIELD,) if model_class(config.model.name).image_conditioned else ()
+    files = {file: load_prompts(file, fields) for file in arguments.prompts or [config.prompts.eval]}
+    for prompts in files.values():
+        check_tags(prompts)
+    (rewards,) = load_rewards(reward.eval, device=DEVICE, settings=reward.settings, frames=reward.frames)
+    model = saved_model(config, arguments.run, arguments.base)
     rows: list[Row] = []
-    for path in arguments.prompts or [config.prompts.eval]:
-        prompts = load_prompts(path, (IMAGE_FIELD,) if model.image_conditioned else ())
+    for file, prompts in files.items():
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
@@ -56,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             seed=config.seed if arguments.seed is None else arguments.seed,
             ranks=OneRank(device=model.device),
         )  # fmt: skip
-        row = {"prompts": str(path), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
-        rows += scores_by_reward(path.stem, row, rewards.names)
+        row = {"prompts": str(file), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
+        rows += scores_by_reward(file.stem, row, rewards.names)
         if not arguments.table:
             print(json.dumps(row), flush=True)
     if arguments.table:

@@ -17,15 +17,20 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice, permutations, product
-from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from fastgrpo.commands.arguments import check_file, of_type, path
+from fastgrpo.config import schema
+from fastgrpo.config.bounds import AtLeast, AtMost
+from fastgrpo.config.keys import Seed
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.files import write_atomically
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, RELATIONS, TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
 
+Share = Annotated[float, AtLeast(0), AtMost(1_000_000)]
 MIX = "position=7,counting=5,color_attr=3,colors=1,two_object=1,single_object=0"  # Flow-GRPO, arXiv 2505.05470
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "computer mouse": "computer mice"}
@@ -175,12 +180,15 @@ def ocr_records(excluded: list[dict], count: int, seed: int) -> list[dict]:
 
 def parse_mix(text: str) -> dict[str, float]:
     """Reads `tag=weight,...`; a tag that is left out weighs nothing."""
-    mix = dict.fromkeys(TAGS, 0.0)
+    mix, given = dict.fromkeys(TAGS, 0.0), set()
     for item in text.split(","):
         tag, _, weight = item.partition("=")
-        if tag not in mix or not weight.replace(".", "", 1).isdigit():
+        if tag not in mix:
             raise ValueError(f"--mix {item!r}: expected tag=weight, with a tag of {', '.join(TAGS)} and a weight from 0")
-        mix[tag] = float(weight)
+        if tag in given:
+            raise ValueError(f"--mix {text!r}: {tag} stands twice; keep one of them")
+        given.add(tag)
+        mix[tag] = schema.convert(schema.parse_yaml(weight, f"--mix {item}"), Share, f"--mix {tag}")
     if not any(mix.values()):
         raise ValueError(f"--mix {text!r}: every weight is 0")
     return mix
@@ -190,17 +198,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.add_argument("kind", choices=["geneval", "ocr"], help="the reward that the prompts are for")
-    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="prompt files whose prompts must not come up")
-    parser.add_argument("--count", type=int, required=True, help="number of lines to write")
-    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice (default: %(default)s)")
+    parser.add_argument("--exclude", type=path, nargs="*", default=[], help="prompt files whose prompts must not come up")
+    parser.add_argument(
+        "--count",
+        type=of_type(Annotated[int, AtLeast(1), AtMost(100_000_000)]),
+        required=True,
+        help="number of lines to write",
+    )
+    parser.add_argument("--output", type=path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--seed", type=of_type(Seed), default=0, help="seed of the choice (default: %(default)s)")
     parser.add_argument("--mix", default=MIX, help="shares of the tags of geneval (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the prompt file."""
-    if arguments.count < 1:
-        raise ValueError(f"--count {arguments.count}: at least 1")
+    check_file("--output", arguments.output)
     excluded = [record for path in arguments.exclude for record in load_prompts(path).metadata]
     if arguments.kind == "geneval":
         records = geneval_records(excluded, arguments.count, arguments.seed, parse_mix(arguments.mix))

@@ -20,11 +20,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.commands.counting import counted, flash_attention
+from fastgrpo.config.bounds import Above, AtLeast, AtMost
 from fastgrpo.engine.options import LARGEST_BUCKET
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
@@ -34,6 +36,9 @@ from fastgrpo.records import concatenate
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
 
+GpuCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
+Mfu = Annotated[float, Above(0), AtMost(1)]
+Teraflops = Annotated[float, Above(0), AtMost(1_000_000)]
 META = torch.device("meta")
 ADAM_BYTES = 8  # two float32 moments
 
@@ -262,14 +267,19 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs over which the run is spread (default: %(default)s)")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="YAML configuration, see configs/")
+    add_set(parser, "seed=1")
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak that is reached, 0 to 1 (default: %(default)s)"
+        "--gpus", type=of_type(GpuCount), default=8, help="GPUs over which the run is spread (default: %(default)s)"
     )
     parser.add_argument(
-        "--peak", type=float, default=989, help="TFLOP/s of one GPU (default: %(default)s, an H100 or H200 in bfloat16)"
+        "--mfu", type=of_type(Mfu), default=0.4, help="share of the peak that is reached, 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peak",
+        type=of_type(Teraflops),
+        default=989,
+        help="TFLOP/s of one GPU (default: %(default)s, an H100 or H200 in bfloat16)",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
@@ -277,9 +287,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     config = load_config(arguments.config, arguments.set)
-    if arguments.gpus < 1 or not 0 < arguments.mfu <= 1 or arguments.peak <= 0:
-        given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
-        raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
     print(json.dumps(result) if arguments.json else plan_table(result, config))
     return 0

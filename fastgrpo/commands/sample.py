@@ -7,35 +7,45 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from fastgrpo.commands.saved_model import add_run_arguments, load_run
+from fastgrpo.commands.arguments import check_file, check_set, of_type, path
+from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
+from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
 from fastgrpo.sampling.generate import generate
 
+READ = ("model", "evaluation")  # the keys that --set may change
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    add_run_arguments(parser)
+    add_run_arguments(parser, "model.height=512")
     parser.add_argument("--prompt", action="append", required=True, help="a prompt to draw; may be given more than once")
-    parser.add_argument("--images", type=int, default=4, help="number of images for each prompt (default: %(default)s)")
-    parser.add_argument("--input", type=Path, help="the image to edit, for models that edit images")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("samples.png"), help="the picture to write (default: %(default)s)"
+        "--images", type=of_type(ImageCount), default=4, help="number of images for each prompt (default: %(default)s)"
+    )
+    parser.add_argument("--input", type=path, help="the image to edit, for models that edit images")
+    parser.add_argument("--seed", type=of_type(Seed), default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=path, default=Path("samples.png"), help="the picture to write (default: %(default)s)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws the images and writes the picture."""
-    config, model = load_run(arguments.run, arguments.base)
+    check_set(arguments.set, READ, "sample")
+    check_picture("--output", arguments.output)
+    config = saved_config(arguments.run, arguments.base, arguments.set)
     settings = config.evaluation
-    if model.image_conditioned and arguments.input is None:
-        raise ValueError(f"{config.model.name} edits images: give one with --input")
+    _check_input(arguments.input, config.model.name)
+    model = saved_model(config, arguments.run, arguments.base)
     texts = [text for text in arguments.prompt for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, arguments.input) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
@@ -46,3 +56,23 @@ def run(arguments: argparse.Namespace) -> int:
     save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())
     print(arguments.output)
     return 0
+
+
+def check_picture(option: str, file: Path) -> None:
+    """Refuse a file that could not be written, or whose suffix is of no kind of picture."""
+    check_file(option, file)
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{option} {file}: {file.suffix or 'no suffix'} is no kind of picture; take .png")
+
+
+def _check_input(image: Path | None, family: str) -> None:
+    """Refuse an input image where the model reads none, and a lack of one where it does."""
+    if not model_class(family).image_conditioned:
+        if image is not None:
+            raise ValueError(f"--input {image}: {family} reads no image; leave it out")
+        return
+    if image is None:
+        raise ValueError(f"{family} edits images: give one with --input")
+    if not image.is_file():
+        raise ValueError(f"--input {image}: no such file")

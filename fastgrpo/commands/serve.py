@@ -7,10 +7,15 @@ See `fastgrpo.rewards.serving.service` for the protocol.
 
 import argparse
 import os
+from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from fastgrpo.config.schema import apply_override
+from fastgrpo.commands.arguments import of_type
+from fastgrpo.config.bounds import AtLeast, AtMost
+from fastgrpo.config.keys import ImageCount
+from fastgrpo.config.schema import absolute_paths, apply_override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="address to listen at (default: %(default)s); 0.0.0.0 means all addresses of the machine",
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--port",
+        type=of_type(Annotated[int, AtLeast(0), AtMost(65_535)]),
+        default=8000,
+        help="port to listen at (default: %(default)s)",
+    )
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must send")
     parser.add_argument(
         "--settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings that the reward is made with"
     )
     parser.add_argument(
         "--max-images",
-        type=int,
+        type=of_type(ImageCount),
         default=64,
         help="most images of a request, and of requests that are scored together (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-bytes", type=int, default=1 << 28, help="most bytes of a request's pixels (default: %(default)s)"
+        "--max-bytes",
+        type=of_type(Annotated[int, AtLeast(1), AtMost(1 << 40)]),
+        default=1 << 28,
+        help="most bytes of a request's pixels (default: %(default)s)",
     )
 
 
@@ -48,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings: dict = {}
     for setting in arguments.settings:
         apply_override(settings, setting, "--settings")
+    settings = absolute_paths(settings, Path.cwd())
     token = os.environ.get(arguments.token_env) if arguments.token_env else None
     if arguments.token_env and not token:
         raise ValueError(f"--token-env {arguments.token_env}: this environment variable is not set")

@@ -12,18 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands.arguments import add_set, path
+from fastgrpo.commands.errors import shown
 from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.text import in_percent
-from fastgrpo.validation import ConfigError, check_folder, load_config
+from fastgrpo.validation import check_folder, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.epilog = "keys of the configuration:\n" + describe()
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. seed=1")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="YAML configuration, see configs/")
+    add_set(parser, "seed=1")
     parser.add_argument(
         "--random-weights",
         action="store_true",
@@ -34,13 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains to the end and prints the result."""
-    try:
-        overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
-        config = load_config(arguments.config, overrides)
-        check_folder(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
+    config = load_config(arguments.config, overrides)
+    check_folder(config)
     # After the configuration is known to be good: these take seconds to load.
     from fastgrpo.engine.ranks import finish, start
     from fastgrpo.rewards import RewardUnavailable
@@ -49,9 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = start()
     try:
         trainer = Trainer(config, ranks=ranks)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except RewardUnavailable as error:
         return report_stop(error, "nothing was begun")
     try:
@@ -91,4 +86,4 @@ def summary_table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return shown(run, parser.parse_args(argv))

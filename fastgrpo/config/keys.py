@@ -18,6 +18,7 @@ ImageCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
 Pixels = Annotated[int, AtLeast(1), AtMost(16_384)]
 Guidance = Annotated[float, Above(0), AtMost(1000)]
 Decay = Annotated[float, AtLeast(0), Below(1)]
+Seed = Annotated[int, AtLeast(0), AtMost(2**64 - 1)]
 Weight = Annotated[float, AtLeast(-1_000_000), AtMost(1_000_000)]
 
 KLForm = Literal["paper", "reference"]
@@ -330,7 +331,7 @@ class Config:
     """Folder of the run. A run that is already there is resumed."""
     iterations: IterationCount = 100
     """Number of rollouts, each followed by its updates."""
-    seed: Annotated[int, AtLeast(0), AtMost(2**32 - 1)] = 0
+    seed: Seed = 0
     """Seed of everything that is random: the same seed gives the same noise on any number of ranks."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

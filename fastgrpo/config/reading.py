@@ -3,7 +3,8 @@
     config = read_config("configs/tiny_shapes.yaml", ["rollout.num_steps=8"])
 
 Every error names the key's full path, the value, and the nearest valid choice: what is not understood is refused, never
-repaired. A path that starts with `./` or `../` is relative to the file it stands in.
+repaired. A path that starts with `./` or `../` is relative to the file it stands in, and `~` is the home folder. Numbers
+and booleans are those of YAML 1.2, and a key that is given twice is refused.
 
 A file may start from another, named relative to itself, which may do so in turn:
 
@@ -19,36 +20,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastgrpo.config import schema
+from fastgrpo.config import schema, yaml12
 from fastgrpo.config.keys import Config
 from fastgrpo.config.schema import ConfigError
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides of the form `a.b=value`. `fastgrpo.validation.check` checks the whole."""
-    path = Path(path)
+    path = schema.to_path(str(path))
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
     data = _read(path)
     for override in overrides:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
-    data = schema.relative_paths(data, Path.cwd())
+    data = schema.absolute_paths(data, Path.cwd())
     return schema.build(Config, data)
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
-    data = schema.parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no text in UTF-8 ({error}); save it as such") from None
+    data = schema.parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
     named = data.pop("extends", None)
-    data = schema.relative_paths(data, path.parent)
+    data = schema.absolute_paths(data, path.parent)
     if named is None:
         return data
-    parent, heirs = path.parent / str(named), (*heirs, path.resolve())
+    parent, heirs = path.parent / schema.to_path(str(named)), (*heirs, path.resolve())
     if not parent.is_file():
         schema.refuse(f"{path}: extends", named, f"{parent.resolve()} is no file; name one relative to this one's folder")
     if parent.resolve() in heirs:
@@ -59,7 +62,7 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The configuration as YAML, with what it extends and with every path absolute; it reads back to an equal one."""
-    return yaml.safe_dump(schema.plain(config), sort_keys=False)
+    return yaml12.dump(schema.plain(config))
 
 
 def differences(before: Config, after: Config, but: Sequence[str] = ()) -> list[str]:

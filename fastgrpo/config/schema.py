@@ -10,29 +10,18 @@ A field's bounds stand beside its type: `every: Annotated[int, AtLeast(1), AtMos
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
+from fastgrpo.config import yaml12
 from fastgrpo.config.bounds import Bound
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run, with the key's path and the way out."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads `1e-4` as a string, which would surprise every user once."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def choice(path: str, value: str, choices: typing.Collection[str]) -> None:
@@ -56,18 +45,32 @@ def refuse(path: str, value: object, way_out: str) -> typing.NoReturn:
 def parse_yaml(text: str, where: str) -> Any:
     """The YAML in a text; `where` names the text in the error."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+        return yaml12.load(text)
+    except ValueError as error:  # also of a number of more digits than Python reads
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
-def relative_paths(data: Any, folder: Path) -> Any:
-    """Strings that start with `./` or `../` as absolute paths from `folder`."""
+def absolute_paths(data: Any, folder: Path) -> Any:
+    """Strings that start with `./` or `../` as absolute paths from `folder`, those with `~/` from the home folder."""
     if isinstance(data, dict):
-        return {key: relative_paths(value, folder) for key, value in data.items()}
+        return {key: absolute_paths(value, folder) for key, value in data.items()}
+    if isinstance(data, list):
+        return [absolute_paths(value, folder) for value in data]
     if isinstance(data, str) and data.startswith(("./", "../")):
         return str((folder / data).resolve())
+    if isinstance(data, str) and data.startswith("~/"):
+        return str(to_path(data))
     return data
+
+
+def to_path(text: str) -> Path:
+    """A path as it is typed, `~` and `~user` being home folders; environment variables are left as they are."""
+    if not text:
+        raise ConfigError("a path is empty; leave the key out, or name a file or a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: {error}; write the whole path") from None
 
 
 def apply_override(data: dict, override: str, option: str = "--set") -> None:
@@ -113,16 +116,16 @@ def build(cls: type, data: Any, prefix: str = "") -> Any:
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name}: missing; it has no default")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in data.items()})
+    return cls(**{key: convert(value, hints[key], prefix + key) for key, value in data.items()})
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type `hint`, or a refusal; int to float, list to tuple and str to Path are the only conversions."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path + ".")
     if origin is Annotated:
-        return _within(_convert(value, arguments[0], path), arguments[1:], path)
+        return _within(convert(value, arguments[0], path), arguments[1:], path)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, path)
     if origin is Literal:
@@ -134,15 +137,37 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             refuse(path, value, f"expected a mapping of names to {type_name(arguments[1])}")
-        return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                refuse(f"{path}.{key}", value[key], f"the name {key!r} is no text: put it in quotes")
+        return {key: convert(v, arguments[1], f"{path}.{key}") for key, v in value.items()}
     if hint is Any:
-        return value
+        return _convert_any(value, path)
     if hint is float and type(value) in (int, float):
         return _finite(value, path)
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return to_path(value)
     if type(value) is not hint:
-        refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}")
+        way_out = next((f"; {text}" for kinds, text in WAYS_OUT.items() if hint in kinds), "")
+        refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}{way_out}")
+    return value
+
+
+WAYS_OUT: dict[tuple[type, ...], str] = {
+    (bool,): "write true or false",
+    (int, float): "write a number such as 8 or 1e-4, without quotes, colons and underscores",
+    (str, Path): "put it in quotes",
+}
+
+
+def _convert_any(value: Any, path: str) -> Any:
+    """A value of a type that nobody has said; its numbers are finite all the same."""
+    if isinstance(value, dict):
+        return {key: _convert_any(one, f"{path}.{key}") for key, one in value.items()}
+    if isinstance(value, list):
+        return [_convert_any(one, f"{path}[{i}]") for i, one in enumerate(value)]
+    if isinstance(value, float):
+        _finite(value, path)
     return value
 
 
@@ -170,7 +195,7 @@ def _convert_list(value: Any, origin: Any, arguments: tuple[Any, ...], path: str
     item_hints = [arguments[0]] * len(value) if alike else list(arguments)
     if len(item_hints) != len(value):
         refuse(path, value, f"expected {len(item_hints)} values")
-    items = [_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True))]
+    items = [convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, item_hints, strict=True))]
     return tuple(items) if origin is tuple else items
 
 
@@ -181,13 +206,13 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
     hints = tuple(hint for hint in hints if hint is not type(None))
     for hint in hints:
         try:
-            return _convert(value, hint, path)
+            return convert(value, hint, path)
         except ConfigError:
             continue
     mappings = [hint for hint in hints if typing.get_origin(hint) is dict and isinstance(value, dict)]
     names = [hint for hint in hints if typing.get_origin(hint) is Literal and isinstance(value, str)]
     single = [hint for hint in hints if typing.get_origin(hint) is not dict]
-    return _convert(value, (*mappings, *names, *single, *hints)[0], path)
+    return convert(value, (*mappings, *names, *single, *hints)[0], path)
 
 
 def plain(value: Any) -> Any:

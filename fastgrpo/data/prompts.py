@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastgrpo.records import numpy_generator
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -26,6 +28,7 @@ class ImagePrompt(NamedTuple):
     image: Path
 
 
+OVERALL = "overall"  # the mean over categories, which stands among them in an evaluation
 IMAGE_FIELD = "image"  # the input image in a line of prompts for an image-conditioned model
 
 
@@ -123,6 +126,15 @@ def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
         raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
 
 
+def check_tags(evaluation: PromptSet) -> None:
+    """Refuse a category ("tag") of evaluation prompts under whose name an evaluation reports something else."""
+    for prompt, record in zip(evaluation.prompts, evaluation.metadata, strict=True):
+        if record.get("tag") == OVERALL:
+            raise ValueError(
+                f"the prompt {prompt!r} has the tag {OVERALL!r}, which is what the mean over all tags is called: rename it"
+            )
+
+
 def prompt_probabilities(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
     """The probability of each prompt (N,) where categories ("tag") are drawn by weight; None without weights.
 
@@ -156,12 +168,11 @@ def prompts_of_iteration(
     depend on seed and iteration alone: every rank has the same, and a resumed run goes on where it stopped.
     """
     if probabilities is not None:
-        rng = np.random.Generator(np.random.Philox(key=[seed, iteration]))
-        return rng.choice(num_prompts, groups, replace=False, p=probabilities)
+        return numpy_generator(seed, iteration).choice(num_prompts, groups, replace=False, p=probabilities)
     positions = np.arange(iteration * groups, (iteration + 1) * groups)
     shuffles = {epoch: _shuffle(num_prompts, int(epoch), seed) for epoch in np.unique(positions // num_prompts)}
     return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])
 
 
 def _shuffle(num_prompts: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_prompts)
+    return numpy_generator(seed, epoch).permutation(num_prompts)

@@ -12,12 +12,11 @@ so that objectives are functions of the same moments as those of a denoising tra
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgrpo.learning.objectives import Moments, TargetMoments
-from fastgrpo.records import Experience, Prompted
+from fastgrpo.records import Experience, Prompted, numpy_generator
 from fastgrpo_kernels import NoiseAddress, normal
 
 
@@ -42,8 +41,7 @@ def noise_levels(samples: int, size: int, choices: range, iteration: int, seed: 
     """For every sample of an iteration `size` different steps of the schedule, (N, S) int64: the same on every rank."""
     if not 1 <= size <= len(choices):
         raise ValueError(f"forward.num_timesteps {size}: there are {len(choices)} noise levels in forward.range")
-    rng = np.random.Generator(np.random.Philox(key=[seed, iteration]))
-    drawn = rng.random((samples, len(choices))).argsort(axis=1)[:, :size]
+    drawn = numpy_generator(seed, iteration).random((samples, len(choices))).argsort(axis=1)[:, :size]
     return torch.from_numpy(choices.start + drawn)
 
 

@@ -45,6 +45,12 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def trained(self) -> Path | None:
+        """The trained weights, a LoRA's file or a transformer's folder; None before the first checkpoint."""
+        places = (self.path / "transformer", self.path / "pytorch_lora_weights.safetensors")
+        return next((place for place in places if place.exists()), None)
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -1,6 +1,7 @@
 """What rank 0 writes into the folder of a run while it goes on. `fastgrpo.reporting.run_folder` says what lies there."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from fastgrpo.reporting.run_folder import RunFolder, image_of, read_lines
 
 
 class RunLog:
-    """Appends to the files of a run after `iteration`; what a killed run wrote after its last checkpoint is dropped."""
+    """Appends to the files of a run after `iteration`; what a killed run wrote after its last checkpoint is dropped.
+
+    Iteration 0 is the model before training, and -1 drops what was written of that too.
+    """
 
     def __init__(self, folder: Path, iteration: int) -> None:
         self.folder = RunFolder(folder)
+        if iteration < 0:
+            shutil.rmtree(self.folder.samples, ignore_errors=True)
         self.folder.samples.mkdir(parents=True, exist_ok=True)
         for path in (self.folder.metrics, self.folder.evaluations):
             _keep_until(path, iteration)
@@ -26,7 +32,7 @@ class RunLog:
     def metrics(self, row: dict[str, Any]) -> None:
         """Appends one iteration's numbers; nested ones become a/b in TensorBoard."""
         _append(self.folder.metrics, row)
-        self._scalars("train", row, row["iteration"])
+        self._scalars("train", {key: value for key, value in row.items() if key != "iteration"}, row["iteration"])
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Appends one evaluation: the iteration and what `fastgrpo.evaluation.Evaluator.accuracy` returned."""
@@ -60,7 +66,7 @@ class RunLog:
         for key, value in row.items():
             if isinstance(value, dict):
                 self._scalars(f"{prefix}/{key}", value, iteration)
-            elif key != "iteration":
+            else:
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, iteration)
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
-
+from fastgrpo.config import yaml12
 from fastgrpo.reporting.run_folder import RunFolder, image_of, readable_lines
 from fastgrpo.reporting.text import in_percent
 
@@ -42,8 +41,8 @@ class SavedRun:
     def setting(self, *keys: str) -> Any:
         """A value of its configuration, None where there is none."""
         try:
-            value = yaml.safe_load(self.config)
-        except yaml.YAMLError:
+            value = yaml12.load(self.config)
+        except ValueError:
             return None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None

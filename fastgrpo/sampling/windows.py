@@ -40,7 +40,9 @@ def random(window: Window, num_steps: int, iteration: int, groups: Tensor, seed:
     choices = hi - lo - window_size(window, num_steps) + 1
     drawn = torch.zeros_like(groups) if window.shared else groups
     # numpy promises SeedSequence's words across its versions, but not what Generator.integers makes of them.
-    words = [np.random.SeedSequence([seed, iteration, g]).generate_state(1)[0] for g in drawn.tolist()]
+    # What a seed has beyond 32 bits comes last: where it is 0 the words are the same without it.
+    low, high = seed % (1 << 32), seed >> 32
+    words = [np.random.SeedSequence([low, iteration, g, high]).generate_state(1)[0] for g in drawn.tolist()]
     return torch.tensor([lo + int(word) % choices for word in words], dtype=torch.int64)
 
 

@@ -150,9 +150,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, capsys: pytest.CaptureF
     ("options", "message"),
     [
         (["--forms", "graph"], "--forms 'graph': unknown; there are 'eager', 'captured', 'compiled', 'captured, compiled'"),
-        (["--iterations", "-1"], "--iterations -1 --rounds 5 --batches None: iterations are 0 or more"),
-        (["--rounds", "0"], "rounds and batches 1 or more"),
-        (["--batches", "8", "0"], "--batches [8, 0]: iterations"),
+        (["--json", "no/such/bench.json"], "--json no/such/bench.json: there is no folder"),
         (["--random-weights"], "model.random_weights = True: name the model.architecture"),
         (["--set", "rollout.num_step=3"], "did you mean 'num_steps'"),
     ],

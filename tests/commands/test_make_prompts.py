@@ -142,5 +142,5 @@ def test_the_command_names_the_mistake(tmp_path: Path, monkeypatch, capsys) -> N
     monkeypatch.setattr("sys.argv", ["make_prompts", "ocr", "--output", str(tmp_path / "a.jsonl"), "--count", "0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("fastgrpo.rewards.make_prompts", run_name="__main__")
-    assert "--count 0: at least 1" in capsys.readouterr().err
+    assert "argument --count: 0: must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "a.jsonl").exists()

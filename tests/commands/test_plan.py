@@ -231,8 +231,6 @@ def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mfu", "1.5"], "mfu is 0 to 1"),
-        (["--gpus", "0"], "gpus and peak are above 0"),
         (["--set", "model.architecture=sd9"], "'sd9': unknown; there are .*sd3.5-medium"),
         (["--set", "model.architecture=null"], "name the published architecture"),
     ],

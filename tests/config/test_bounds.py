@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from support.helpers import ROOT, environment
@@ -17,11 +18,16 @@ from support.keys import keys
 
 from fastgrpo.config import schema
 from fastgrpo.config.bounds import Above, AtLeast, AtMost, Below
+from fastgrpo.config.keys import Window
 from fastgrpo.config.reference import describe_section
+from fastgrpo.data.prompts import prompts_of_iteration
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.ema import lagging
+from fastgrpo.learning.forward_process import noise_levels
 from fastgrpo.records import EVALUATION, FORWARD, SAMPLE, TRAIN, noise_address
+from fastgrpo.sampling.windows import window_starts
 from fastgrpo.validation import ConfigError, load_config
+from fastgrpo_kernels import normal
 
 TINY = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 VALUES = [0, -1, math.nan, math.inf, -math.inf, 10**30, 1e300]
@@ -121,12 +127,51 @@ def test_huge_clips_are_no_clips(huge: float) -> None:
     assert (decay(0), decay(10_000_000), decay(10_000_001)) == (0.0, 0.0, 0.5)
 
 
+STREAMS = (TRAIN, EVALUATION, SAMPLE, FORWARD)
+# Small ones, those at the edges of 32, 34, 63 and 64 bits, a date with its time, and one of all bits.
+SEEDS = (
+    0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 3 << 32 | 7, 2**34, 20261128093000,
+    2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1,
+)  # fmt: skip
+
+
+def noise(stream: int, seed: int) -> tuple[float, ...]:
+    address = noise_address(stream, seed, 1, torch.zeros(1, dtype=torch.int64))
+    return tuple(normal(address, torch.tensor([0]), 4)[0].tolist())
+
+
 def test_streams_of_noise_never_meet_within_the_seeds_bounds() -> None:
-    streams, seeds = (TRAIN, EVALUATION, SAMPLE, FORWARD), (0, 1, 2**31, 2**32 - 1)
-    words = [noise_address(stream, seed, 1, torch.zeros(1)).seed.item() for stream, seed in product(streams, seeds)]
-    assert len(set(words)) == len(words)
-    with pytest.raises(ConfigError, match=r"seed = 4294967296: must be at least 0 and at most 4294967295"):
-        load_config(TINY, [f"seed={2**32}"])
+    assert len({noise(stream, seed) for stream, seed in product(STREAMS, SEEDS)}) == len(STREAMS) * len(SEEDS)
+    for seed in SEEDS:
+        assert load_config(TINY, [f"seed={seed}"]).seed == seed
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match=rf"seed = {seed}: must be at least 0 and at most 18446744073709551615"):
+            load_config(TINY, [f"seed={seed}"])
+
+
+def test_seeds_of_32_bits_keep_their_noise() -> None:
+    """The address that runs were made with: the stream above the seed."""
+    for stream, seed in product(STREAMS, SEEDS[:4]):
+        assert noise_address(stream, seed, 1, torch.zeros(1)).seed.item() == stream * 2**32 + seed
+
+
+def test_every_use_of_a_seed_takes_all_its_bits() -> None:
+    """What a seed draws differs from what its low and its high half draw, and 32 bits draw what they always did."""
+    window = Window(kind="random", size=2, range=(0, 999))
+    for seed in (2**32 + 5, 5 << 32, 2**63 + 5, 2**64 - 1):
+        others = {seed % 2**32, seed >> 32, seed - 1, 0}
+        for draw in (
+            lambda s: prompts_of_iteration(1000, 8, 0, s).tolist(),
+            lambda s: prompts_of_iteration(1000, 8, 0, s, np.full(1000, 1e-3)).tolist(),
+            lambda s: noise_levels(8, 4, range(1000), 1, s).tolist(),
+            lambda s: window_starts(window, 1000, 1, torch.arange(8), s).tolist(),
+        ):
+            assert all(draw(seed) != draw(other) for other in others)
+        torch.manual_seed(seed)
+    generator = np.random.Generator(np.random.Philox(key=[7, 2]))
+    assert prompts_of_iteration(1000, 8, 250, 7).tolist() == generator.permutation(1000)[:8].tolist()
+    word = np.random.SeedSequence([7, 3, 0]).generate_state(1)[0]
+    assert window_starts(window, 1000, 3, torch.arange(1), 7).item() == int(word) % 998
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from fastgrpo.data.prompts import (
     PromptSet,
     as_prompt,
     check_held_out,
+    check_tags,
     load_prompts,
     prompt_probabilities,
     prompts_of_iteration,
@@ -50,6 +51,16 @@ def test_evaluation_prompts_may_not_be_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'b'"):
         check_held_out(train, evaluation)
     check_held_out(train, train.__class__(["c"], [{}]))
+
+
+def test_a_category_may_not_be_called_as_the_mean_over_all(tmp_path: Path) -> None:
+    """Its score would take the mean's place in every evaluation."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a cat", "tag": "animals"}\n{"prompt": "b", "tag": "all"}\n{"prompt": "c"}\n')
+    check_tags(load_prompts(path))
+    path.write_text('{"prompt": "a cat", "tag": "animals"}\n{"prompt": "a dog", "tag": "overall"}\n')
+    with pytest.raises(ValueError, match="the prompt 'a dog' has the tag 'overall', .* rename it"):
+        check_tags(load_prompts(path))
 
 
 def edits(folder: Path, *records: dict) -> Path:

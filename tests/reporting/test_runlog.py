@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastgrpo.reporting.pictures import save_grid
 from fastgrpo.reporting.run_folder import read_lines
@@ -22,6 +23,17 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
         {"iteration": 2},
         {"iteration": 3, "reward": 0.5, "seconds": {"rollout": 1.0}},
     ]
+
+
+def test_every_category_has_its_curve(tmp_path: Path) -> None:
+    """Also one that is called as a field of the row is."""
+    log = RunLog(tmp_path, 0)
+    log.evaluation({"iteration": 0, "accuracy": {"overall": 0.5, "iteration": 0.25}})
+    log.metrics({"iteration": 1, "reward": 0.5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["accuracy/iteration", "accuracy/overall", "train/reward"]
+    assert [event.value for event in events.Scalars("accuracy/iteration")] == [0.25]
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 32), (7, 32), (6, 200)])

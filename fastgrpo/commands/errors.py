@@ -1,0 +1,48 @@
+"""Errors as a command shows them: one line and a status where a user was refused, a traceback where the code is at fault.
+
+status = shown(run, arguments)
+"""
+
+import dis
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from fastgrpo.commands import UNAVAILABLE
+
+PACKAGE = Path(__file__).resolve().parent.parent
+Arguments = TypeVar("Arguments")
+
+
+def shown(run: Callable[[Arguments], int], arguments: Arguments) -> int:
+    """Runs a command; returns its exit status, 2 where something was refused."""
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        if not is_refusal(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from fastgrpo.rewards import RewardUnavailable
+
+        if not isinstance(error, RewardUnavailable):
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        return UNAVAILABLE
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a `raise` statement of this package made the error, and so wrote its words for a user.
+
+    What Python, a library or a user's own function raises is a fault of code, and is understood only by its traceback.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    own = PACKAGE in Path(code.co_filename).resolve().parents
+    return own and code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,0 +1,38 @@
+"""What may change in a configuration when a run goes on from its last checkpoint: that on which none of its numbers hang.
+
+A run is what it computes. So the places of its files and how often they are written may change, and everything else may
+not. `docs/configuration.md` prints the table.
+"""
+
+from fastgrpo.config.keys import Config
+from fastgrpo.config.reading import differences
+
+# Key -> why it may change.
+MAY_CHANGE = {
+    "iterations": "a run may be made longer; a line of learning rates then ends at the new last iteration",
+    "output": "the run's folder may be moved or renamed",
+    "model.path": "a place: the weights in it count, not where they lie",
+    "prompts.train": "a place: the prompts in it count",
+    "prompts.eval": "a place: the prompts in it count",
+    "prompts.cache": "a place; embeddings that are not there are made again",
+    "checkpoint.every": "how often the state is saved",
+    "checkpoint.keep": "how many checkpoints stay",
+    "evaluation.every": "how often is evaluated, which has no effect on the training",
+    "reward.settings.remote.urls": "where the servers are",
+    "reward.settings.remote.token_env": "what opens the servers",
+    "reward.settings.remote.timeout": "how long a server is waited for",
+    "reward.settings.remote.retries": "how often the servers are asked again",
+    "reward.settings.remote.pause": "how soon the servers are asked again",
+    "reward.settings.remote.max_images": "how many images a request holds",
+    "reward.settings.vlm_judge.url": "where the endpoint is",
+    "reward.settings.vlm_judge.api_key_env": "what opens the endpoint",
+    "reward.settings.vlm_judge.timeout": "how long the endpoint is waited for",
+    "reward.settings.vlm_judge.retries": "how often the endpoint is asked again",
+    "reward.settings.vlm_judge.backoff": "how soon the endpoint is asked again",
+    "reward.settings.vlm_judge.concurrency": "how many images are judged at a time",
+}
+
+
+def forbidden_changes(before: Config, after: Config) -> list[str]:
+    """The keys that differ and may not, as "key: before -> after"."""
+    return differences(before, after, but=tuple(MAY_CHANGE))
