@@ -24,6 +24,7 @@ import yaml
 from fastgrpo.config import schema
 from fastgrpo.config.keys import Config
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.text_files import read_text
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -41,7 +42,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
-    data = schema.parse_yaml(path.read_text(), str(path))
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    data = schema.parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
     named = data.pop("extends", None)
