@@ -137,6 +137,9 @@ def start() -> Ranks:
     else:
         disable_shm_op(deepspeed)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if dist.get_rank() > 0:
+        # What all ranks read alike is told once.
+        logging.getLogger("fastgrpo").setLevel(logging.ERROR)
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
