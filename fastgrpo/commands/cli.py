@@ -17,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands import UNAVAILABLE, print_anything
 
 # Name -> the module in this folder and what the command does. A module is imported only when its command is given, because
 # most of them import torch.
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"fastgrpo.commands.{module}")
             command.add_arguments(command_parser)
     arguments = parser.parse_args(argv)
+    print_anything()
     try:
         return command.run(arguments)
     except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 
 from fastgrpo.commands.saved_model import add_run_arguments, load_run
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.data.prompts import ImagePrompt, given_prompts
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = config.evaluation
     if model.image_conditioned and arguments.input is None:
         raise ValueError(f"{config.model.name} edits images: give one with --input")
-    texts = [text for text in arguments.prompt for _ in range(arguments.images)]
+    texts = [text for text in given_prompts(arguments.prompt).prompts for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, arguments.input) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands import UNAVAILABLE, print_anything
 from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.text import in_percent
@@ -91,4 +91,5 @@ def summary_table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
+    print_anything()
     return run(parser.parse_args(argv))

@@ -70,9 +70,11 @@ def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
 
 def given_prompts(prompts: Sequence[str | dict], image_fields: Sequence[str] = ()) -> PromptSet:
     """Prompts from a program instead of a file, each a text or a record, under the same rules; images from this folder."""
-    if isinstance(prompts, str) or not prompts:
+    # A text or a mapping would pass as a list, of its letters or its keys.
+    records = [] if isinstance(prompts, str | Mapping) else list(prompts)
+    if not records:
         raise ValueError("no prompts were given: hand in a list with at least one")
-    records = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+    records = [{"prompt": one} if isinstance(one, str) else one for one in records]
     return _checked([(f"prompt {number}", record) for number, record in enumerate(records)], Path.cwd(), image_fields)
 
 

@@ -123,6 +123,7 @@ circle["m"] = [circle]
     ("given", "message"),
     [
         ("a cat", "no prompts were given"),
+        ({"prompt": "a cat"}, "no prompts were given"),
         ([], "no prompts were given"),
         (["a", 3], r'prompt 1: expected an object with a text as its "prompt", found 3'),
         (["a", "half \ud83d"], r"prompt 1: prompt: \\ud83d is half of a character"),
