@@ -4,7 +4,6 @@ An object takes the place of what the configuration names, and is recorded there
 prompts as files in the run's folder. So `config.yaml` says what was run, and the commands on a run's folder find it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,15 @@ import torch
 
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, check_tags, load_prompts
-from fastgrpo.files import write_atomically
+from fastgrpo.data.prompts import (
+    IMAGE_FIELD,
+    PromptSet,
+    check_held_out,
+    check_tags,
+    given_prompts,
+    load_prompts,
+    write_prompts,
+)
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
@@ -60,12 +66,15 @@ class Objects:
             prompts = replace(prompts, eval=RunFolder(config.output).given_prompts("eval"))
         return replace(config, reward=reward, prompts=prompts)
 
-    def write_prompts(self, config: Config) -> None:
-        """Into the files that `naming_them` says."""
-        for prompts, path in ((self.prompts, config.prompts.train), (self.held_out, config.prompts.eval)):
-            if prompts is not None:
+    def write_prompts(self, config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+        """Those that were handed in, as they were read, into the files that `naming_them` says."""
+        for given, read, path in (
+            (self.prompts, prompts, config.prompts.train),
+            (self.held_out, held_out, config.prompts.eval),
+        ):
+            if given is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, "".join(json.dumps(record) + "\n" for record in _records(prompts)))
+                write_prompts(path, read.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +112,7 @@ class Parts:
 
 
 def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str]) -> PromptSet:
-    if given is None:
-        return load_prompts(path, image_fields)
-    records = _records(given)
-    if not records:
-        raise ValueError("no prompts were given: hand in at least one")
-    for number, record in enumerate(records):
-        for field in ("prompt", *image_fields):
-            if not isinstance(record.get(field), str):
-                raise ValueError(f'prompt {number} is {record!r}: it needs a text "{field}"')
-    return PromptSet([record["prompt"] for record in records], records)
-
-
-def _records(prompts: Prompts) -> list[dict]:
-    return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+    return load_prompts(path, image_fields) if given is None else given_prompts(given, image_fields)
 
 
 def _rewards(config: Config, device: torch.device, objects: Objects) -> tuple[RewardSum, RewardSum]:

@@ -12,7 +12,7 @@ FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
         "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
-        "fastgrpo.version",
+        "fastgrpo.text_files", "fastgrpo.version",
         "fastgrpo.records",
     ],
     "what may be said": ["fastgrpo.config"],
@@ -208,6 +208,28 @@ def explained(path: Path, function: ast.FunctionDef) -> bool:
     classes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
     owners = [node for node in classes if node.lineno < function.lineno <= (node.end_lineno or 0)]
     return function.name == "__init__" and any(ast.get_docstring(node) for node in owners)
+
+
+def without_encoding(path: Path) -> list[int]:
+    """The lines of a file that read or write text in the encoding of whatever system it runs on."""
+    astray = []
+    for node in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+        name = ast.unparse(node.func).rsplit(".", 1)[-1]
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        of_bytes = any("b" in mode and set(mode) <= set("rwaxb+") for mode in modes)
+        method = isinstance(node.func, ast.Attribute)
+        text = (method and name in ("read_text", "write_text")) or (name == "open" and not of_bytes)
+        elsewhere = ast.unparse(node.func) in ("Image.open", "os.open")
+        if text and not elsewhere and "encoding" not in {keyword.arg for keyword in node.keywords}:
+            astray.append(node.lineno)
+    return astray
+
+
+@pytest.mark.parametrize("folder", ["fastgrpo", "kernels", "benchmarks", "docs"])
+def test_every_text_file_is_read_and_written_as_utf_8(folder: str) -> None:
+    """Without a word Python takes the locale's encoding, in which another machine cannot read what this one wrote."""
+    astray = {path.name: without_encoding(path) for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert {name: lines for name, lines in astray.items() if lines} == {}
 
 
 def test_no_test_file_imports_another() -> None:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands import UNAVAILABLE, print_anything
 from fastgrpo.commands.arguments import add_set, path
 from fastgrpo.commands.errors import shown
 from fastgrpo.config.reference import describe
@@ -86,4 +86,5 @@ def summary_table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
+    print_anything()
     return shown(run, parser.parse_args(argv))

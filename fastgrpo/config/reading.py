@@ -23,6 +23,7 @@ from typing import Any
 from fastgrpo.config import schema, yaml12
 from fastgrpo.config.keys import Config
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.text_files import read_text
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -41,9 +42,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no text in UTF-8 ({error}); save it as such") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     data = schema.parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.files import atomic_file
 from fastgrpo.policy import Model
@@ -95,4 +96,6 @@ def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
 
 @functools.cache
 def _content(image: Path) -> str:
-    return hashlib.sha256(image.read_bytes()).hexdigest()
+    """A hash of the pixels that a model reads, so that another way of reading the file is another content."""
+    picture = load_picture(image)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

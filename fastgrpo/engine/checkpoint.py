@@ -89,7 +89,7 @@ def check_files(folder: Path) -> int:
     way_out = f"restore it, or remove {folder} to go on from an older checkpoint"
     marker = folder / MARKER
     try:
-        record = json.loads(marker.read_text())
+        record = json.loads(marker.read_text(encoding="utf-8"))
         iteration, files = record["iteration"], record["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{marker} cannot be read; {way_out}") from error
@@ -118,7 +118,7 @@ def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> No
         "world_size": world_size,
         "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
     }
-    (partial / MARKER).write_text(json.dumps(record, indent=1))
+    (partial / MARKER).write_text(json.dumps(record, indent=1), encoding="utf-8")
     if final.exists():  # of a run that went on from an older one; it goes when this one is safe
         flush(partial)
         _remove(final)

@@ -137,7 +137,13 @@ def start() -> Ranks:
     else:
         disable_shm_op(deepspeed)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    tell_once(dist.get_rank())
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def tell_once(rank: int) -> None:
+    """Leaves the warnings of the project's log to the first rank: what all of them read is alike."""
+    logging.getLogger("fastgrpo").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
 
 
 def disable_shm_op(deepspeed: ModuleType) -> None:

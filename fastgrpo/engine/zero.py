@@ -185,7 +185,7 @@ class Engine(Generic[PolicyType]):
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.rank == 0:
-            (folder / "engine.json").write_text(json.dumps(self._identity()))
+            (folder / "engine.json").write_text(json.dumps(self._identity()), encoding="utf-8")
         state = {"client": client_state or {}}
         self.deepspeed.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
         self.ranks.barrier()
@@ -196,7 +196,7 @@ class Engine(Generic[PolicyType]):
         ValueError where the world size, the stage, the dtype or the trained weights are others. It unpickles DeepSpeed's
         files: load only what you trust.
         """
-        saved, own = json.loads((folder / "engine.json").read_text()), self._identity()
+        saved, own = json.loads((folder / "engine.json").read_text(encoding="utf-8")), self._identity()
         for key, fix in (
             ("world_size", "start that many processes"),
             ("zero_stage", "set that stage"),

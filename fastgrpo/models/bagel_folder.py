@@ -67,7 +67,7 @@ def read_tokenizer(path: Path) -> Qwen2Tokenizer:
 
 def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
     """The generation path of ema.safetensors; each tensor is read straight to its device."""
-    sizes = json.loads((path / SIZES).read_text())
+    sizes = json.loads((path / SIZES).read_text(encoding="utf-8"))
     absent = [key for key in SIZE_KEYS if key not in sizes]
     if absent:
         raise ValueError(f"model.path = {path}: {SIZES} lacks {', '.join(absent)}")

@@ -13,7 +13,7 @@ def check_folder(path: Path, pipeline_class: str) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model.path = {path}: holds no model_index.json, so it is no diffusers pipeline folder")
-    parts = json.loads(index.read_text())
+    parts = json.loads(index.read_text(encoding="utf-8"))
     if parts.get("_class_name") != pipeline_class:
         raise ValueError(
             f"model.path = {path}: holds a {parts.get('_class_name')}, and this model.name reads a {pipeline_class}"
@@ -44,6 +44,6 @@ def _check_part(path: Path, name: str, kind: str) -> None:
 
 
 def _check_shards(path: Path, name: str, index: Path, files: set[str]) -> None:
-    missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - files)
+    missing = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - files)
     if missing:
         raise ValueError(f"model.path = {path}: {name}/{missing[0]} is missing or empty, and {len(missing) - 1} more")

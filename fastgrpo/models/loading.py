@@ -105,7 +105,7 @@ def read_architecture(name: str) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         raise ValueError(f"model.architecture = {name!r}: unknown; there are {known}")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def build(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.utils import load_image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2VLProcessor
 
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.records import concatenate
@@ -201,7 +201,7 @@ class QwenImageEdit(QwenFamily):
 
     def _read_both(self, prompt: ImagePrompt) -> QwenEditConditioning:
         processor, (height, width) = self.pipeline.image_processor, self.size
-        image = processor.resize(load_image(str(prompt.image)), height, width)
+        image = processor.resize(load_picture(prompt.image), height, width)
         pixels = processor.preprocess(image, height, width).unsqueeze(2)  # (1, 3, 1, height, width)
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])

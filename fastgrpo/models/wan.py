@@ -41,7 +41,7 @@ class Wan(Adapter):
     @classmethod
     def load(cls, path: Path, **arguments: Any) -> Self:
         check_folder(path, cls.pipeline_class)
-        if json.loads((path / "model_index.json").read_text()).get("transformer_2", [None])[0]:
+        if json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("transformer_2", [None])[0]:
             raise ValueError(
                 f"model.path = {path}: holds two transformers (transformer_2), as Wan2.2-A14B, one for high noise and one "
                 "for low; this trains one: take Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-TI2V-5B"

@@ -17,6 +17,7 @@ what there is of any run, reads with `readable_lines`, which leaves out what it 
 """
 
 import json
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,17 @@ def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
     """The rows, the numbers of the lines that are none, and the number of lines."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    # At line feeds alone, as everywhere; what follows the last one is half a line, or nothing.
+    lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n") if path.is_file() else []
+    if lines and not lines[-1]:
+        lines.pop()
     rows, unreadable = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and type(row.get("iteration")) is int:
             rows.append(row)

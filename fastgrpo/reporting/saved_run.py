@@ -107,7 +107,7 @@ def _rows_by_iteration(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

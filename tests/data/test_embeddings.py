@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from support.files import seen_alike
 from support.tiny_model import load_tiny_model
 
 from fastgrpo.data import embeddings as module
 from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.records import Prompted
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
@@ -66,6 +69,23 @@ def test_other_encoders_or_settings_have_other_files(tmp_path: Path) -> None:
     model.settings = replace(model.settings, max_text_tokens=2)
     Embeddings(counting, tmp_path).prompted(["a red circle"], 1.0)
     assert counting.asked == ["a red circle"] * 2
+
+
+def test_an_image_is_known_by_the_pixels_that_a_model_reads(tiny_model, tmp_path: Path) -> None:
+    """The same picture in another file is no other prompt, and another picture is."""
+
+    def asked(*files: Path) -> int:
+        model = Counting(tiny_model)
+        model.encode = lambda prompts: model.asked.extend(prompts) or tiny_model.encode([prompt.text for prompt in prompts])
+        for file in files:
+            Embeddings(model, tmp_path / "cache").prompted([ImagePrompt("a red circle", file)], 1.0)
+        return len(model.asked)
+
+    plain, hiding = seen_alike(tmp_path)
+    assert asked(plain, hiding) == 1
+    Image.new("RGB", (24, 16), "blue").save(tmp_path / "other.png")
+    Image.new("RGB", (16, 24), "blue").save(tmp_path / "turned.png")
+    assert asked(plain, tmp_path / "other.png", tmp_path / "turned.png") == 2
 
 
 def test_memory_is_bounded_where_the_disk_has_them(tiny_model, tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
+from fastgrpo.data.prompts import given_prompts
 from fastgrpo.parts import Objects
 from fastgrpo.validation import load_config
 
@@ -42,7 +43,7 @@ def test_the_configuration_names_what_was_handed_in_and_can_be_read_again(tmp_pa
     objects = Objects(reward=brightness, held_out_reward=Darkness(), prompts=["a"], held_out=[{"prompt": "b", "tag": "c"}])
     config = objects.naming_them(configured(tmp_path))
     assert config.reward.train == f"{__name__}:brightness" and config.reward.eval == f"{__name__}:Darkness"
-    objects.write_prompts(config)
+    objects.write_prompts(config, given_prompts(objects.prompts), given_prompts(objects.held_out))
     assert config.prompts.train.read_text() == '{"prompt": "a"}\n'
     assert config.prompts.eval.read_text() == '{"prompt": "b", "tag": "c"}\n'
     (tmp_path / "again.yaml").write_text(dump_config(config))
