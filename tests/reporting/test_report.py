@@ -333,7 +333,7 @@ def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     assert good.stdout.strip() == str(run / "report.html")
     command = [sys.executable, "-m", "fastgrpo.report", str(tmp_path / "none")]
     bad = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert bad.returncode == 1 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
 
 
 def test_several_rewards_have_a_curve_each(run: Path) -> None:
