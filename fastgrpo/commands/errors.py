@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.config.schema import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 Arguments = TypeVar("Arguments")
@@ -34,10 +35,12 @@ def shown(run: Callable[[Arguments], int], arguments: Arguments) -> int:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether a `raise` statement of this package made the error, and so wrote its words for a user.
+    """Whether its words are for a user: a ConfigError, or what a `raise` statement of this package made.
 
     What Python, a library or a user's own function raises is a fault of code, and is understood only by its traceback.
     """
+    if isinstance(error, ConfigError):
+        return True
     trace = error.__traceback__
     if trace is None:
         return False

@@ -32,7 +32,7 @@ def settings_from_signature(
     names = {p.name for p in own}
     others: dict[str, Any] = {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        others = {key: value for key, value in settings.items() if key not in names}
+        others = {key: schema.convert(value, Any, f"{path}.{key}") for key, value in settings.items() if key not in names}
     for key in settings:
         if not own and key not in others:
             raise schema.ConfigError(f"{path}.{key}: {owner} has no settings of its own; leave it out")

@@ -13,6 +13,7 @@ from support.helpers import ROOT, environment
 
 from fastgrpo.commands import UNAVAILABLE, cli, report
 from fastgrpo.config import schema
+from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.saved_run import read_run
@@ -59,6 +60,10 @@ def test_a_command_that_is_not_there_is_refused(capsys: pytest.CaptureFixture) -
         assert stopped.value.code == 2 and "make-prompts" in capsys.readouterr().err
 
 
+def refusal() -> None:
+    raise ConfigError("seed = 3: no")
+
+
 def no_reward() -> None:
     raise RewardUnavailable("it is gone")
 
@@ -67,8 +72,8 @@ def no_reward() -> None:
     ("fail", "status", "text"),
     [
         (lambda: load_prompts(Path("none.txt")), 2, "error: none.txt: no such prompt file"),
-        (lambda: schema.refuse("seed", 3, "no"), 2, "error: seed = 3: no"),
         (lambda: read_run(Path("none")), 2, "error: none: not the folder of a run; it holds none of config.yaml, .*"),
+        (refusal, 2, "error: seed = 3: no"),
         (no_reward, UNAVAILABLE, "stopped: it is gone"),
     ],
 )

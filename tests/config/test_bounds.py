@@ -20,6 +20,7 @@ from fastgrpo.config import schema
 from fastgrpo.config.bounds import Above, AtLeast, AtMost, Below
 from fastgrpo.config.keys import Window
 from fastgrpo.config.reference import describe_section
+from fastgrpo.config.settings import settings_from_signature
 from fastgrpo.data.prompts import prompts_of_iteration
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.ema import lagging
@@ -115,6 +116,18 @@ def test_numbers_beyond_those_of_python_are_refused(text: str) -> None:
         load_config(TINY, [f"update.max_grad_norm={text}"])
     with pytest.raises(ConfigError, match=r"(seed = -?(inf|9+): (expected int|must be at least 0)|seed=9+: not valid YAML)"):
         load_config(TINY, [f"seed={text}"])
+
+
+def free_settings(*, width: float, **others: object) -> None:
+    """A plug-in that takes settings of any name."""
+
+
+@pytest.mark.parametrize(
+    "settings", [{"width": math.inf}, {"width": 1, "a": math.nan}, {"width": 1, "a": [{"b": -math.inf}]}]
+)
+def test_no_setting_of_a_plug_in_is_infinite(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=r"^mine\.(width|a|a\[0\]\.b) = (-?inf|nan): must be a finite number"):
+        settings_from_signature(free_settings, settings, "mine", owner="mine")
 
 
 @pytest.mark.parametrize("huge", [1e300, float(10**30)])
