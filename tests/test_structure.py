@@ -42,7 +42,7 @@ HOMES = {
 
 @cache
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_bytes())
 
 
 @cache

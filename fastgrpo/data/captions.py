@@ -30,7 +30,7 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     used = {_stem(file) for file in images}
     left_out["captions without an image"] = [file for stem, file in captions.items() if stem not in used]
     if any(left_out.values()):
-        LOG.warning("%s: %d images with captions are read%s", folder, len(read), _said(left_out, folder))
+        LOG.warning("%s: images with captions: %d%s", folder, len(read), _said(left_out, folder))
     return read
 
 
@@ -45,7 +45,7 @@ def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], dict[str, l
     """The images, the captions by path without suffix, and what is neither, by what it is."""
     images: list[Path] = []
     captions: dict[Path, Path] = {}
-    left_out: dict[str, list[Path]] = {"hidden": [], "links to folders": [], "of other kinds": []}
+    left_out: dict[str, list[Path]] = {"hidden": [], "links to folders": [], "files of other kinds": []}
     for file in sorted(folder.rglob("*")):
         suffix = file.suffix.lower()
         if file.is_dir():
@@ -56,7 +56,7 @@ def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], dict[str, l
         elif suffix in suffixes():
             images.append(file)
         elif suffix != ".txt":
-            left_out["of other kinds"].append(file)
+            left_out["files of other kinds"].append(file)
         elif captions.setdefault(_stem(file), file) != file:
             raise ValueError(f"{file}: {captions[_stem(file)].name} is a caption of the same name; remove one of them")
     return images, captions, left_out
@@ -75,7 +75,7 @@ def _caption(file: Path) -> str:
 
 def _said(left_out: dict[str, list[Path]], folder: Path) -> str:
     """What is left out, to end a sentence with; nothing where that is nothing."""
-    said = [f"{len(files)} {what} ({_names(files, folder)})" for what, files in left_out.items() if files]
+    said = [f"{what}: {len(files)} ({_names(files, folder)})" for what, files in left_out.items() if files]
     return f"; left out: {'; '.join(said)}" if said else ""
 
 

@@ -9,6 +9,7 @@ are hidden under transparency, clips 16-bit greys to white, and knows no profile
 """
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def load_picture(path: Path) -> Image.Image:
     Raises ValueError, with the file's name, where there is no file, or one that is cut or damaged, too large, or whose
     pixels have no known white. `PIL.Image.MAX_IMAGE_PIXELS` is the limit.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is false of names too long for the system, where Path.is_file raises
         raise ValueError(f"{path}: no such file")
     limit = Image.MAX_IMAGE_PIXELS
     try:

@@ -7,6 +7,7 @@ offline training. Every line is looked at before anything else is loaded, those 
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,11 +130,11 @@ def _image(record: dict, field: str, folder: Path) -> str:
     """The absolute path of a record's image, which is checked to be one."""
     if not isinstance(record.get(field), str):
         raise ValueError(f'every prompt needs an image here: give "{field}", a file, in a .jsonl')
-    file = (folder / Path(record[field]).expanduser()).resolve()
     try:
+        file = (folder / os.path.expanduser(record[field])).resolve()
         load_picture(file)
-    except ValueError as error:
-        raise ValueError(f"{field} {error}") from None
+    except (ValueError, RuntimeError) as error:  # of a name that no file has, or of links in a circle
+        raise ValueError(f"{field} = {record[field][:200]!r}: {error}") from None
     return str(file)
 
 

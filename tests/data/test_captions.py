@@ -53,9 +53,9 @@ def test_what_is_left_out_is_named_once_with_its_number(tmp_path: Path, caplog: 
     assert read(tmp_path) == {"a.png": "a"}
     (record,) = caplog.records
     said = record.getMessage()
-    assert record.levelno == logging.WARNING and f"{tmp_path}: 1 images with captions are read; left out: " in said
-    assert "2 hidden (.DS_Store, .cache/thumb.png)" in said and "1 captions without an image (gone.txt)" in said
-    assert "7 of other kinds (raw0.heic, raw1.heic, raw2.heic, raw3.heic, raw4.heic, ...)" in said
+    assert record.levelno == logging.WARNING and f"{tmp_path}: images with captions: 1; left out: " in said
+    assert "hidden: 2 (.DS_Store, .cache/thumb.png)" in said and "captions without an image: 1 (gone.txt)" in said
+    assert "files of other kinds: 7 (raw0.heic, raw1.heic, raw2.heic, raw3.heic, raw4.heic, ...)" in said
 
 
 def test_a_link_to_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -63,12 +63,12 @@ def test_a_link_to_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     picture(tmp_path / "elsewhere" / "b.png", "b")
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert read(tmp_path / "data") == {"a.png": "a"}
-    assert "1 links to folders (more)" in caplog.text
+    assert "links to folders: 1 (more)" in caplog.text
 
 
 def test_what_is_ambiguous_or_missing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_text("x")
-    with pytest.raises(ValueError, match=r"holds no images \(\.png.*; left out: 1 of other kinds \(a\.heic\)"):
+    with pytest.raises(ValueError, match=r"holds no images \(\.png.*; left out: files of other kinds: 1 \(a\.heic\)"):
         read(tmp_path)
     picture(tmp_path / "b.png", "b")
     picture(tmp_path / "c.png")

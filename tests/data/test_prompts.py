@@ -180,12 +180,15 @@ def edits(folder: Path, *records: dict) -> Path:
     return path
 
 
-def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
+def test_input_images_lie_beside_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
     loaded = load_prompts(path, image_fields=[IMAGE_FIELD])
     assert as_prompt(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
     assert as_prompt(loaded.metadata[0], False) == "make it blue"
     assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "~/good.png"}), image_fields=[IMAGE_FIELD])
+    assert at_home.metadata == loaded.metadata
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,10 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
         ({"prompt": "b", "image": 3}, r"edits\.jsonl:2: every prompt needs an image"),
         ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),
         ({"prompt": "b", "image": "broken.png"}, r"edits\.jsonl:2: image .*broken\.png: cannot be read"),
+        ({"prompt": "b", "image": "a\0.png"}, r"edits\.jsonl:2: image = 'a\\x00\.png': embedded null"),
+        ({"prompt": "b", "image": "~nobody-at-all/a.png"}, r"edits\.jsonl:2: image .*/~nobody-at-all/a\.png: no such file"),
+        ({"prompt": "b", "image": "x" * 5000}, r"edits\.jsonl:2: image .*: no such file"),
+        ({"prompt": "b", "image": ""}, r"edits\.jsonl:2: image .*: no such file"),
         ({"prompt": "b", "image": "edits.jsonl"}, r"edits\.jsonl:2: image .*: cannot be read"),
     ],
 )
