@@ -19,7 +19,7 @@ from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name, weights_of
+from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
 
@@ -93,7 +93,8 @@ class Parts:
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given)
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
-        reward, held_out_reward = _rewards(config, device, objects)
+        scored = (() if image_fields else prompts.judged, held_out.judged)
+        reward, held_out_reward = _rewards(config, device, objects, scored)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
@@ -118,11 +119,14 @@ def _records(prompts: Prompts) -> list[dict]:
     return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
 
 
-def _rewards(config: Config, device: torch.device, objects: Objects) -> tuple[RewardSum, RewardSum]:
-    """For training and for evaluation; what stands in both is loaded once."""
+def _rewards(
+    config: Config, device: torch.device, objects: Objects, prompts: Sequence[Judged]
+) -> tuple[RewardSum, RewardSum]:
+    """For training and for evaluation; what stands in both is loaded once. prompts: that each of the two will score."""
     given = {reward_name(reward): reward for reward in (objects.reward, objects.held_out_reward) if reward is not None}
     section = config.reward
     train, held_out = load_rewards(
-        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given
-    )
+        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given,
+        folder=section.folder, prompts=prompts,
+    )  # fmt: skip
     return train, held_out

@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def check_folder(config: Config) -> None:
     """Refuse a folder that holds a run of another configuration; only the number of iterations may have changed."""
     path = RunFolder(config.output).config
-    changed = differences(load_config(path), config, but=("iterations",)) if path.exists() else []
+    changed = differences(load_config(path), config, but=("iterations", "reward.folder")) if path.exists() else []
     if changed:
         raise ConfigError(
             f"output = {config.output}: holds a run of another configuration ({'; '.join(changed)}); "

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
+        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.normal_form",
+        "fastgrpo.quiet",
         "fastgrpo.version",
         "fastgrpo.records",
     ],
@@ -32,7 +33,7 @@ HOMES = {
     "deepspeed": ["fastgrpo.engine.ranks"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.serving.remote"],
+    "httpx2": ["fastgrpo.rewards.client"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels.optional_triton"],
     "fastapi": ["fastgrpo.rewards.serving.service"],

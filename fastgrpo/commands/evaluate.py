@@ -45,10 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
     reward_override = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
     config, model = load_run(arguments.run, arguments.base, [*arguments.set, *reward_override])
     settings, reward = config.evaluation, config.reward
-    (rewards,) = load_rewards(reward.eval, device=model.device, settings=reward.settings, frames=reward.frames)
+    (rewards,) = load_rewards(
+        reward.eval, device=model.device, settings=reward.settings, frames=reward.frames, folder=reward.folder,
+    )  # fmt: skip
+    fields = (IMAGE_FIELD,) if model.image_conditioned else ()
+    files = [(path, load_prompts(path, fields)) for path in arguments.prompts or [config.prompts.eval]]
+    for _, prompts in files:
+        rewards.check(prompts.judged)
     rows: list[Row] = []
-    for path in arguments.prompts or [config.prompts.eval]:
-        prompts = load_prompts(path, (IMAGE_FIELD,) if model.image_conditioned else ())
+    for path, prompts in files:
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,

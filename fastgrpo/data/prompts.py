@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastgrpo.normal_form import compared
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -36,13 +38,19 @@ def as_prompt(record: dict, with_image: bool) -> str | ImagePrompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, and the record of each one's line as metadata."""
+    """Prompts, the record of each one's line as metadata, and where each stands: `file:line`, or what a message says."""
 
     prompts: list[str]
     metadata: list[dict]
+    places: Sequence[str] = ()  # of each prompt; (): not known
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def judged(self) -> list[tuple[str, dict]]:
+        """Where each prompt stands, and its record, for rewards that look at them before the run."""
+        return list(zip(self.places or map(repr, self.prompts), self.metadata, strict=True))
 
 
 def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
@@ -55,14 +63,15 @@ def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
         return _load_folder(path, image_fields)
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
-    records = []
+    records, places = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
             record = _parse(line, path, number)
+            places.append(f"{path}:{number}")
             records.append({**record, **{field: _image(record, field, path, number) for field in image_fields}})
     if not records:
         raise ValueError(f"{path}: holds no prompts")
-    return PromptSet([record["prompt"] for record in records], records)
+    return PromptSet([record["prompt"] for record in records], records, places)
 
 
 def _parse(line: str, path: Path, number: int) -> dict:
@@ -113,14 +122,21 @@ def _check_image(file: Path, what: str) -> None:
 
 
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
-    """Refuse evaluation prompts that are trained on."""
+    """Refuse evaluation prompts that are trained on, whatever their case, spaces and ways to write a character."""
 
-    def lines(prompts: PromptSet) -> set[tuple[str, str]]:
-        return {(p, str(record.get(IMAGE_FIELD, ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
+    def lines(prompts: PromptSet) -> dict[tuple[str, str], tuple[str, str]]:
+        return {
+            (compared(record["prompt"]), str(record.get(IMAGE_FIELD, ""))): (place, record["prompt"])
+            for place, record in reversed(prompts.judged)  # of several the first is kept
+        }
 
-    shared = sorted(lines(train) & lines(evaluation))
+    trained, held_out = lines(train), lines(evaluation)
+    shared = [one for one in reversed(held_out) if one in trained]
     if shared:
-        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
+        (place, prompt), (same_place, same) = held_out[shared[0]], trained[shared[0]]
+        raise ValueError(
+            f"{len(shared)} evaluation prompts are also trained on, the first: {prompt!r} ({place}) is {same!r} ({same_place})"
+        )
 
 
 def prompt_probabilities(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:
