@@ -3,7 +3,7 @@
     compared("\\uff21\\uff22 CAFE\\u0301") == compared("ab cafÉ") == "abcafé"
 
 Compatibility forms (full width, ligatures, combining accents) are those of Unicode's NFKC. Curly quotes and primes become
-straight ones, and every hyphen the one of the keyboard. Characters without a picture are dropped: zero-width and other format
+straight ones, and every hyphen that of the keyboard. Characters without a picture are dropped: zero-width and other format
 characters, control characters, selectors of variants. Case and spaces do not count.
 """
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.normal_form",
-        "fastgrpo.quiet",
+        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
         "fastgrpo.version",
         "fastgrpo.records",
+        "fastgrpo.normal_form",
     ],
     "what may be said": ["fastgrpo.config"],
     "what a model is": ["fastgrpo.policy", "fastgrpo.tiny", "fastgrpo.engine", "fastgrpo.reporting"],

@@ -97,7 +97,8 @@ class RewardConfig:
 
     train: str | dict[str, Weight]
     """The reward to maximise: a name from fastgrpo/rewards, or your own `module:function`, `module:Class` or
-    `path/to/file.py:function`. Several with their weights, for example {tiny_shapes: 1, jpeg_compressibility: 0.01}, are maximised as their weighted sum."""
+    `path/to/file.py:function`. Several with their weights, for example {tiny_shapes: 1, jpeg_compressibility: 0.01}, are
+    maximised as their weighted sum."""
     eval: str | dict[str, Weight]
     """The reward that evaluation reports, or several with their weights, written as in reward.train."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.settings import settings_from_signature
-from fastgrpo.rewards.calling import Reward, checked, in_percent, score_range, scores_of
+from fastgrpo.rewards.calling import Reward, in_percent, score_range, scores_of
 from fastgrpo.rewards.calling import RewardError as RewardError
 from fastgrpo.rewards.calling import RewardUnavailable as RewardUnavailable
 from fastgrpo.rewards.finding import find_attribute
@@ -62,9 +62,9 @@ REWARDS = {
 
 
 def find_reward(name: str, folder: Path | None = None) -> Any:
-    """The function, class or object of that name from `REWARDS`, or that `module:attribute` or `file.py:attribute` spells out.
+    """What that name stands for in `REWARDS`, or what it spells out as `module:attribute` or `file.py:attribute`.
 
-    folder: of the configuration, where a module or a file is looked for besides the installed ones and the working directory.
+    folder: of the configuration, where a module or a file is looked for after the working directory.
 
     Raises ValueError where there is none.
     """
@@ -74,7 +74,7 @@ def find_reward(name: str, folder: Path | None = None) -> Any:
             f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function or file.py:function"
         )
     found = find_attribute(path, folder)
-    if not callable(found) or (inspect.isclass(found) and not hasattr(found, "__call__")):
+    if not callable(found):
         raise ValueError(f"reward {name!r}: is a {type(found).__name__}, which cannot be called with images")
     return found
 
@@ -89,8 +89,14 @@ def make_reward(found: Any, name: str, *, device: torch.device | str, settings: 
         if settings:
             raise ConfigError(f"{path}: {owner} is a function, which has no settings; leave them out")
         return found
-    arguments = settings_from_signature(found, settings or {}, path, owner=owner, passed=["device"])
-    return found(device=torch.device(device), **arguments)
+    kind: Any = found
+    arguments = settings_from_signature(kind, settings or {}, path, owner=owner, passed=["device"])
+    if any(p.name == "device" or p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
+        arguments["device"] = torch.device(device)
+    reward = kind(**arguments)
+    if not callable(reward):
+        raise ValueError(f"{owner}: has no __call__(images, prompts, metadata)")
+    return reward
 
 
 def load_reward(

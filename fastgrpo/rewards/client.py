@@ -1,7 +1,6 @@
 """How rewards talk to servers: one kind of client for all of them, and addresses that are checked before they are asked."""
 
 import ipaddress
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 try:

@@ -91,7 +91,8 @@ def check_record(record: dict) -> None:
         raise ValueError(f'"include" is {wanted!r}: expected a list of {{"class", "color", "count"}}, as in tiny_shapes')
     for item in wanted:
         for key, choices in (("class", SHAPES), ("color", tuple(COLORS))):
-            if item.get(key) not in choices:
+            # Prompts that count name no colour.
+            if item.get(key, choices[0] if key == "color" else None) not in choices:
                 raise ValueError(f'"{key}" is {item.get(key)!r}: one of {", ".join(choices)}')
         if type(item.get("count")) is not int or item["count"] < 1:
             raise ValueError(f'"count" is {item.get("count")!r}: a whole number from 1')
