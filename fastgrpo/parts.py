@@ -5,6 +5,7 @@ prompts as files in the run's folder. So `config.yaml` says what was run, and th
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, as_prompt, check_held_out, load_prompts
 from fastgrpo.files import write_atomically
 from fastgrpo.models import configured_model, model_class
+from fastgrpo.models.reading import cut_line
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
@@ -100,6 +102,34 @@ class Parts:
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model,
         )  # fmt: skip
+
+    def check_cut(self, max_text_tokens: int, show: bool) -> None:
+        """`check_cut` of all its prompts, with the rewards that score them."""
+        trained = self.prompts, None if self.image_fields else self.reward
+        check_cut(self.model, max_text_tokens, trained, (self.held_out, self.held_out_reward), show=show)
+
+
+def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, RewardSum | None], show: bool = True) -> None:
+    """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
+
+    scored: prompts, with the rewards that score their images; None: nothing does.
+    """
+    ask = getattr(model, "read_in_part", None)
+    if ask is None:
+        return
+    cut: dict[str | ImagePrompt, str] = {}
+    for prompts, reward in scored:
+        asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]
+        found = ask(asked)
+        cut |= found
+        read = [
+            (f"{place}: model.max_text_tokens = {max_text_tokens} cuts this prompt", {**record, "prompt": found[prompt]})
+            for prompt, (place, record) in zip(asked, prompts.judged, strict=True) if prompt in found
+        ]  # fmt: skip
+        if reward is not None:
+            reward.check(read)
+    if cut and show:
+        print(cut_line(cut, sum(len(prompts) for prompts, _ in scored), max_text_tokens), file=sys.stderr)
 
 
 def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str]) -> PromptSet:

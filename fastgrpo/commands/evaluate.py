@@ -13,6 +13,7 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = [(path, load_prompts(path, fields)) for path in arguments.prompts or [config.prompts.eval]]
     for _, prompts in files:
         rewards.check(prompts.judged)
+    check_cut(model, config.model.max_text_tokens, *((prompts, rewards) for _, prompts in files))
     rows: list[Row] = []
     for path, prompts in files:
         evaluator = Evaluator(

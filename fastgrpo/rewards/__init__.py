@@ -93,10 +93,7 @@ def make_reward(found: Any, name: str, *, device: torch.device | str, settings: 
     arguments = settings_from_signature(kind, settings or {}, path, owner=owner, passed=["device"])
     if any(p.name == "device" or p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
         arguments["device"] = torch.device(device)
-    reward = kind(**arguments)
-    if not callable(reward):
-        raise ValueError(f"{owner}: has no __call__(images, prompts, metadata)")
-    return reward
+    return kind(**arguments)
 
 
 def load_reward(
