@@ -114,7 +114,7 @@ class Adapter(Trainable, Accelerated):
         return cut
 
     def reading(self, text: str) -> Reading:
-        """How a prompt's text comes to the tokenizer; here as it is, to the last of several, which reads the most."""
+        """How a prompt's text comes to its tokenizer; here as it is, and to the last of several, which reads the most."""
         tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer"))
         tokenizer = next(one for one in tokenizers if one is not None)
         return Reading(tokenizer, text, text, self.settings.max_text_tokens)

@@ -43,8 +43,11 @@ class SD3(Adapter):
         return SD3Conditioning(embeds.to(self.device), pooled.to(self.device))
 
     def reading(self, text: str) -> Reading:
-        reading = super().reading(text)
-        return reading if self.pipeline.tokenizer_3 is not None else reading._replace(room=CLIP_TOKENS)
+        """To T5. Without T5, or with one that has no token for the text, as the embedded model's, CLIP reads the most."""
+        t5 = self.pipeline.tokenizer_3
+        if t5 is not None and t5.tokenize(text):
+            return super().reading(text)
+        return Reading(self.pipeline.tokenizer, text, text, CLIP_TOKENS)
 
     def placeholder(self, batch: int) -> SD3Conditioning:
         config, tokens = self.transformer.config, CLIP_TOKENS + self.settings.max_text_tokens
