@@ -269,7 +269,7 @@ class Trainer:
             samples = self.evaluator.samples(policy, settings.samples) if settings.samples else None
         bar.close()
         if self.ranks.rank == 0:
-            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
+            tqdm.write(f"iteration {iteration}: {accuracy_line(row)}")
         for callback in self.callbacks:
             callback.on_evaluation(self, row, samples)
         return row

@@ -68,5 +68,5 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.table:
             print(json.dumps(row), flush=True)
     if arguments.table:
-        print(score_table(rows))
+        print(score_table(rows, rewards.percent))
     return 0

@@ -125,10 +125,8 @@ def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     """Refuse evaluation prompts that are trained on, whatever their case, spaces and ways to write a character."""
 
     def lines(prompts: PromptSet) -> dict[tuple[str, str], tuple[str, str]]:
-        return {
-            (compared(record["prompt"]), str(record.get(IMAGE_FIELD, ""))): (place, record["prompt"])
-            for place, record in reversed(prompts.judged)  # of several the first is kept
-        }
+        placed = reversed([*zip(prompts.prompts, prompts.judged, strict=True)])  # of equal ones the first is kept
+        return {(compared(p), str(record.get(IMAGE_FIELD, ""))): (place, p) for p, (place, record) in placed}
 
     trained, held_out = lines(train), lines(evaluation)
     shared = [one for one in reversed(held_out) if one in trained]

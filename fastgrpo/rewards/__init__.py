@@ -140,6 +140,12 @@ class RewardSum:
     def names(self) -> list[str]:
         return list(self.weights)
 
+    @property
+    def percent(self) -> list[str]:
+        """The rewards whose scores are shown in percent; the score of a single one is shown as weighted."""
+        weighted = len(self.weights) == 1 and self.weights != dict.fromkeys(self.weights, 1)
+        return [name for name in self.weights if in_percent(self.rewards[name]) and not weighted]
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Each reward's scores (B, R) float32, on the CPU."""
         columns = [scores_of(self.rewards[name], name, images, prompts, metadata) for name in self.weights]
