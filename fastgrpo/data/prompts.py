@@ -132,8 +132,8 @@ def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     shared = [one for one in reversed(held_out) if one in trained]
     if shared:
         (place, prompt), (same_place, same) = held_out[shared[0]], trained[shared[0]]
-        first = f"{prompt!r} ({place}) is {same!r} ({same_place})"
-        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {first}")
+        more = "" if prompt == same else f" at {place}, as {same!r} at {same_place}"
+        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {prompt!r}{more}")
 
 
 def prompt_probabilities(prompts: PromptSet, weights: Mapping[str, float], groups: int) -> np.ndarray | None:

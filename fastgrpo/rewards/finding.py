@@ -11,6 +11,7 @@ neighbours and hides nothing.
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def _imported(name: str, source: str) -> ModuleType:
             raise
         raise ValueError(f"reward {name!r}: {error}") from error
     except Exception as error:
-        raise ValueError(f"reward {name!r}: {source} cannot be imported: {type(error).__name__}: {error}") from error
+        raise _broken(name, source, error) from error
 
 
 def _from_file(name: str, source: str, folders: list[Path]) -> ModuleType:
@@ -79,8 +80,15 @@ def _from_file(name: str, source: str, folders: list[Path]) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[str(file)]
-        raise ValueError(f"reward {name!r}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+        raise _broken(name, file, error) from error
     return module
+
+
+def _broken(name: str, source: str | Path, error: Exception) -> ValueError:
+    """The error for code that fails when it is imported, with the line in which it does."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {error} (at {last.filename}:{last.lineno})"
+    return ValueError(f"reward {name!r}: {source} cannot be imported: {what}")
 
 
 def _append_to_path(folder: Path) -> None:
