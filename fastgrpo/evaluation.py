@@ -39,6 +39,7 @@ class Evaluator:
         """Mean score, overall and by category ("tag" of the prompts' metadata), with the number of images and seconds.
 
         With several rewards: of their weighted sum overall and of each of them by name; "categories" has each one's by tag.
+        "percent" has the names in it that are shares, as the rewards say, and are shown to people in percent.
         A reward that is gone on one rank is `RewardUnavailable` on every rank. Collective.
         """
         began = time.perf_counter()
@@ -62,9 +63,10 @@ class Evaluator:
         means = {name: {tag: float(column.numpy()[tags == tag].mean()) for tag in names} for name, column in columns.items()}
         overall = {name: float(np.mean(list(row.values()))) for name, row in means.items()}
         if len(self.reward.names) == 1:
-            return {"accuracy": {"overall": overall["overall"], **means["overall"]}}
+            accuracy = {"overall": overall["overall"], **means["overall"]}
+            return {"accuracy": accuracy, "percent": list(accuracy) if self.reward.percent else []}
         categories = {tag: {name: means[name][tag] for name in self.reward.names} for tag in names}
-        return {"accuracy": overall, "categories": categories}
+        return {"accuracy": overall, "categories": categories, "percent": self.reward.percent}
 
     def order(self, images: int) -> np.ndarray:
         """The prompts' indices (images,): categories in turn, and in each its prompts in turn, evenly spaced if not all."""

@@ -4,6 +4,7 @@ An object takes the place of what the configuration names, and is recorded there
 prompts as files in the run's folder. So `config.yaml` says what was run, and the commands on a run's folder find it.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import (
     IMAGE_FIELD,
+    ImagePrompt,
     PromptSet,
+    as_prompt,
     check_held_out,
     check_tags,
     given_prompts,
@@ -23,9 +26,10 @@ from fastgrpo.data.prompts import (
     write_prompts,
 )
 from fastgrpo.models import configured_model, model_class
+from fastgrpo.models.reading import cut_line
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name, weights_of
+from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
 
@@ -103,23 +107,55 @@ class Parts:
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
         check_tags(held_out)
-        reward, held_out_reward = _rewards(config, device, objects)
+        scored = (() if image_fields else prompts.judged, held_out.judged)
+        reward, held_out_reward = _rewards(config, device, objects, scored)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model,
         )  # fmt: skip
 
+    def check_cut(self, max_text_tokens: int, show: bool) -> None:
+        """`check_cut` of all its prompts, with the rewards that score them."""
+        trained = self.prompts, None if self.image_fields else self.reward
+        check_cut(self.model, max_text_tokens, trained, (self.held_out, self.held_out_reward), show=show)
+
+
+def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, RewardSum | None], show: bool = True) -> None:
+    """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
+
+    scored: prompts, with the rewards that score their images; None: nothing does.
+    """
+    ask = getattr(model, "read_in_part", None)
+    if ask is None:
+        return
+    cut: dict[str | ImagePrompt, str] = {}
+    for prompts, reward in scored:
+        asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]
+        found = ask(asked)
+        cut |= found
+        read = [
+            (f"{place}: model.max_text_tokens = {max_text_tokens} cuts this prompt", {**record, "prompt": found[prompt]})
+            for prompt, (place, record) in zip(asked, prompts.judged, strict=True) if prompt in found
+        ]  # fmt: skip
+        if reward is not None:
+            reward.check(read)
+    if cut and show:
+        print(cut_line(cut, sum(len(prompts) for prompts, _ in scored), max_text_tokens), file=sys.stderr)
+
 
 def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str]) -> PromptSet:
     return load_prompts(path, image_fields) if given is None else given_prompts(given, image_fields)
 
 
-def _rewards(config: Config, device: torch.device, objects: Objects) -> tuple[RewardSum, RewardSum]:
-    """For training and for evaluation; what stands in both is loaded once."""
+def _rewards(
+    config: Config, device: torch.device, objects: Objects, prompts: Sequence[Judged]
+) -> tuple[RewardSum, RewardSum]:
+    """For training and for evaluation; what stands in both is loaded once. prompts: that each of the two will score."""
     given = {reward_name(reward): reward for reward in (objects.reward, objects.held_out_reward) if reward is not None}
     section = config.reward
     train, held_out = load_rewards(
-        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given
-    )
+        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given,
+        folder=section.folder, prompts=prompts,
+    )  # fmt: skip
     return train, held_out

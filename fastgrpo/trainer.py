@@ -83,6 +83,7 @@ class Trainer:
         self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
+        self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         prepare(self.model, config)
@@ -268,7 +269,7 @@ class Trainer:
             samples = self.evaluator.samples(policy, settings.samples) if settings.samples else None
         bar.close()
         if self.ranks.rank == 0:
-            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
+            tqdm.write(f"iteration {iteration}: {accuracy_line(row)}")
         for callback in self.callbacks:
             callback.on_evaluation(self, row, samples)
         return row

@@ -16,7 +16,6 @@ from fastgrpo.commands.arguments import add_set, path
 from fastgrpo.commands.errors import shown
 from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.reporting.text import in_percent
 from fastgrpo.validation import check_folder, load_config
 
 
@@ -74,8 +73,9 @@ def summary_table(summary: dict) -> str:
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
     width = max(len(tag) for tag, *_ in rows)
     lines = [f"{'':{width}}     base  trained   change"]
-    style = ".1%" if in_percent(score for _, *scores in rows for score in scores) else ".4g"
-    lines += [f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}" for tag, base, final in rows]
+    for tag, base, final in rows:
+        style = ".1%" if tag in summary["percent"] else ".4g"
+        lines.append(f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}")
     seconds, images = summary["train_seconds"], summary["images"]
     lines.append(
         f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}"

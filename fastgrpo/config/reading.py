@@ -36,6 +36,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
     data = schema.absolute_paths(data, Path.cwd())
+    _say_where_rewards_are(data, path.parent)
     return schema.build(Config, data)
 
 
@@ -50,6 +51,7 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
     named = data.pop("extends", None)
     data = schema.absolute_paths(data, path.parent)
+    _say_where_rewards_are(data, path.parent)
     if named is None:
         return data
     parent, heirs = path.parent / schema.to_path(str(named)), (*heirs, path.resolve())
@@ -59,6 +61,20 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         way = " -> ".join(str(file) for file in (*heirs[heirs.index(parent.resolve()) :], parent.resolve()))
         schema.refuse(f"{path}: extends", named, f"a circle ({way}); let one of these files extend nothing")
     return schema.merge(Config, _read(parent, heirs), data)
+
+
+def _names(rewards: Any) -> list[str]:
+    """One reward by its name, or several with their weights; what is neither is refused later."""
+    return [rewards] if isinstance(rewards, str) else [str(name) for name in rewards] if isinstance(rewards, dict) else []
+
+
+def _say_where_rewards_are(data: dict[str, Any], folder: Path) -> None:
+    """Sets reward.folder to that of the file in which a reward of one's own is named."""
+    section = data.get("reward")
+    if isinstance(section, dict):
+        names = [name for key in ("train", "eval") for name in _names(section.get(key))]
+        if any(":" in name for name in names):
+            section.setdefault("folder", str(folder.resolve()))
 
 
 def dump_config(config: Config) -> str:

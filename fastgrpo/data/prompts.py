@@ -20,6 +20,7 @@ from fastgrpo.data.captions import captioned_images
 from fastgrpo.data.json_records import NotJSON, check_record, is_json, parse_json
 from fastgrpo.data.pictures import load_picture
 from fastgrpo.files import write_atomically
+from fastgrpo.normal_form import compared
 from fastgrpo.records import numpy_generator
 from fastgrpo.text_files import numbered_lines, read_text
 
@@ -51,6 +52,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def judged(self) -> list[tuple[str, dict]]:
+        """Where each prompt stands, and its record, for rewards that look at them before the run."""
+        return list(zip(self.places or map(repr, self.prompts), self.metadata, strict=True))
 
 
 def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
@@ -139,14 +145,18 @@ def _image(record: dict, field: str, folder: Path) -> str:
 
 
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
-    """Refuse evaluation prompts that are trained on."""
+    """Refuse evaluation prompts that are trained on, whatever their case, spaces and ways to write a character."""
 
-    def lines(prompts: PromptSet) -> set[tuple[str, str]]:
-        return {(p, str(record.get(IMAGE_FIELD, ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
+    def lines(prompts: PromptSet) -> dict[tuple[str, str], tuple[str, str]]:
+        placed = reversed([*zip(prompts.prompts, prompts.judged, strict=True)])  # of equal ones the first is kept
+        return {(compared(p), str(record.get(IMAGE_FIELD, ""))): (place, p) for p, (place, record) in placed}
 
-    shared = sorted(lines(train) & lines(evaluation))
+    trained, held_out = lines(train), lines(evaluation)
+    shared = [one for one in reversed(held_out) if one in trained]
     if shared:
-        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
+        (place, prompt), (same_place, same) = held_out[shared[0]], trained[shared[0]]
+        more = "" if prompt == same else f" at {place}, as {same!r} at {same_place}"
+        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {prompt!r}{more}")
 
 
 def check_tags(evaluation: PromptSet) -> None:

@@ -14,6 +14,7 @@ Latents have the form in which the stock pipeline hands them to its scheduler: p
 B samples, *D the shape of a latent.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,9 +23,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from fastgrpo.models.reading import Reading, cut_line, part_read
 from fastgrpo.models.speed import Accelerated
 from fastgrpo.models.trained import Trainable
 from fastgrpo.policy import GuidanceRule
+from fastgrpo.quiet import without_warnings
 
 
 class Adapter(Trainable, Accelerated):
@@ -35,6 +38,7 @@ class Adapter(Trainable, Accelerated):
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with an input image
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: GuidanceRule | None = None
+    cuts_are_known = False  # whether anybody was told that prompts are cut
     _inverse_was_tried = False
 
     # What a family defines.
@@ -86,8 +90,34 @@ class Adapter(Trainable, Accelerated):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Any:
-        """The Conditioning of prompts. The prompt "" stands for no prompt in classifier-free guidance."""
-        return self.encode_text(prompts) if self.text_encoders else self.placeholder(len(prompts))
+        """The Conditioning of prompts. The prompt "" stands for no prompt in classifier-free guidance.
+
+        Warns of a prompt that is cut, once, unless `read_in_part` has told before.
+        """
+        if not self.text_encoders:
+            return self.placeholder(len(prompts))
+        if not self.cuts_are_known and (cut := self.read_in_part(prompts)):
+            warnings.warn(cut_line(cut, len(prompts), self.settings.max_text_tokens), stacklevel=3)
+        with without_warnings("diffusers", "transformers"):  # diffusers shows what it cuts, a screen for each prompt
+            return self.encode_text(prompts)
+
+    def read_in_part(self, prompts: Sequence[Any]) -> dict[Any, str]:
+        """The prompts that the text encoders cut, each with the part of its text that they read."""
+        if not self.text_encoders:
+            return {}
+        cut = {}
+        for prompt in dict.fromkeys(prompts):
+            reading = self.reading(prompt if isinstance(prompt, str) else prompt.text)
+            if (part := part_read(reading)) != reading.prompt:
+                cut[prompt] = part
+        self.cuts_are_known = self.cuts_are_known or bool(cut)
+        return cut
+
+    def reading(self, text: str) -> Reading:
+        """How a prompt's text comes to its tokenizer; here as it is, and to the last of several, which reads the most."""
+        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer"))
+        tokenizer = next(one for one in tokenizers if one is not None)
+        return Reading(tokenizer, text, text, self.settings.max_text_tokens)
 
     @property
     def encoders(self) -> list[torch.nn.Module]:

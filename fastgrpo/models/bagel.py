@@ -24,6 +24,7 @@ from transformers import Qwen2Tokenizer
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
+from fastgrpo.models.reading import Reading
 from fastgrpo.quiet import quiet
 
 SHIFT = 3.0  # how far the noise levels are shifted towards noise
@@ -121,6 +122,9 @@ class Bagel(Adapter):
         length = torch.tensor([len(text) for text in texts], device=self.device)
         keys, values = self.transformer.read(ids, length)
         return BagelConditioning(keys, values, length)
+
+    def reading(self, text: str) -> Reading:
+        return super().reading(text)._replace(room=self.settings.max_text_tokens - 2)  # two are the prompt's marks
 
     def placeholder(self, batch: int) -> BagelConditioning:
         config, tokens = self.transformer.config, self.settings.max_text_tokens

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.folder import check_folder
+from fastgrpo.models.reading import Reading
 
 HEIGHT, WIDTH, FRAMES = 480, 832, 81  # the pipeline's defaults
 
@@ -86,6 +88,9 @@ class Wan(Adapter):
             device=self.text_encoders[0].device,
         )  # fmt: skip
         return WanConditioning(embeds.to(self.device, self.dtype))
+
+    def reading(self, text: str) -> Reading:
+        return super().reading(prompt_clean(text))
 
     def placeholder(self, batch: int) -> WanConditioning:
         shape = batch, self.settings.max_text_tokens, self.transformer.config.text_dim
