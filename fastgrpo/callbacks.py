@@ -18,7 +18,8 @@ from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.files import write_atomically
-from fastgrpo.parts import Objects
+from fastgrpo.inputs import write_inputs
+from fastgrpo.parts import Objects, Parts
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.runlog import RunLog
@@ -32,6 +33,7 @@ class Run(Protocol):
     config: Config
     ranks: Ranks
     objects: Objects  # what was handed in
+    parts: Parts  # what it is made of
     iteration: int  # iterations done
     saved: int  # the iteration of the last checkpoint
     rollout_form: str  # how rollouts are run, for people to read
@@ -72,6 +74,9 @@ class FolderLog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(RunFolder(folder).config, dump_config(trainer.config))
         trainer.objects.write_prompts(trainer.config)
+        write_inputs(folder, trainer.parts.inputs)
+        for change in trainer.parts.changes:
+            print(change, flush=True)
         self.log = RunLog(folder, trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)
 

@@ -16,6 +16,7 @@ from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, load_prompts
 from fastgrpo.files import write_atomically
+from fastgrpo.inputs import Inputs, changes, inputs_of
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
@@ -78,11 +79,15 @@ class Parts:
     reward: RewardSum
     held_out_reward: RewardSum
     model: Model
+    inputs: Inputs
+    changes: list[str]  # in the inputs since the run began, that it goes on with
 
     @classmethod
     def of(cls, config: Config, device: torch.device, objects: Objects) -> "Parts":
-        """Loads what is configured; refuses what does not go together, with the key's path."""
-        family: Any = model_class(config.model.name) if objects.model is None else objects.model
+        """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
+        family: Any = objects.model or model_class(config.model.name)
+        if objects.model is None and not config.model.random_weights:
+            family.check_files(config.model.path)
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
@@ -93,11 +98,13 @@ class Parts:
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given)
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
+        inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
+        changed = changes(config.output, inputs)
         reward, held_out_reward = _rewards(config, device, objects)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
-            held_out_reward=held_out_reward, model=model,
+            held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
         )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ and written as JSON beside the machine it was measured on, to be compared with w
 """
 
 import argparse
-import json
 import math
 import re
 import tempfile
@@ -33,7 +32,7 @@ from fastgrpo.commands import plan
 from fastgrpo.config import schema
 from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
-from fastgrpo.files import write_atomically
+from fastgrpo.files import json_text, write_atomically
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
@@ -201,7 +200,7 @@ class Record:
 
     def __call__(self, name: str, **values: Any) -> None:
         self.result["measurements"].append({"name": name, **values})
-        write_atomically(self.path, json.dumps(self.result, indent=1) + "\n")
+        write_atomically(self.path, json_text(self.result, indent=1) + "\n")
         print(line(name, values), flush=True)
 
 

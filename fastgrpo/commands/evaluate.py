@@ -13,6 +13,7 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.files import json_text
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         row = {"prompts": str(path), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
         rows += scores_by_reward(path.stem, row, rewards.names)
         if not arguments.table:
-            print(json.dumps(row), flush=True)
+            print(json_text(row), flush=True)
     if arguments.table:
         print(score_table(rows))
     return 0

@@ -15,7 +15,6 @@ The peak of memory is what is held all the time and, on top, the most that one p
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 
 from fastgrpo.commands.counting import counted, flash_attention
 from fastgrpo.engine.options import LARGEST_BUCKET
+from fastgrpo.files import json_text
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import model_class
@@ -276,5 +276,5 @@ def run(arguments: argparse.Namespace) -> int:
         given = f"--gpus {arguments.gpus} --mfu {arguments.mfu} --peak {arguments.peak}"
         raise ConfigError(f"{given}: gpus and peak are above 0, mfu is 0 to 1")
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
-    print(json.dumps(result) if arguments.json else plan_table(result, config))
+    print(json_text(result) if arguments.json else plan_table(result, config))
     return 0
