@@ -77,9 +77,9 @@ def write_inputs(folder: Path, inputs: Inputs) -> None:
 
 def prompts_hash(prompts: PromptSet) -> str:
     """A hash of the records in their order, with the content of an image in place of its path."""
-    digest = hashlib.sha256()
+    digest, content = hashlib.sha256(), functools.cache(_file_hash)  # an image may stand in many records
     for record in prompts.metadata:
-        images = {field: _file_hash(Path(record[field])) for field in IMAGES if _is_file(record.get(field))}
+        images = {field: content(Path(record[field])) for field in IMAGES if _is_file(record.get(field))}
         digest.update(json.dumps({**record, **images}, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
@@ -119,12 +119,7 @@ def _reward_hash(name: str, config: Config) -> str:
 
 def _file_hash(file: Path) -> str:
     """Of the size and the content, as far as `WHOLE` says: 64 blocks differ between any two trainings of one network."""
-    status = file.stat()
-    return _hash_of(file, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _hash_of(file: Path, size: int, _: int) -> str:
+    size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
         if size <= WHOLE:
