@@ -18,6 +18,7 @@ from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.files import write_atomically
+from fastgrpo.inputs import write_inputs
 from fastgrpo.parts import Objects, Parts
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.run_folder import RunFolder
@@ -75,6 +76,9 @@ class FolderLog(Callback):
         corrected = not has_trained(folder) and changes_of_run(trainer.config)
         write_atomically(RunFolder(folder).config, dump_config(trainer.config))
         trainer.objects.write_prompts(trainer.config, trainer.parts.prompts, trainer.parts.held_out)
+        write_inputs(folder, trainer.parts.inputs)
+        for change in trainer.parts.changes:
+            print(change, flush=True)
         # The first evaluation of a run that trained nothing is not that of the corrected one.
         self.log = RunLog(folder, -1 if corrected else trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)

@@ -25,6 +25,7 @@ from fastgrpo.data.prompts import (
     load_prompts,
     write_prompts,
 )
+from fastgrpo.inputs import Inputs, changes, inputs_of
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.models.reading import cut_line
 from fastgrpo.policy import Model
@@ -91,11 +92,15 @@ class Parts:
     reward: RewardSum
     held_out_reward: RewardSum
     model: Model
+    inputs: Inputs
+    changes: list[str]  # in the inputs since the run began, that it goes on with
 
     @classmethod
     def of(cls, config: Config, device: torch.device, objects: Objects) -> "Parts":
-        """Loads what is configured; refuses what does not go together, with the key's path."""
-        family: Any = model_class(config.model.name) if objects.model is None else objects.model
+        """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
+        family: Any = objects.model or model_class(config.model.name)
+        if objects.model is None and not config.model.random_weights:
+            family.check_files(config.model.path)
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
@@ -107,12 +112,14 @@ class Parts:
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
         check_tags(held_out)
+        inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
+        changed = changes(config.output, inputs)
         scored = (() if image_fields else prompts.judged, held_out.judged)
         reward, held_out_reward = _rewards(config, device, objects, scored)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
-            held_out_reward=held_out_reward, model=model,
+            held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
         )  # fmt: skip
 
     def check_cut(self, max_text_tokens: int, show: bool) -> None:

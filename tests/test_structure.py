@@ -11,17 +11,19 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
+        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite", "fastgrpo.interpreter",
+        "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.quiet", "fastgrpo.records", "fastgrpo.stopping",
         "fastgrpo.text_files", "fastgrpo.version",
-        "fastgrpo.records",
-        "fastgrpo.normal_form",
     ],
     "what may be said": ["fastgrpo.config"],
     "what a model is": ["fastgrpo.policy", "fastgrpo.tiny", "fastgrpo.engine", "fastgrpo.reporting"],
     "prompts": ["fastgrpo.data"],
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],
     "what learns": ["fastgrpo.learning"],
-    "what the whole needs": ["fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.metrics", "fastgrpo.testing"],
+    "what the whole needs": [
+        "fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.inputs", "fastgrpo.metrics", "fastgrpo.testing",
+        "fastgrpo.trained_files",
+    ],
     "what a run is made of": ["fastgrpo.parts"],
     "what a run tells": ["fastgrpo.callbacks"],
     "the trainer": ["fastgrpo.trainer"],

@@ -17,7 +17,6 @@ and written as JSON beside the machine it was measured on, to be compared with w
 """
 
 import argparse
-import json
 import math
 import re
 import tempfile
@@ -36,7 +35,7 @@ from fastgrpo.config.bounds import AtLeast, AtMost
 from fastgrpo.config.keys import BatchSize
 from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
-from fastgrpo.files import write_atomically
+from fastgrpo.files import json_text, write_atomically
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
@@ -205,7 +204,7 @@ class Record:
 
     def __call__(self, name: str, **values: Any) -> None:
         self.result["measurements"].append({"name": name, **values})
-        write_atomically(self.path, json.dumps(self.result, indent=1) + "\n")
+        write_atomically(self.path, json_text(self.result, indent=1) + "\n")
         print(line(name, values), flush=True)
 
 

@@ -14,6 +14,7 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.files import json_text
 from fastgrpo.models import model_class
 from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         row = {"prompts": str(file), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
         rows += scores_by_reward(file.stem, row, rewards.names)
         if not arguments.table:
-            print(json.dumps(row), flush=True)
+            print(json_text(row), flush=True)
     if arguments.table:
         print(score_table(rows, rewards.percent))
     return 0

@@ -15,7 +15,6 @@ The peak of memory is what is held all the time and, on top, the most that one p
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.commands.counting import counted, flash_attention
 from fastgrpo.config.bounds import Above, AtLeast, AtMost
 from fastgrpo.engine.options import LARGEST_BUCKET
+from fastgrpo.files import json_text
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import model_class
@@ -288,5 +288,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     config = load_config(arguments.config, arguments.set)
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
-    print(json.dumps(result) if arguments.json else plan_table(result, config))
+    print(json_text(result) if arguments.json else plan_table(result, config))
     return 0

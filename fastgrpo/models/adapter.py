@@ -18,16 +18,20 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from fastgrpo.finite import check_finite
 from fastgrpo.models.reading import Reading, cut_line, part_read
 from fastgrpo.models.speed import Accelerated
 from fastgrpo.models.trained import Trainable
 from fastgrpo.policy import GuidanceRule
 from fastgrpo.quiet import without_warnings
+from fastgrpo.version import __version__
 
 
 class Adapter(Trainable, Accelerated):
@@ -126,8 +130,14 @@ class Adapter(Trainable, Accelerated):
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
-        """The settings that a Conditioning depends on, besides the prompt and the weights of `encoders`."""
-        return {"max_text_tokens": self.settings.max_text_tokens}
+        """What a Conditioning depends on besides the prompt and the weights of `encoders`.
+
+        The tokenizers and processors by content, and the releases that hold the code and the templates around them.
+        """
+        return {
+            "max_text_tokens": self.settings.max_text_tokens, "readers": self.readers_hash, "fastgrpo": __version__,
+            "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
 
     def release_encoders(self) -> None:
         """Move the text encoders off the GPU. `encode` still works, more slowly."""
@@ -213,5 +223,6 @@ class Adapter(Trainable, Accelerated):
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """A decoder's output, from -1 to 1, as uint8."""
+    """A decoder's output, from -1 to 1, as uint8. NotFinite: a NaN, which as uint8 would be black."""
+    check_finite("decoder's output", images)
     return ((images / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)

@@ -69,7 +69,7 @@ class Bagel(Adapter):
     @classmethod
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
         """The model in the published folder. Nothing is downloaded."""
-        check_bagel_folder(path)
+        cls.check_files(path)
         with quiet("diffusers", "transformers"):
             tokenizer = read_tokenizer(path)
             pipeline = BagelPipeline(
@@ -77,6 +77,10 @@ class Bagel(Adapter):
                 FlowMatchEulerDiscreteScheduler(shift=SHIFT), tokenizer,
             )  # fmt: skip
         return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def check_files(cls, path: Path) -> None:
+        check_bagel_folder(path)
 
     @classmethod
     def part_class(cls, name: str) -> Any:

@@ -157,7 +157,7 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
 class PlainEngine:
     """An engine of plain torch in this process."""
 
-    skipped_steps, loss_scale = 0, None
+    steps_begun, skipped_steps, loss_scale = 0, 0, None
 
     def __init__(self, policy: nn.Module, ranks: Ranks, options: EngineOptions) -> None:
         self.policy, self.ranks = policy.to(options.dtype), ranks
