@@ -14,6 +14,7 @@ fastgrpo make-prompts geneval --exclude eval.jsonl --count 50000 --output train.
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return command.run(arguments)
-    except ValueError as error:
+    except (ValueError, ArithmeticError, OSError) as error:  # ArithmeticError: `fastgrpo.finite.NotFinite`
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         from fastgrpo.rewards import RewardUnavailable
 
