@@ -378,6 +378,7 @@ class Trainer:
         self.saved = self.iteration
         if self.ranks.rank == 0:
             write_trained(self.model, folder, self.iteration, self._trained_weights())
+        self.ranks.barrier()  # a rank that ends now would have the launcher end them all
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
         return folder

@@ -4,6 +4,7 @@ status = shown(run, arguments)
 """
 
 import dis
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,13 @@ Arguments = TypeVar("Arguments")
 
 
 def shown(run: Callable[[Arguments], int], arguments: Arguments) -> int:
-    """Runs a command; returns its exit status, 2 where something was refused."""
+    """Runs a command; returns its exit status, 2 where something was refused, 130 after Ctrl-C."""
     try:
         return run(arguments)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, ArithmeticError, OSError) as error:  # ArithmeticError: `fastgrpo.finite.NotFinite`
         if not is_refusal(error):
             raise
         print(f"error: {error}", file=sys.stderr)

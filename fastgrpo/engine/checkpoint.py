@@ -50,7 +50,7 @@ def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict
     try:
         with writing_to(final):
             _write(engine, partial, final, iteration, state)
-    except Exception:
+    except OSError:
         if engine.ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
