@@ -18,11 +18,14 @@ INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00
 
 def compared(text: str) -> str:
     """The text as it is compared; empty where it shows nothing."""
+    # Folding the case leaves what composes again, and composing leaves what folds, or a space: until nothing changes.
+    while (form := _folded(text)) != text:
+        text = form
+    return text
+
+
+def _folded(text: str) -> str:
     # The invisible go first: they would keep an accent from its letter. A double prime is two primes in NFKC.
-    shown = INVISIBLE.sub("", text.translate(STRAIGHT))
-    shown = "".join(c for c in shown if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc"))
-    # Folding the case may leave what composes again, and composing what folds: twice is stable (Unicode, D146).
-    for _ in range(2):
-        shown = unicodedata.normalize("NFKC", shown.casefold())
-    # An isolated accent becomes a space with the accent.
-    return "".join(shown.split())
+    text = INVISIBLE.sub("", text.translate(STRAIGHT))
+    shown = "".join(c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc"))
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFD", shown).casefold())

@@ -195,6 +195,7 @@ class QwenImageEdit(QwenFamily):
     pipeline_class = "QwenImageEditPipeline"
     Conditioning = QwenEditConditioning
     image_conditioned = True
+    cuts_are_known = True  # there are none
     longest_text = 3072  # the table of rotary positions has 4096 rows, and the first are the image's
 
     @classmethod

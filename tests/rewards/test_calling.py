@@ -96,11 +96,11 @@ def test_scores_are_a_copy_of_what_was_answered() -> None:
 @pytest.mark.parametrize("frames", [0, 2])
 def test_what_a_reward_writes_reaches_nobody(frames: int) -> None:
     def writing(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
+        metadata[0]["objects"].append("another")
         seen = [len(record["objects"]) for record in metadata]
         images.zero_()
         prompts.sort(key=len)
         prompts.pop()
-        metadata[0]["objects"].append("another")
         metadata.reverse()
         return seen
 
@@ -109,7 +109,7 @@ def test_what_a_reward_writes_reaches_nobody(frames: int) -> None:
     prompts, metadata = list(PROMPTS), [record, record, {"objects": []}]  # of a group the records are one object
     two = RewardSum(rewards={"a": writing, "b": writing}, weights={"a": 1.0, "b": 1.0})
     for _ in range(2):
-        assert two(images, prompts, metadata).tolist() == [[1, 1], [1, 1], [0, 0]]
+        assert two(images, prompts, metadata).tolist() == [[2, 2], [1, 1], [0, 0]]
     assert torch.equal(images, before) and prompts == PROMPTS and metadata == [record, record, {"objects": []}]
     assert record == {"objects": ["cat"]}
 

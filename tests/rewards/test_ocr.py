@@ -122,6 +122,35 @@ def test_the_target_is_the_first_quoted_text() -> None:
         assert repr(prompt) in str(error.value)
 
 
+QUOTED = [
+    ('a 12" ruler beside "START"', "start"),
+    ('a 5" x 7" card that says "Thank you"', "thankyou"),
+    ('"Route 66" on a shield', "route66"),
+    ('a shield with "66" and "67"', "66"),
+    ('\u5199\u7740"\u4f60\u597d"\u7684\u724c\u5b50', "\u4f60\u597d"),
+    ('a "Caf\u00c9"', "cafe\u0301"),
+    ('a \u201ccurly\u201d sign with "\uff33\uff34\uff2f\uff30"', "stop"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "text"), QUOTED)
+def test_signs_for_inches_quote_nothing(prompt: str, text: str) -> None:
+    assert similarity(text, target_text(prompt)) == 1 and similarity(target_text(prompt), target_text(prompt)) == 1
+
+
+@pytest.mark.parametrize("prompt", ['says "a', 'says "a" and "b', 'a "5" nail"', 'a mug with "', 'a "b" 3" c"'])
+def test_a_quote_without_its_partner_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="has a double quote without its partner") as error:
+        target_text(prompt)
+    assert repr(prompt) in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", ['a mug with "\u200b"', 'a "\ufeff \u3000" mug', "says \u201cOPEN\u201d", 'a 5" mug'])
+def test_what_shows_nothing_or_is_quoted_otherwise_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="quotes no text"):
+        OCR.check([prompt], [{}])
+
+
 def test_a_prompt_without_text_is_an_error_at_the_call(ocr: OCR) -> None:
     with pytest.raises(ValueError, match="prompt 'a mug' quotes no text"):
         ocr(drawn("a")[None], ["a mug"], [{"prompt": "a mug"}])

@@ -57,6 +57,23 @@ def test_overall_is_the_mean_of_the_categories(tiny_model) -> None:
     assert accuracy["overall"] == pytest.approx(np.mean([accuracy[tag] for tag in list(accuracy)[1:]]))
 
 
+def test_shares_are_named_where_the_reward_says_so(tiny_model) -> None:
+    class Share:
+        percent = True
+
+        def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+            return images.float().mean((1, 2, 3)) / 255
+
+    def row(weights: dict[str, float]) -> dict:
+        rewards = {"mean": mean_pixel, "share": Share()}
+        judged = replace(evaluator(tiny_model), reward=RewardSum(rewards=rewards, weights=weights))
+        return judged.accuracy(Policy(tiny_model), 3)
+
+    assert row({"share": 1.0})["percent"] == ["overall", "single_object", "counting", "two_object"]
+    assert row({"mean": 1.0})["percent"] == row({"share": 2.0})["percent"] == []
+    assert row({"mean": 1.0, "share": 2.0})["percent"] == ["share"]
+
+
 def test_several_rewards_stand_apart_by_name_and_category(tiny_model) -> None:
     alone = evaluator(tiny_model)
     rewards = {"mean": mean_pixel, "prompt": lambda images, prompts, metadata: torch.tensor([len(p) for p in prompts])}

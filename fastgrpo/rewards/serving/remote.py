@@ -103,9 +103,10 @@ class Remote:
         found: dict[str, dict] = {}
 
         def ask(url: str) -> None:
-            found[url] = health = self._answer("GET", f"{url}/health")
+            health = self._answer("GET", f"{url}/health")
             if not is_health(health):
                 raise Lost(f"answered what is no state of a reward server: {str(health)[:200]}")
+            found[url] = health
 
         self._try(ask, 0)
         for url in self.urls:
