@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
-from fastgrpo.parts import Objects
+from fastgrpo.parts import Objects, Parts
 from fastgrpo.validation import load_config
 
 
@@ -54,6 +54,12 @@ def test_one_reward_is_for_training_and_evaluation(tmp_path: Path) -> None:
     assert reward.train == reward.eval == f"{__name__}:brightness"
     both = Objects(reward=brightness, held_out_reward=brightness).naming_them(configured(tmp_path)).reward
     assert both.eval == reward.eval
+
+
+def test_a_category_called_as_the_mean_over_all_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    given = Objects(prompts=["a"], held_out=[{"prompt": "b", "tag": "overall"}])
+    with pytest.raises(ValueError, match="the prompt 'b' has the tag 'overall'"):
+        Parts.of(load_config(ROOT / "configs" / "sd3_compressibility.yaml"), torch.device("cpu"), given)
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:
