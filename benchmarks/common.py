@@ -77,7 +77,7 @@ def result_path(name: str, suffix: str) -> Path:
 def keep(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """Write the result, what there is of it so far, with where it was measured; returned as it is written."""
     result = {"benchmark": name, "device": device_name(), "torch": torch.__version__, **result}
-    result_path(name, "json").write_text(json.dumps(result, indent=1) + "\n")
+    result_path(name, "json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

@@ -31,7 +31,7 @@ KERNELS = "regex:sde_step_fwd|transition_(fwd|bwd)"
 
 def run(phase: Phase, command: list[str], output: Path) -> int:
     """The exit status of a command whose output goes to a file; 124 if it had to be ended, as of `timeout`."""
-    with output.open("w") as log:
+    with output.open("w", encoding="utf-8") as log:
         try:
             left = max(1, phase.left() - 3)
             return subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=left).returncode
@@ -43,7 +43,7 @@ def tests(phase: Phase) -> None:
     log = phase.out / "tests.log"
     command = [sys.executable, "-m", "pytest", "-vv", "--no-header", "-p", "no:cacheprovider"]
     status = run(phase, [*command, *(QUICK_TESTS if REHEARSE else TESTS)], log)
-    lines = log.read_text().splitlines()
+    lines = log.read_text(encoding="utf-8").splitlines()
     counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
     failed = [line[:160] for line in lines if re.search(r"\] (FAILED|ERROR) ", line)]
     phase.check("pytest", status == 0, status=status, counts=(counts or lines or ["no output"])[-1], failed=failed[:25])
@@ -53,7 +53,7 @@ def tiny(phase: Phase) -> None:
     settings = ["iterations=30", "evaluation.every=0", "evaluation.images=200"]
     rehearsed = ["iterations=2", "evaluation.images=20", "evaluation.num_steps=4", "evaluation.samples=4"]
     rows, _ = deepspeed(phase, [*settings, *(rehearsed if REHEARSE else [])])
-    for mine, reference in zip(rows, json.loads(REFERENCE.read_text()), strict=False):
+    for mine, reference in zip(rows, json.loads(REFERENCE.read_text(encoding="utf-8")), strict=False):
         against_cpu(phase, mine, reference)
 
 
@@ -72,12 +72,12 @@ def deepspeed(phase: Phase, settings: list[str]) -> tuple[list[dict[str, Any]], 
     status = run(phase, ["deepspeed", "fastgrpo/train.py", "--config", CONFIG, *options], log)
     seconds = round(time.monotonic() - began, 1)
     metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    found = json.loads(summary.read_text()) if summary.exists() else {}
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     shown = {key: found.get(key) for key in ("rollout", "base_accuracy", "final_accuracy", "train_seconds")}
     phase.check(
         "deepspeed", status == 0 and bool(rows), status=status, seconds=seconds, iterations=len(rows), **shown,
-        tail=log.read_text()[-600:] if status else "",
+        tail=log.read_text(encoding="utf-8")[-600:] if status else "",
     )  # fmt: skip
     if rows:
         phase.record("last iteration", **{part: round(seconds, 3) for part, seconds in rows[-1]["seconds"].items()})
@@ -106,8 +106,8 @@ def ncu(phase: Phase) -> None:
     options = ["--clock-control", "none", "--csv", "--page", "raw", "-k", KERNELS, "-c", "9"]
     counters, printed = phase.out / "ncu.csv", Path(tempfile.mkdtemp()) / "log"
     status = run(phase, ["ncu", "--log-file", str(counters), *options, *sections, *target], printed)
-    lines = counters.read_text().splitlines() if counters.exists() else []
-    said = [*lines[-2:], *printed.read_text().splitlines()[-3:]] if status else []
+    lines = counters.read_text(encoding="utf-8").splitlines() if counters.exists() else []
+    said = [*lines[-2:], *printed.read_text(encoding="utf-8").splitlines()[-3:]] if status else []
     phase.check("ncu", status == 0, status=status, lines=len(lines), said=said)
 
 

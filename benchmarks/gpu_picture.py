@@ -21,7 +21,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("results*.jsonl"))
     if not files:
         raise SystemExit(f"error: {folder} holds no results*.jsonl, which gpu_suite.sh leaves in $OUT")
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def speeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -140,7 +140,7 @@ class Suite:
 
     def say(self, text: str) -> None:
         line = f"[{time.monotonic() - self._began:6.1f}s] {text}"
-        with self._lock, (self.out / "suite.log").open("a") as log:
+        with self._lock, (self.out / "suite.log").open("a", encoding="utf-8") as log:
             print(line, flush=True)
             log.write(line + "\n")
 
@@ -195,7 +195,7 @@ def version(package: str) -> str:
 
 def summary(out: Path) -> str:
     """Every number in short by phase, then what went wrong, then how the phases ended: the most important last."""
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["phase"] != "environment" and not row.get("detail")]
     ends = [row for row in rows if row["name"] == "END"]
     failed = [row for row in rows if row["name"].startswith("FAILED")]

@@ -164,7 +164,7 @@ def main() -> None:
     result = {"benchmark": "gradient_signal", "batches": arguments.batches, **analyse(probe, arguments.batches)}
     result["images"] = arguments.batches * probe.config.rollout.groups * probe.config.rollout.group_size
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gradient_signal.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "gradient_signal.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, RESULTS / "gradient_signal.png")
     print(json.dumps(result))
 

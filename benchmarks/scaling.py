@@ -72,7 +72,10 @@ def iteration_seconds(ranks: int, config: Path, copies: int = 1) -> float:
             runs.append(begin(ranks, [str(ROOT / "fastgrpo" / "train.py"), "--config", str(config), *options]))
         for run in runs:
             finished(run)
-        found = [[json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] for output in outputs]
+        found = [
+            [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            for output in outputs
+        ]
     # The first iteration warms up.
     return statistics.mean(statistics.median(sum(row["seconds"].values()) for row in rows[1:]) for rows in found)
 

@@ -71,10 +71,10 @@ def write_configuration(work: Path, name: str, settings: Sequence[str]) -> None:
     for setting in settings:
         apply_override(data, setting)
     text = dump_config(build(Config, data))
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{path.parent}: holds runs of another configuration; remove it, or choose another --work")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def join(progress: Any) -> None:

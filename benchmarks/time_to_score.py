@@ -120,7 +120,7 @@ class Pool:
 def measured(arguments: argparse.Namespace, pool: Pool) -> dict[str, dict[str, float]]:
     """Seconds and image forwards of an iteration; all anew if one is unknown, as only what was taken in turn compares."""
     path, names = arguments.work / "iterations.json", arguments.recipes
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not set(names) <= set(known):
         names = list(dict.fromkeys([*known, *names]))
         rounds = arguments.rounds

@@ -32,11 +32,11 @@ def train(config: Path, seed: int, output: Path, settings: list[str]) -> dict:
     for setting in (f"seed={seed}", f"output={output}", *settings):
         command += ["--set", setting]
     subprocess.run(command, check=True, cwd=ROOT)
-    return json.loads((output / "summary.json").read_text())
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw(runs: list[Path], summaries: list[dict], path: Path) -> None:
@@ -63,7 +63,7 @@ def draw(runs: list[Path], summaries: list[dict], path: Path) -> None:
 def draw_samples(run: Path, path: Path) -> None:
     """The first samples of the base above those of the trained model, with their prompts."""
     folders = sorted(folder for folder in (run / "samples").iterdir() if folder.is_dir())
-    prompts = json.loads((run / "samples" / "prompts.json").read_text())
+    prompts = json.loads((run / "samples" / "prompts.json").read_text(encoding="utf-8"))
     width, height = Image.open(folders[0] / "000.png").size
     figure, axes = plt.subplots(2, COLUMNS, figsize=(1.5 * COLUMNS, 3 * height / width + 0.5), layout="constrained")
     for row, (folder, name) in enumerate(((folders[0], "base"), (folders[-1], "trained"))):
@@ -94,7 +94,7 @@ def main() -> None:
     draw(runs, summaries, RESULTS / f"{name}.png")
     draw_samples(runs[0], RESULTS / f"{name}_samples.png")
     text = json.dumps({"settings": args.set, "runs": summaries}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     keys = ("seed", "base_accuracy", "final_accuracy", "train_seconds")
     print(json.dumps([{key: summary[key] for key in keys} for summary in summaries]))
 

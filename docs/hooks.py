@@ -12,7 +12,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ["CONTRIBUTING.md", "benchmarks/README.md", "kernels/README.md", "benchmarks/results/*.png"]
+OUTSIDE = [
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "kernels/README.md",
+    "benchmarks/results/**/README.md",
+    "benchmarks/results/**/*.png",
+]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

@@ -18,7 +18,8 @@ from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.files import write_atomically
-from fastgrpo.parts import Objects
+from fastgrpo.inputs import write_inputs
+from fastgrpo.parts import Objects, Parts
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.reporting.runlog import RunLog
@@ -33,6 +34,7 @@ class Run(Protocol):
     config: Config
     ranks: Ranks
     objects: Objects  # what was handed in
+    parts: Parts  # what it is made of
     iteration: int  # iterations done
     saved: int  # the iteration of the last checkpoint
     rollout_form: str  # how rollouts are run, for people to read
@@ -73,7 +75,10 @@ class FolderLog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         corrected = not has_trained(folder) and changes_of_run(trainer.config)
         write_atomically(RunFolder(folder).config, dump_config(trainer.config))
-        trainer.objects.write_prompts(trainer.config)
+        trainer.objects.write_prompts(trainer.config, trainer.parts.prompts, trainer.parts.held_out)
+        write_inputs(folder, trainer.parts.inputs)
+        for change in trainer.parts.changes:
+            print(change, flush=True)
         # The first evaluation of a run that trained nothing is not that of the corrected one.
         self.log = RunLog(folder, -1 if corrected else trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet, as_prompt
 from fastgrpo.engine.ranks import Ranks
+from fastgrpo.finite import NotFinite
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import EVALUATION, SAMPLE, noise_address
 from fastgrpo.rewards import RewardSum, RewardUnavailable
@@ -39,14 +40,15 @@ class Evaluator:
         """Mean score, overall and by category ("tag" of the prompts' metadata), with the number of images and seconds.
 
         With several rewards: of their weighted sum overall and of each of them by name; "categories" has each one's by tag.
-        A reward that is gone on one rank is `RewardUnavailable` on every rank. Collective.
+        "percent" has the names in it that are shares, as the rewards say, and are shown to people in percent.
+        What is raised on one rank, by a reward for example, is raised on every rank. Collective.
         """
         began = time.perf_counter()
         order = self.order(images)  # prompt of each sample
         # Whole batches only, the same number on every rank: past the end the samples start over, and are not counted.
         share = -(-images // (self.batch_size * self.ranks.world_size)) * self.batch_size  # samples a rank
         first, scores = self.ranks.rank * share, []
-        with self.ranks.together(RewardUnavailable):
+        with self.ranks.together(NotFinite, RewardUnavailable, Exception):
             for start in range(first, first + share, self.batch_size):
                 sample_id = torch.arange(start, start + self.batch_size) % images
                 scores.append(self._scores(policy, order[sample_id.numpy()], sample_id))
@@ -62,9 +64,10 @@ class Evaluator:
         means = {name: {tag: float(column.numpy()[tags == tag].mean()) for tag in names} for name, column in columns.items()}
         overall = {name: float(np.mean(list(row.values()))) for name, row in means.items()}
         if len(self.reward.names) == 1:
-            return {"accuracy": {"overall": overall["overall"], **means["overall"]}}
+            accuracy = {"overall": overall["overall"], **means["overall"]}
+            return {"accuracy": accuracy, "percent": list(accuracy) if self.reward.percent else []}
         categories = {tag: {name: means[name][tag] for name in self.reward.names} for tag in names}
-        return {"accuracy": overall, "categories": categories}
+        return {"accuracy": overall, "categories": categories, "percent": self.reward.percent}
 
     def order(self, images: int) -> np.ndarray:
         """The prompts' indices (images,): categories in turn, and in each its prompts in turn, evenly spaced if not all."""

@@ -5,13 +5,31 @@
         save_file(tensors, partial)
 
 What is written lies under another name beside the final one until all of it is on the disk; only then is it renamed.
+What the system refuses is an OSError with the path, whichever library was writing.
 """
 
+import json
+import math
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite, for which JSON has no word, is null."""
+    return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(one) for key, one in value.items()}
+    return [_with_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -29,10 +47,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        yield partial
-        move_into_place(partial, path)
+        with writing_to(path):
+            yield partial
+            move_into_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Inside, what the system refuses becomes an OSError that names `path`: no space left, over the quota, read-only.
+
+    torch and safetensors raise errors of their own that tell neither the place nor always the cause. The system is then
+    asked once more, by writing a little beside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        refusal = _refusal(path)
+        if refusal is None:
+            raise
+        raise OSError(refusal.errno, refusal.strerror, str(path)) from error
+
+
+def _refusal(path: Path) -> OSError | None:
+    """What the system says to a file of 1 MB beside `path`; None where it takes it."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def move_into_place(partial: Path, final: Path) -> None:

@@ -24,7 +24,8 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed",
 def device_name() -> str:
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*:\s*(.+)", about)
     return f"{model.group(1) if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 

@@ -50,6 +50,7 @@ def run_summary(folder: Path, **about: object) -> dict:
         "final_accuracy": final["overall"],
         "base": {tag: value for tag, value in base.items() if tag != "overall"},
         "final": {tag: value for tag, value in final.items() if tag != "overall"},
+        "percent": rows[-1].get("percent", []),
         "images": last["images"],
         "iterations": last["iteration"],
         "status": "finished",

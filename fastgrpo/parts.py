@@ -4,7 +4,7 @@ An object takes the place of what the configuration names, and is recorded there
 prompts as files in the run's folder. So `config.yaml` says what was run, and the commands on a run's folder find it.
 """
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,23 @@ import torch
 
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, check_held_out, check_tags, load_prompts
-from fastgrpo.files import write_atomically
+from fastgrpo.data.prompts import (
+    IMAGE_FIELD,
+    ImagePrompt,
+    PromptSet,
+    as_prompt,
+    check_held_out,
+    check_tags,
+    given_prompts,
+    load_prompts,
+    write_prompts,
+)
+from fastgrpo.inputs import Inputs, changes, inputs_of
 from fastgrpo.models import configured_model, model_class
+from fastgrpo.models.reading import cut_line
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.rewards import Reward, RewardSum, load_rewards, reward_name, weights_of
+from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
 
 Prompts = Sequence[str | dict]  # each a prompt, or its record: {"prompt": ..., and whatever the reward reads}
 
@@ -60,12 +71,15 @@ class Objects:
             prompts = replace(prompts, eval=RunFolder(config.output).given_prompts("eval"))
         return replace(config, reward=reward, prompts=prompts)
 
-    def write_prompts(self, config: Config) -> None:
-        """Into the files that `naming_them` says."""
-        for prompts, path in ((self.prompts, config.prompts.train), (self.held_out, config.prompts.eval)):
-            if prompts is not None:
+    def write_prompts(self, config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+        """Those that were handed in, as they were read, into the files that `naming_them` says."""
+        for given, read, path in (
+            (self.prompts, prompts, config.prompts.train),
+            (self.held_out, held_out, config.prompts.eval),
+        ):
+            if given is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, "".join(json.dumps(record) + "\n" for record in _records(prompts)))
+                write_prompts(path, read.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +92,15 @@ class Parts:
     reward: RewardSum
     held_out_reward: RewardSum
     model: Model
+    inputs: Inputs
+    changes: list[str]  # in the inputs since the run began, that it goes on with
 
     @classmethod
     def of(cls, config: Config, device: torch.device, objects: Objects) -> "Parts":
-        """Loads what is configured; refuses what does not go together, with the key's path."""
-        family: Any = model_class(config.model.name) if objects.model is None else objects.model
+        """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
+        family: Any = objects.model or model_class(config.model.name)
+        if objects.model is None and not config.model.random_weights:
+            family.check_files(config.model.path)
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
@@ -94,36 +112,57 @@ class Parts:
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
         check_tags(held_out)
-        reward, held_out_reward = _rewards(config, device, objects)
+        inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
+        changed = changes(config.output, inputs)
+        scored = (() if image_fields else prompts.judged, held_out.judged)
+        reward, held_out_reward = _rewards(config, device, objects, scored)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
-            held_out_reward=held_out_reward, model=model,
+            held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
         )  # fmt: skip
+
+    def check_cut(self, max_text_tokens: int, show: bool) -> None:
+        """`check_cut` of all its prompts, with the rewards that score them."""
+        trained = self.prompts, None if self.image_fields else self.reward
+        check_cut(self.model, max_text_tokens, trained, (self.held_out, self.held_out_reward), show=show)
+
+
+def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, RewardSum | None], show: bool = True) -> None:
+    """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
+
+    scored: prompts, with the rewards that score their images; None: nothing does.
+    """
+    ask = getattr(model, "read_in_part", None)
+    if ask is None:
+        return
+    cut: dict[str | ImagePrompt, str] = {}
+    for prompts, reward in scored:
+        asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]
+        found = ask(asked)
+        cut |= found
+        read = [
+            (f"{place}: model.max_text_tokens = {max_text_tokens} cuts this prompt", {**record, "prompt": found[prompt]})
+            for prompt, (place, record) in zip(asked, prompts.judged, strict=True) if prompt in found
+        ]  # fmt: skip
+        if reward is not None:
+            reward.check(read)
+    if cut and show:
+        print(cut_line(cut, sum(len(prompts) for prompts, _ in scored), max_text_tokens), file=sys.stderr)
 
 
 def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str]) -> PromptSet:
-    if given is None:
-        return load_prompts(path, image_fields)
-    records = _records(given)
-    if not records:
-        raise ValueError("no prompts were given: hand in at least one")
-    for number, record in enumerate(records):
-        for field in ("prompt", *image_fields):
-            if not isinstance(record.get(field), str):
-                raise ValueError(f'prompt {number} is {record!r}: it needs a text "{field}"')
-    return PromptSet([record["prompt"] for record in records], records)
+    return load_prompts(path, image_fields) if given is None else given_prompts(given, image_fields)
 
 
-def _records(prompts: Prompts) -> list[dict]:
-    return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
-
-
-def _rewards(config: Config, device: torch.device, objects: Objects) -> tuple[RewardSum, RewardSum]:
-    """For training and for evaluation; what stands in both is loaded once."""
+def _rewards(
+    config: Config, device: torch.device, objects: Objects, prompts: Sequence[Judged]
+) -> tuple[RewardSum, RewardSum]:
+    """For training and for evaluation; what stands in both is loaded once. prompts: that each of the two will score."""
     given = {reward_name(reward): reward for reward in (objects.reward, objects.held_out_reward) if reward is not None}
     section = config.reward
     train, held_out = load_rewards(
-        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given
-    )
+        section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given,
+        folder=section.folder, prompts=prompts,
+    )  # fmt: skip
     return train, held_out

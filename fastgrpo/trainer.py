@@ -12,7 +12,7 @@ group, whatever the number of ranks, and its noise and its place in the batch fo
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.data.images import image_records, load_targets
 from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.lock import held
 from fastgrpo.engine.options import EngineOptions
-from fastgrpo.engine.ranks import Ranks, start
+from fastgrpo.engine.ranks import Ranks, is_shared, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.finite import NotFinite, at, check_finite
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
 from fastgrpo.learning.ema import Ema, warmed_up
 from fastgrpo.learning.objectives import weighting
@@ -45,6 +47,8 @@ from fastgrpo.reporting.run_folder import RunFolder, read_lines
 from fastgrpo.rewards import Reward, RewardUnavailable
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.stopping import Stopped, StopSignals
+from fastgrpo.trained_files import keep_trained, write_trained
 from fastgrpo.validation import check_folder, check_ranks
 
 
@@ -83,6 +87,7 @@ class Trainer:
         self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
+        self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         prepare(self.model, config)
@@ -106,28 +111,64 @@ class Trainer:
         self.scorer = ThreadPoolExecutor(1, "reward")
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
         self.saved = 0  # iteration of the last checkpoint
+        self.signals = StopSignals()
+        self._steps_done = 0  # the engine's steps when the last iteration was done
 
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
 
-        Raises RewardUnavailable on every rank, with the state saved, when a reward is gone and did not come back.
+        Whatever ends it before, the last whole iteration is saved if the weights are still that iteration's: an error of a
+        reward or of a callback, RewardUnavailable when a reward is gone and did not come back, Stopped by SIGTERM or Ctrl-C.
+        NotFinite, where a number is not, saves nothing. ConfigError: another process has the folder.
         """
-        check_folder(self.config)
-        self.resume()
-        for callback in self.callbacks:
-            callback.on_start(self)
-        try:
-            self._train()
-        except RewardUnavailable:
-            # Raised on all ranks (`Ranks.together`) and never within an update: the state is that of the last iteration.
-            self.scorer.shutdown(wait=False, cancel_futures=True)
-            if self.iteration > self.saved:
-                self.save()
-            raise
-        summary = self._summary() if self.ranks.rank == 0 else {}
-        for callback in self.callbacks:
-            callback.on_end(self, summary)
+        with self._folder():
+            self.resume()
+            for callback in self.callbacks:
+                callback.on_start(self)
+            try:
+                with self.signals:
+                    self._train()
+            except Exception as error:
+                self._end_early(error)
+                raise
+            summary = self._summary() if self.ranks.rank == 0 else {}
+            for callback in self.callbacks:
+                callback.on_end(self, summary)
         return summary
+
+    @contextmanager
+    def _folder(self) -> Iterator[None]:
+        """Inside, the run's folder belongs to this run; refused on every rank if it is another's."""
+        check_folder(self.config)
+        with ExitStack() as lock:
+            with self.ranks.together(ValueError):
+                if self.ranks.rank == 0:
+                    lock.enter_context(held(self.config.output))
+            yield
+
+    def _end_early(self, error: Exception) -> None:
+        """Saves what can be saved after an error; it says so in the error's notes. Collective if all ranks raised it."""
+        self.scorer.shutdown(wait=False, cancel_futures=True)
+        everywhere = self.ranks.world_size == 1 or isinstance(error, Stopped) or is_shared(error)
+        whole = self.engine.steps_begun == self._steps_done and not isinstance(error, NotFinite)
+        if everywhere and whole and self.iteration > self.saved:
+            try:
+                self.save()
+            except Exception as second:
+                error.add_note(f"the state after iteration {self.iteration} could not be saved: {second}")
+        error.add_note(f"the state after iteration {self.saved} is saved" if self.saved else "nothing is saved yet")
+
+    def _stop_if_asked(self, within: bool = False) -> None:
+        """Raises Stopped on every rank if a signal came to one of them. Collective, if not `within` a phase.
+
+        Within a phase a rank cannot wait for the others: there only a single process stops.
+        """
+        if self.ranks.world_size > 1:
+            if within:
+                return
+            noted = torch.tensor([self.signals.received], device=self.ranks.device)
+            self.signals.received = int(self.ranks.all_reduce(noted, "max"))
+        self.signals.check()
 
     def _train(self) -> None:
         config = self.config
@@ -138,7 +179,9 @@ class Trainer:
             total=config.iterations, disable=self.ranks.rank != 0, dynamic_ncols=True,
         )  # fmt: skip
         for iteration in bar:
-            bar.set_postfix_str(progress(self.iterate(iteration)))
+            with at(f"iteration {iteration}"):
+                bar.set_postfix_str(progress(self.iterate(iteration)))
+            self._stop_if_asked()
             self._evaluate_if_due(iteration)
             if iteration == config.iterations or iteration % config.checkpoint.every == 0:
                 self.save()
@@ -154,22 +197,27 @@ class Trainer:
         clock = Stopwatch(self.model.device)
         began = time.perf_counter()
         batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
+        self._stop_if_asked()
         with clock("update"):
             advantages, pairs = self._advantages(scores)
-            updates = self.updater.update(iteration, batches, advantages, pairs)
+            updates = means_over_ranks(self.ranks, self.updater.update(iteration, batches, advantages, pairs))
+        check_finite("loss", updates["loss"])
+        if self.engine.loss_scale is None:  # in float16 an infinite norm is a step that was skipped to find the scale
+            check_finite("gradient's norm", updates["grad_norm"])
         with clock("other"):
             self.ema.update(self.engine.trained_state())
         metrics = {
             "iteration": iteration,
             **({} if scores is None else reward_metrics(self.reward, scores, advantages, self.config.rollout.group_size)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
-            **means_over_ranks(self.ranks, updates),
+            **updates,
             "skipped_steps": self.engine.skipped_steps,
             **({} if self.engine.loss_scale is None else {"loss_scale": self.engine.loss_scale}),
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
         self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
+        self._steps_done = self.engine.steps_begun
         for callback in self.callbacks:
             callback.on_iteration(self, metrics)
         return metrics
@@ -193,11 +241,14 @@ class Trainer:
             with clock("rollout"):
                 batch = self._rollout(iteration, sample_id, records, schedules.of(group.to(self.model.device)))
             with clock("decode"):
+                check_finite("velocity", batch.trajectory.v_old)
+                check_finite("log-probability", batch.trajectory.log_prob)
                 images = self.model.decode(batch.trajectory.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
             waiting.append(self.scorer.submit(self.reward, images, [record["prompt"] for record in records], records))
             batches.append(batch)
-        with clock("reward"), self.ranks.together(RewardUnavailable):
+            self._stop_if_asked(within=True)
+        with clock("reward"), self.ranks.together(RewardUnavailable, Exception):
             scores = torch.cat([score.result() for score in waiting])
         return batches, self.ranks.gather(scores.to(self.model.device))
 
@@ -263,12 +314,17 @@ class Trainer:
         images = images or settings.images
         batches = -(-images // (settings.batch_size * self.ranks.world_size))
         bar = tqdm(total=batches, desc="evaluating", leave=False, disable=self.ranks.rank != 0, dynamic_ncols=True)
+
+        def drawn() -> None:
+            bar.update()
+            self._stop_if_asked(within=True)
+
         with self._averaged(base=iteration == 0), self.engine.rollout_policy() as policy:
-            row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, bar.update)}
+            row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, drawn)}
             samples = self.evaluator.samples(policy, settings.samples) if settings.samples else None
         bar.close()
         if self.ranks.rank == 0:
-            tqdm.write(f"iteration {iteration}: {accuracy_line(row['accuracy'])}")
+            tqdm.write(f"iteration {iteration}: {accuracy_line(row)}")
         for callback in self.callbacks:
             callback.on_evaluation(self, row, samples)
         return row
@@ -281,7 +337,8 @@ class Trainer:
         # Rank 0 looks for all: the others could see the file appear.
         rows = read_lines(RunFolder(self.config.output).evaluations)
         if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
-            self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between)
+            with at(f"evaluation after iteration {iteration}"):
+                self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between)
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
@@ -302,18 +359,25 @@ class Trainer:
             self.saved, self.seconds = self.iteration, state["seconds"]
             for name, average in self._averages.items():
                 average.load_state_dict(state[name])
+            if self.ranks.rank == 0:
+                keep_trained(self.model, self.config.output, self.iteration, self._trained_weights())
         return self.iteration
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """The averaged weights, by the names of the transformer's parameters."""
+        return {name.removeprefix("transformer."): value for name, value in self.ema.weights.items()}
 
     def save(self) -> Path:
         """Write a checkpoint, and the averaged weights into the run's folder, which is returned. Collective."""
+        for name, weights in self.ema.weights.items():  # the same on every rank
+            check_finite(f"average of {name}", weights)
         # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
         state = {"seconds": self.seconds, **{name: average.state_dict() for name, average in self._averages.items()}}
         folder, keep = self.config.output, self.config.checkpoint.keep
         save_checkpoint(self.engine, RunFolder(folder).checkpoints, self.iteration, state, keep=keep)
         self.saved = self.iteration
         if self.ranks.rank == 0:
-            weights = {name.removeprefix("transformer."): value for name, value in self.ema.weights.items()}
-            self.model.save_trained(folder, weights)
+            write_trained(self.model, folder, self.iteration, self._trained_weights())
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
         return folder

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu` only files that have the mark are read: others may import what a GPU machine does not have."""
-    unmarked = collection_path.suffix == ".py" and "pytest.mark.gpu" not in collection_path.read_text()
+    unmarked = collection_path.suffix == ".py" and "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8")
     return True if config.option.markexpr == "gpu" and unmarked else None
 
 

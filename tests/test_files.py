@@ -1,13 +1,17 @@
 """Whole or not at all: writers that fail, and writers that are killed at every step."""
 
+import errno
+import json
+import math
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastgrpo.files import atomic_file, move_into_place, write_atomically
+from fastgrpo.files import atomic_file, json_text, move_into_place, write_atomically, writing_to
 
 
 def only(folder: Path) -> list[str]:
@@ -28,6 +32,34 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         partial.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and only(tmp_path) == ["a.json"]
+
+
+def test_what_the_system_refuses_names_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as caught, atomic_file(path) as partial:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")  # as `write` raises it, without a name
+    assert caught.value.errno == errno.ENOSPC and only(tmp_path) == []
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def test_of_other_errors_the_system_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's error of a full disk says neither; where there is room it is none of the system's."""
+    path = tmp_path / "not" / "there" / "a.pt"
+    with pytest.raises(RuntimeError, match="unexpected pos 128 vs 0"), writing_to(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=f"Disk quota exceeded: '{path}'"), writing_to(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+
+
+def test_json_has_no_word_for_what_is_not_finite() -> None:
+    value = {"norm": math.inf, "rows": [1, (math.nan, -math.inf)], "nested": {"a": 0.5, "b": True, "c": None, "d": "NaN"}}
+    expected = {"norm": None, "rows": [1, [None, None]], "nested": {"a": 0.5, "b": True, "c": None, "d": "NaN"}}
+    assert json.loads(json_text(value), parse_constant=pytest.fail) == expected
 
 
 def kill(*_: object) -> None:

@@ -11,16 +11,19 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.quiet",
-        "fastgrpo.version",
-        "fastgrpo.records",
+        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite", "fastgrpo.interpreter",
+        "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.quiet", "fastgrpo.records", "fastgrpo.stopping",
+        "fastgrpo.text_files", "fastgrpo.version",
     ],
     "what may be said": ["fastgrpo.config"],
     "what a model is": ["fastgrpo.policy", "fastgrpo.tiny", "fastgrpo.engine", "fastgrpo.reporting"],
     "prompts": ["fastgrpo.data"],
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],
     "what learns": ["fastgrpo.learning"],
-    "what the whole needs": ["fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.metrics", "fastgrpo.testing"],
+    "what the whole needs": [
+        "fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.inputs", "fastgrpo.metrics", "fastgrpo.testing",
+        "fastgrpo.trained_files",
+    ],
     "what a run is made of": ["fastgrpo.parts"],
     "what a run tells": ["fastgrpo.callbacks"],
     "the trainer": ["fastgrpo.trainer"],
@@ -32,7 +35,7 @@ HOMES = {
     "deepspeed": ["fastgrpo.engine.ranks"],
     "diffusers": ["fastgrpo.models", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
     "transformers": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.testing", "fastgrpo.tiny.pretrain"],
-    "httpx2": ["fastgrpo.rewards.judge", "fastgrpo.rewards.serving.remote"],
+    "httpx2": ["fastgrpo.rewards.client"],
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels.optional_triton"],
     "fastapi": ["fastgrpo.rewards.serving.service"],
@@ -42,7 +45,7 @@ HOMES = {
 
 @cache
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_bytes())
 
 
 @cache
@@ -208,6 +211,28 @@ def explained(path: Path, function: ast.FunctionDef) -> bool:
     classes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
     owners = [node for node in classes if node.lineno < function.lineno <= (node.end_lineno or 0)]
     return function.name == "__init__" and any(ast.get_docstring(node) for node in owners)
+
+
+def without_encoding(path: Path) -> list[int]:
+    """The lines of a file that read or write text in the encoding of whatever system it runs on."""
+    astray = []
+    for node in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+        name = ast.unparse(node.func).rsplit(".", 1)[-1]
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        of_bytes = any("b" in mode and set(mode) <= set("rwaxb+") for mode in modes)
+        method = isinstance(node.func, ast.Attribute)
+        text = (method and name in ("read_text", "write_text")) or (name == "open" and not of_bytes)
+        elsewhere = ast.unparse(node.func) in ("Image.open", "os.open")
+        if text and not elsewhere and "encoding" not in {keyword.arg for keyword in node.keywords}:
+            astray.append(node.lineno)
+    return astray
+
+
+@pytest.mark.parametrize("folder", ["fastgrpo", "kernels", "benchmarks", "docs"])
+def test_every_text_file_is_read_and_written_as_utf_8(folder: str) -> None:
+    """Without a word Python takes the locale's encoding, in which another machine cannot read what this one wrote."""
+    astray = {path.name: without_encoding(path) for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert {name: lines for name, lines in astray.items() if lines} == {}
 
 
 def test_no_test_file_imports_another() -> None:

@@ -17,7 +17,6 @@ and written as JSON beside the machine it was measured on, to be compared with w
 """
 
 import argparse
-import json
 import math
 import re
 import tempfile
@@ -36,7 +35,7 @@ from fastgrpo.config.bounds import AtLeast, AtMost
 from fastgrpo.config.keys import BatchSize
 from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
-from fastgrpo.files import write_atomically
+from fastgrpo.files import json_text, write_atomically
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.measure import DEVICE, GIB, machine, memory, peak_flops, synchronize, timed
 from fastgrpo.models import configured_model
@@ -97,7 +96,8 @@ class Bench:
         self.config, self.say, self.counts = config, say, counts or counts_of(config)
         stage = config.engine.zero_stage
         self.plan_gib = plan.memory(config, self.counts, gpus=1, stage=stage).peak / GIB
-        self.flops = sum(plan.flops_per_image(config, self.counts).values())
+        flops = plan.flops_per_image(config, self.counts)
+        self.flops = sum(flops.values()) - flops["checkpoints"]
         self.peak, self.peak_from = peak_flops(getattr(torch, config.model.dtype))
         memory(reset=True)
         began = time.perf_counter()
@@ -204,7 +204,7 @@ class Record:
 
     def __call__(self, name: str, **values: Any) -> None:
         self.result["measurements"].append({"name": name, **values})
-        write_atomically(self.path, json.dumps(self.result, indent=1) + "\n")
+        write_atomically(self.path, json_text(self.result, indent=1) + "\n")
         print(line(name, values), flush=True)
 
 

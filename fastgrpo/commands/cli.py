@@ -17,6 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastgrpo.commands import print_anything
 from fastgrpo.commands.errors import shown
 
 # Name -> the module in this folder and what the command does. A module is imported only when its command is given, because
@@ -46,4 +47,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"fastgrpo.commands.{module}")
             command.add_arguments(command_parser)
     arguments = parser.parse_args(argv)
+    print_anything()
     return shown(command.run, arguments)

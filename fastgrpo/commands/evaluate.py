@@ -14,8 +14,10 @@ from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.files import json_text
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import model_class
+from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
@@ -49,10 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings, reward = config.evaluation, config.reward
     fields = (IMAGE_FIELD,) if model_class(config.model.name).image_conditioned else ()
     files = {file: load_prompts(file, fields) for file in arguments.prompts or [config.prompts.eval]}
+    (rewards,) = load_rewards(
+        reward.eval, device=DEVICE, settings=reward.settings, frames=reward.frames, folder=reward.folder
+    )
     for prompts in files.values():
         check_tags(prompts)
-    (rewards,) = load_rewards(reward.eval, device=DEVICE, settings=reward.settings, frames=reward.frames)
+        rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)
+    check_cut(model, config.model.max_text_tokens, *((prompts, rewards) for prompts in files.values()))
     rows: list[Row] = []
     for file, prompts in files.items():
         evaluator = Evaluator(
@@ -65,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         row = {"prompts": str(file), **evaluator.accuracy(Policy(model), arguments.images or settings.images)}
         rows += scores_by_reward(file.stem, row, rewards.names)
         if not arguments.table:
-            print(json.dumps(row), flush=True)
+            print(json_text(row), flush=True)
     if arguments.table:
-        print(score_table(rows))
+        print(score_table(rows, rewards.percent))
     return 0

@@ -14,7 +14,6 @@ A seed gives the same file anywhere.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice, permutations, product
 from typing import Annotated
@@ -25,8 +24,7 @@ from fastgrpo.commands.arguments import check_file, of_type, path
 from fastgrpo.config import schema
 from fastgrpo.config.bounds import AtLeast, AtMost
 from fastgrpo.config.keys import Seed
-from fastgrpo.data.prompts import load_prompts
-from fastgrpo.files import write_atomically
+from fastgrpo.data.prompts import load_prompts, write_prompts
 from fastgrpo.rewards.geneval_rules import CLASSES, COLORS, RELATIONS, TAGS, check_record
 from fastgrpo.rewards.ocr import target_text
 
@@ -218,5 +216,5 @@ def run(arguments: argparse.Namespace) -> int:
         records = geneval_records(excluded, arguments.count, arguments.seed, parse_mix(arguments.mix))
     else:
         records = ocr_records(excluded, arguments.count, arguments.seed)
-    write_atomically(arguments.output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_prompts(arguments.output, records)
     return 0

@@ -6,7 +6,7 @@ Nothing is measured on a GPU. The published architecture is built on the meta de
 its FLOPs are counted there, operation by operation, and so is the memory that is live at a time. With F a forward pass of
 one image, B its forward and backward pass with what is trained, g = 2 under classifier-free guidance and else 1:
 
-    FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding
+    FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding, + g F S with checkpointing
     images a second and GPU = MFU * peak / FLOPs an image
 
 S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
@@ -15,7 +15,6 @@ The peak of memory is what is held all the time and, on top, the most that one p
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.commands.counting import counted, flash_attention
 from fastgrpo.config.bounds import Above, AtLeast, AtMost
 from fastgrpo.engine.options import LARGEST_BUCKET
+from fastgrpo.files import json_text
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import model_class
@@ -53,7 +53,8 @@ class Counts:
     vae_parameters: int
     latent_elements: int
     forward_flops: int
-    train_flops: int  # forward and backward pass
+    train_flops: int  # forward and backward pass, without what checkpointing computes again
+    checkpoint_flops: int  # what it computes again of a transition
     decode_flops: int
     conditioning_bytes: int  # what is read of one prompt
     rollout_bytes: int  # live at a time in a forward pass of a rollout's batch
@@ -91,13 +92,15 @@ def count_model(config: Config, model: Any) -> Counts:
         model.train_all(keep_reference=False)
     else:
         model.add_lora(rank=config.model.lora.rank, alpha=config.model.lora.alpha, targets=config.model.lora.targets)
-    if config.update.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
     model.transformer.train()
     transitions = guided * micro_batch(config)
-    forward = velocity(transitions)
+    forward, again = velocity(transitions), 0
     with flash_attention():
         train_flops, update_bytes = counted(lambda: forward().sum().backward())
+        if config.update.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+            checkpointed, update_bytes = counted(lambda: forward().sum().backward())
+            again = checkpointed - train_flops
     return Counts(
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
@@ -106,6 +109,7 @@ def count_model(config: Config, model: Any) -> Counts:
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
         train_flops=train_flops // transitions,
+        checkpoint_flops=again // transitions,
         decode_flops=decode_flops // batch,
         conditioning_bytes=sum(tensor.nbytes for tensor in conditioning),
         rollout_bytes=rollout_bytes,
@@ -135,6 +139,7 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
         "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
         "decode": counts.decode_flops,
         "update": epochs * guided * trained * counts.train_flops,
+        "checkpoints": epochs * guided * trained * counts.checkpoint_flops,
         "reference": epochs * guided * trained * forward * (config.objective.beta > 0),
         "old velocity": guided * trained * forward * rescored,
     }
@@ -283,5 +288,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     config = load_config(arguments.config, arguments.set)
     result = plan(config, arguments.gpus, arguments.mfu, arguments.peak * 1e12)
-    print(json.dumps(result) if arguments.json else plan_table(result, config))
+    print(json_text(result) if arguments.json else plan_table(result, config))
     return 0

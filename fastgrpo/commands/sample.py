@@ -13,7 +13,7 @@ from fastgrpo.commands.arguments import check_file, check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.data.prompts import ImagePrompt, given_prompts
 from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
@@ -45,8 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = saved_config(arguments.run, arguments.base, arguments.set)
     settings = config.evaluation
     _check_input(arguments.input, config.model.name)
+    given = given_prompts(arguments.prompt).prompts
     model = saved_model(config, arguments.run, arguments.base)
-    texts = [text for text in arguments.prompt for _ in range(arguments.images)]
+    texts = [text for text in given for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, arguments.input) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))

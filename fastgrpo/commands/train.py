@@ -8,16 +8,16 @@ A run that was stopped goes on from its last checkpoint when the same command is
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE
+from fastgrpo.commands import UNAVAILABLE, print_anything
 from fastgrpo.commands.arguments import add_set, path
 from fastgrpo.commands.errors import shown
 from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.reporting.text import in_percent
-from fastgrpo.validation import check_folder, load_config
+from fastgrpo.validation import ConfigError, check_folder, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,18 +41,34 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(config)
     # After the configuration is known to be good: these take seconds to load.
     from fastgrpo.engine.ranks import finish, start
+    from fastgrpo.finite import NotFinite
     from fastgrpo.rewards import RewardUnavailable
+    from fastgrpo.stopping import Stopped
     from fastgrpo.trainer import Trainer
 
-    ranks = start()
+    summary: dict = {}
     try:
+        ranks = start()
         trainer = Trainer(config, ranks=ranks)
     except RewardUnavailable as error:
         return report_stop(error, "nothing was begun")
+    except KeyboardInterrupt:
+        print("stopped: nothing was begun", file=sys.stderr)
+        return 128 + signal.SIGINT
     try:
         summary, status = trainer.run(), 0
     except RewardUnavailable as error:
-        summary, status = {}, report_stop(error, f"the state after iteration {trainer.saved} is saved")
+        status = report_stop(error, f"the state after iteration {trainer.saved} is saved")
+    except Stopped as error:
+        status = 128 + error.number
+        print(f"stopped {error}: {notes(error)}; the same command goes on", file=sys.stderr)
+    except ConfigError as error:
+        status = 2
+        print(f"error: {error}", file=sys.stderr)
+    except (NotFinite, OSError) as error:
+        # Its own ranks may be waiting for it: it ends without them.
+        print(f"error: {error}; {notes(error)}", file=sys.stderr)
+        return 1
     if summary:
         print(summary_table(summary))
         print(f"report: {RunFolder(config.output).report}")
@@ -60,6 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     del trainer
     finish()
     return status
+
+
+def notes(error: BaseException) -> str:
+    """What a run that ended early says of its state."""
+    return "; ".join(getattr(error, "__notes__", ["nothing was begun"]))
 
 
 def report_stop(error: Exception, state: str) -> int:
@@ -74,8 +95,9 @@ def summary_table(summary: dict) -> str:
     rows.append(("overall", summary["base_accuracy"], summary["final_accuracy"]))
     width = max(len(tag) for tag, *_ in rows)
     lines = [f"{'':{width}}     base  trained   change"]
-    style = ".1%" if in_percent(score for _, *scores in rows for score in scores) else ".4g"
-    lines += [f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}" for tag, base, final in rows]
+    for tag, base, final in rows:
+        style = ".1%" if tag in summary["percent"] else ".4g"
+        lines.append(f"{tag:{width}}  {base:7{style}}  {final:7{style}}  {final - base:+7{style}}")
     seconds, images = summary["train_seconds"], summary["images"]
     lines.append(
         f"{images} images in {summary['iterations']} iterations, {seconds / 60:.1f} minutes, seed {summary['seed']}"
@@ -86,4 +108,5 @@ def summary_table(summary: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
+    print_anything()
     return shown(run, parser.parse_args(argv))

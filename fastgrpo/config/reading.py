@@ -23,6 +23,7 @@ from typing import Any
 from fastgrpo.config import schema, yaml12
 from fastgrpo.config.keys import Config
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.text_files import read_text
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,20 +36,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
     data = schema.absolute_paths(data, Path.cwd())
+    _say_where_rewards_are(data, path.parent)
     return schema.build(Config, data)
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file and of what it extends, with absolute paths; `heirs` are the files that led here."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no text in UTF-8 ({error}); save it as such") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     data = schema.parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {data!r}")
     named = data.pop("extends", None)
     data = schema.absolute_paths(data, path.parent)
+    _say_where_rewards_are(data, path.parent)
     if named is None:
         return data
     parent, heirs = path.parent / schema.to_path(str(named)), (*heirs, path.resolve())
@@ -58,6 +61,20 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         way = " -> ".join(str(file) for file in (*heirs[heirs.index(parent.resolve()) :], parent.resolve()))
         schema.refuse(f"{path}: extends", named, f"a circle ({way}); let one of these files extend nothing")
     return schema.merge(Config, _read(parent, heirs), data)
+
+
+def _names(rewards: Any) -> list[str]:
+    """One reward by its name, or several with their weights; what is neither is refused later."""
+    return [rewards] if isinstance(rewards, str) else [str(name) for name in rewards] if isinstance(rewards, dict) else []
+
+
+def _say_where_rewards_are(data: dict[str, Any], folder: Path) -> None:
+    """Sets reward.folder to that of the file in which a reward of one's own is named."""
+    section = data.get("reward")
+    if isinstance(section, dict):
+        names = [name for key in ("train", "eval") for name in _names(section.get(key))]
+        if any(":" in name for name in names):
+            section.setdefault("folder", str(folder.resolve()))
 
 
 def dump_config(config: Config) -> str:

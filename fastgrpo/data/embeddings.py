@@ -11,25 +11,28 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.files import atomic_file
 from fastgrpo.policy import Model
 from fastgrpo.records import Prompted, concatenate
 
-IN_MEMORY = 1024  # prompts whose embeddings are kept in memory when they are also on disk: a few GB for SD3
+IN_MEMORY = 1024  # prompts whose embeddings are kept in memory: 3 GB for SD3
+IN_BYTES = 4 * 2**30  # that they may take, where a prompt's are larger
 
 
 class Embeddings:
-    """The conditioning of prompts, computed once for each: in memory, or with `folder` on disk and for good.
+    """The conditioning of prompts: the latest in memory, and with `folder` all of them on disk and for good.
 
-    A file is named after what it was made from: the text encoders, their settings and the prompt. Prompts are encoded one
-    at a time: in a batch, the last bits would depend on which other prompts were new, and with them the whole run after a
-    resume.
+    A file is named after what it was made from: the text encoders, the model's `encoder_settings` and the prompt. Prompts
+    are encoded one at a time: in a batch, the last bits would depend on which other prompts were new, and with them the
+    whole run after a resume.
     """
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()
+        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()  # the one asked for last comes last
+        self._bytes = 0  # that they take
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
@@ -52,8 +55,9 @@ class Embeddings:
     def _one(self, prompt: str | ImagePrompt) -> tuple:
         if prompt not in self.in_memory:
             self.in_memory[prompt] = self._read(prompt)
-            if len(self.in_memory) > IN_MEMORY and self._folder is not None:
-                self.in_memory.popitem(last=False)
+            self._bytes += _size(self.in_memory[prompt])
+            while len(self.in_memory) > IN_MEMORY or (self._bytes > IN_BYTES and len(self.in_memory) > 1):
+                self._bytes -= _size(self.in_memory.popitem(last=False)[1])
         self.in_memory.move_to_end(prompt)
         return self.in_memory[prompt]
 
@@ -88,6 +92,11 @@ class Embeddings:
             save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
 
 
+def _size(conditioning: tuple) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in conditioning)
+
+
 def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
     """The prompt that classifier-free guidance compares this one with."""
     return "" if isinstance(prompt, str) else prompt._replace(text="")
@@ -95,4 +104,6 @@ def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
 
 @functools.cache
 def _content(image: Path) -> str:
-    return hashlib.sha256(image.read_bytes()).hexdigest()
+    """A hash of the pixels that a model reads, so that another way of reading the file is another content."""
+    picture = load_picture(image)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

@@ -7,11 +7,14 @@ An iteration takes as many images as its rollouts would draw. The two images of 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from fastgrpo.data.pictures import load_picture
 
 TARGET_FIELDS = {"sft": ("target",), "dpo": ("chosen", "rejected")}  # objective -> the images in a line of prompts.train
 
@@ -20,9 +23,8 @@ def load_targets(records: Sequence[dict], size: tuple[int, int]) -> Tensor:
     """The "target" images of B records as (B, 3, H, W) uint8, scaled to cover the size (height, width) and cropped to it."""
     arrays = []
     for record in records:
-        with Image.open(record["target"]) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-            arrays.append(np.asarray(fitted))
+        fitted = ImageOps.fit(load_picture(Path(record["target"])), size[::-1], Image.Resampling.BICUBIC)
+        arrays.append(np.asarray(fitted))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

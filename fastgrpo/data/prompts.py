@@ -2,23 +2,27 @@
 
 A file is text with a prompt a line, or JSON lines with a "prompt" each and whatever else the reward reads, as GenEval's
 metadata files have it. A folder of images, each with its caption in a .txt of the same name, is read as such lines too, for
-offline training.
+offline training. Every line is looked at before anything else is loaded, those that a program hands in too.
 """
 
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from fastgrpo.data.captions import captioned_images
+from fastgrpo.data.json_records import NotJSON, check_record, is_json, parse_json
+from fastgrpo.data.pictures import load_picture
+from fastgrpo.files import write_atomically
+from fastgrpo.normal_form import compared
 from fastgrpo.records import numpy_generator
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from fastgrpo.text_files import numbered_lines, read_text
 
 
 class ImagePrompt(NamedTuple):
@@ -29,6 +33,7 @@ class ImagePrompt(NamedTuple):
 
 
 OVERALL = "overall"  # the mean over categories, which stands among them in an evaluation
+ONE_A_LINE = "write one object a line, for example with jq -c '.[]' for a list"
 IMAGE_FIELD = "image"  # the input image in a line of prompts for an image-conditioned model
 
 
@@ -39,13 +44,19 @@ def as_prompt(record: dict, with_image: bool) -> str | ImagePrompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, and the record of each one's line as metadata."""
+    """Prompts, the record of each one's line as metadata, and where each stands: `file:line`, or what a message says."""
 
     prompts: list[str]
     metadata: list[dict]
+    places: Sequence[str] = ()  # of each prompt; (): not known
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def judged(self) -> list[tuple[str, dict]]:
+        """Where each prompt stands, and its record, for rewards that look at them before the run."""
+        return list(zip(self.places or map(repr, self.prompts), self.metadata, strict=True))
 
 
 def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
@@ -55,75 +66,97 @@ def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
     Each image is opened once, so that one that cannot be read is found before training.
     """
     if path.is_dir():
-        return _load_folder(path, image_fields)
+        return _checked(_in_folder(path, image_fields), path, image_fields)
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            record = _parse(line, path, number)
-            records.append({**record, **{field: _image(record, field, path, number) for field in image_fields}})
-    if not records:
+    lines = [(f"{path}:{number}", line) for number, line in numbered_lines(path) if line.strip()]
+    if not lines:
         raise ValueError(f"{path}: holds no prompts")
-    return PromptSet([record["prompt"] for record in records], records)
+    if _is_plain(path):
+        return _checked([(place, {"prompt": line.strip()}) for place, line in lines], path.parent, image_fields)
+    return _checked([(place, _parse(line, place, path)) for place, line in lines], path.parent, image_fields)
 
 
-def _parse(line: str, path: Path, number: int) -> dict:
-    if path.suffix == ".txt":
-        return {"prompt": line.strip()}
+def given_prompts(prompts: Sequence[str | dict], image_fields: Sequence[str] = ()) -> PromptSet:
+    """Prompts from a program instead of a file, each a text or a record, under the same rules; images from this folder."""
+    # A text or a mapping would pass as a list, of its letters or its keys.
+    records = [] if isinstance(prompts, str | Mapping) else list(prompts)
+    if not records:
+        raise ValueError("no prompts were given: hand in a list with at least one")
+    records = [{"prompt": one} if isinstance(one, str) else one for one in records]
+    return _checked([(f"prompt {number}", record) for number, record in enumerate(records)], Path.cwd(), image_fields)
+
+
+def write_prompts(path: Path, records: Iterable[dict]) -> None:
+    """Write records as the JSON lines that `load_prompts` reads."""
+    if _is_plain(path):
+        raise ValueError(f"{path}: JSON lines are written, and a .txt is read as plain prompts; call it .jsonl")
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether each line is a prompt by itself."""
+    return path.suffix.lower() == ".txt"
+
+
+def _parse(line: str, place: str, path: Path) -> Any:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error}); a file of plain prompts is called .txt") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f'{path}:{number}: expected an object with a "prompt", found {line[:80]!r}')
+        record = parse_json(line)
+    except NotJSON as error:
+        if is_json(read_text(path)):
+            raise ValueError(f"{place}: one value of JSON over several lines; {ONE_A_LINE}") from None
+        raise ValueError(f"{place}: not JSON ({error}); {ONE_A_LINE}; a file of plain prompts is called .txt") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if isinstance(record, list):
+        raise ValueError(f"{place}: a list; {ONE_A_LINE}")
     return record
 
 
-def _load_folder(folder: Path, image_fields: Sequence[str]) -> PromptSet:
-    """Images with their captions beside them, in the order of their names."""
+def _in_folder(folder: Path, image_fields: Sequence[str]) -> list[tuple[str, dict]]:
     if len(image_fields) != 1:
         raise ValueError(f"{folder}: is a folder, which holds one image a prompt; give a .txt or .jsonl file")
-    records = []
-    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
-        caption = file.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{file}: has no caption; write it to {caption.name} beside it")
-        _check_image(file, str(file))
-        records.append({"prompt": caption.read_text().strip(), image_fields[0]: str(file.resolve())})
-    if not records:
-        raise ValueError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return PromptSet([record["prompt"] for record in records], records)
+    return [(str(file), {"prompt": text, image_fields[0]: str(file.resolve())}) for file, text in captioned_images(folder)]
 
 
-def _image(record: dict, field: str, path: Path, number: int) -> str:
+def _checked(entries: Iterable[tuple[str, Any]], folder: Path, image_fields: Sequence[str]) -> PromptSet:
+    """The prompts of records with their places, once each is a record and its images, relative to `folder`, are readable."""
+    places, records = [], []
+    for place, record in entries:
+        try:
+            check_record(record)
+            records.append({**record, **{field: _image(record, field, folder) for field in image_fields}})
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        places.append(place)
+    return PromptSet([record["prompt"] for record in records], records, places)
+
+
+def _image(record: dict, field: str, folder: Path) -> str:
     """The absolute path of a record's image, which is checked to be one."""
     if not isinstance(record.get(field), str):
-        raise ValueError(f'{path}:{number}: every prompt needs an image here: give "{field}", a file, in a .jsonl')
-    file = (path.parent / record[field]).resolve()
-    _check_image(file, f"{path}:{number}: {field} {file}")
+        raise ValueError(f'every prompt needs an image here: give "{field}", a file, in a .jsonl')
+    try:
+        file = (folder / os.path.expanduser(record[field])).resolve()
+        load_picture(file)
+    except (ValueError, RuntimeError) as error:  # of a name that no file has, or of links in a circle
+        raise ValueError(f"{field} = {record[field][:200]!r}: {error}") from None
     return str(file)
 
 
-def _check_image(file: Path, what: str) -> None:
-    if not file.is_file():
-        raise ValueError(f"{what}: no such file")
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{what}: cannot be read ({error})") from None
-
-
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
-    """Refuse evaluation prompts that are trained on."""
+    """Refuse evaluation prompts that are trained on, whatever their case, spaces and ways to write a character."""
 
-    def lines(prompts: PromptSet) -> set[tuple[str, str]]:
-        return {(p, str(record.get(IMAGE_FIELD, ""))) for p, record in zip(prompts.prompts, prompts.metadata, strict=True)}
+    def lines(prompts: PromptSet) -> dict[tuple[str, str], tuple[str, str]]:
+        placed = reversed([*zip(prompts.prompts, prompts.judged, strict=True)])  # of equal ones the first is kept
+        return {(compared(p), str(record.get(IMAGE_FIELD, ""))): (place, p) for p, (place, record) in placed}
 
-    shared = sorted(lines(train) & lines(evaluation))
+    trained, held_out = lines(train), lines(evaluation)
+    shared = [one for one in reversed(held_out) if one in trained]
     if shared:
-        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {shared[0][0]!r}")
+        (place, prompt), (same_place, same) = held_out[shared[0]], trained[shared[0]]
+        more = "" if prompt == same else f" at {place}, as {same!r} at {same_place}"
+        raise ValueError(f"{len(shared)} evaluation prompts are also trained on, the first: {prompt!r}{more}")
 
 
 def check_tags(evaluation: PromptSet) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from fastgrpo.engine.ranks import Ranks
-from fastgrpo.files import flush, move_into_place
+from fastgrpo.files import flush, move_into_place, writing_to
 
 MARKER = "COMPLETE"
 STATE = "state.pt"
@@ -40,15 +40,32 @@ def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict
     """Saves the engine and rank 0's `state`, then removes all complete checkpoints but the last `keep`. Collective.
 
     `state` may hold tensors, numbers, strings, lists and dicts only, so that reading it runs no code: else TypeError.
-    Returns the checkpoint's folder.
+    Returns the checkpoint's folder. Where the system refuses to write, for example because the disk is full, an OSError
+    names that folder, nothing of it is left, and the older checkpoints are as they were.
     """
     if keep < 1:
         raise ValueError(f"keep {keep} must be at least 1")
     final = root / f"{iteration:05d}"
     partial = final.with_suffix(".partial")
+    try:
+        with writing_to(final):
+            _write(engine, partial, final, iteration, state)
+    except Exception:
+        if engine.ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if engine.ranks.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        for old in complete_checkpoints(root)[:-keep]:
+            _remove(old)
+    engine.ranks.barrier()
+    return final
+
+
+def _write(engine: SavedEngine, partial: Path, final: Path, iteration: int, state: dict[str, Any]) -> None:
+    """Writes into `partial`, and renames it to `final` when it is whole. Collective."""
+    if engine.ranks.rank == 0:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final.parent)
         partial.mkdir()
         _save_state(state, partial / STATE)
     engine.ranks.barrier()  # the folder is there, and nobody writes into a leftover
@@ -56,10 +73,6 @@ def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict
     engine.ranks.barrier()  # every part is written
     if engine.ranks.rank == 0:
         _complete(partial, final, iteration, engine.ranks.world_size)
-        for old in complete_checkpoints(root)[:-keep]:
-            _remove(old)
-    engine.ranks.barrier()
-    return final
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -89,7 +102,7 @@ def check_files(folder: Path) -> int:
     way_out = f"restore it, or remove {folder} to go on from an older checkpoint"
     marker = folder / MARKER
     try:
-        record = json.loads(marker.read_text())
+        record = json.loads(marker.read_text(encoding="utf-8"))
         iteration, files = record["iteration"], record["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{marker} cannot be read; {way_out}") from error
@@ -118,7 +131,7 @@ def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> No
         "world_size": world_size,
         "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
     }
-    (partial / MARKER).write_text(json.dumps(record, indent=1))
+    (partial / MARKER).write_text(json.dumps(record, indent=1), encoding="utf-8")
     if final.exists():  # of a run that went on from an older one; it goes when this one is safe
         flush(partial)
         _remove(final)

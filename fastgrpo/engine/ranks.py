@@ -72,22 +72,25 @@ class Ranks:
         return values[0]
 
     @contextmanager
-    def together(self, exception_type: type[Exception]) -> Iterator[None]:
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
         """Raises on every rank what one of them raised inside, when all have left the block, so that all can save.
 
-        Collective on leaving; nothing inside may be collective. Exceptions of other types pass at once, and the launcher
-        then ends the job.
+        Another rank raises the first of `kinds` that the error is of. Collective on leaving; nothing inside may be
+        collective. Exceptions of other kinds pass at once, and the launcher then ends the job.
         """
         own_error = None
         try:
             yield
-        except exception_type as error:
+        except kinds as error:
             own_error = error
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, str(own_error) if own_error else None)
-        if any(messages):
-            rank, message = next((rank, message) for rank, message in enumerate(messages) if message)
-            raise own_error or exception_type(f"on rank {rank}: {message}")
+        said = None
+        if own_error is not None:
+            said = next(i for i, kind in enumerate(kinds) if isinstance(own_error, kind)), str(own_error)
+        heard: list[tuple[int, str] | None] = [None] * self.world_size
+        dist.all_gather_object(heard, said)
+        if any(heard):
+            rank, (kind, message) = next((rank, one) for rank, one in enumerate(heard) if one)
+            raise _shared(own_error or kinds[kind](f"on rank {rank}: {message}"))
 
     def barrier(self) -> None:
         """Waits until all ranks are here. Collective."""
@@ -115,11 +118,22 @@ class OneRank(Ranks):
         return value
 
     @contextmanager
-    def together(self, exception_type: type[Exception]) -> Iterator[None]:
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
         yield
 
     def barrier(self) -> None:
         pass
+
+
+def _shared(error: Exception) -> Exception:
+    """The error, marked for `is_shared`."""
+    vars(error)["is_shared"] = True
+    return error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether `Ranks.together` raised the error on every rank, so that all of them can still do something collective."""
+    return vars(error).get("is_shared", False)
 
 
 def start() -> Ranks:
@@ -137,7 +151,13 @@ def start() -> Ranks:
     else:
         disable_shm_op(deepspeed)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    tell_once(dist.get_rank())
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def tell_once(rank: int) -> None:
+    """Leaves the warnings of the project's log to the first rank: what all of them read is alike."""
+    logging.getLogger("fastgrpo").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
 
 
 def disable_shm_op(deepspeed: ModuleType) -> None:

@@ -39,8 +39,10 @@ from torch import Tensor, nn
 
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, load_deepspeed
+from fastgrpo.finite import NotFinite
 
 State = dict[str, Tensor]
+SCALE_AT_MINIMUM = "loss scale already at minimum"
 PolicyType = TypeVar("PolicyType", bound=nn.Module)
 
 
@@ -55,6 +57,7 @@ class Engine(Generic[PolicyType]):
     ) -> None:
         self.ranks, self.zero_stage, self.dtype = ranks, options.zero_stage, options.dtype
         self._max_grad_norm = options.max_grad_norm
+        self.steps_begun = 0  # calls of `step`: between two of them the weights are as the first left them
         # Kept, because while an adapter is switched off its parameters do not require a gradient.
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         options.check(self._trained)
@@ -109,9 +112,18 @@ class Engine(Generic[PolicyType]):
             group["lr"] = learning_rate
 
     def step(self) -> Tensor:
-        """Updates the weights; returns the norm of the gradient before clipping, (). Collective."""
+        """Updates the weights; returns the norm of the gradient before clipping, (). Collective.
+
+        Raises NotFinite where a float16 gradient overflows at the smallest scale too: scaling cannot be the reason then.
+        """
+        self.steps_begun += 1
         if self.zero_stage > 0:
-            self.deepspeed.step()
+            try:
+                self.deepspeed.step()
+            except Exception as error:
+                if SCALE_AT_MINIMUM not in str(error):  # which DeepSpeed raises as a bare Exception
+                    raise
+                raise NotFinite("the gradient is not finite at any scale of the loss") from error
             norm = self.deepspeed.get_global_grad_norm()
             return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
         # DeepSpeed has no norm for us in stage 0 and would step on a gradient that is not finite.
@@ -185,7 +197,7 @@ class Engine(Generic[PolicyType]):
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.rank == 0:
-            (folder / "engine.json").write_text(json.dumps(self._identity()))
+            (folder / "engine.json").write_text(json.dumps(self._identity()), encoding="utf-8")
         state = {"client": client_state or {}}
         self.deepspeed.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
         self.ranks.barrier()
@@ -196,7 +208,7 @@ class Engine(Generic[PolicyType]):
         ValueError where the world size, the stage, the dtype or the trained weights are others. It unpickles DeepSpeed's
         files: load only what you trust.
         """
-        saved, own = json.loads((folder / "engine.json").read_text()), self._identity()
+        saved, own = json.loads((folder / "engine.json").read_text(encoding="utf-8")), self._identity()
         for key, fix in (
             ("world_size", "start that many processes"),
             ("zero_stage", "set that stage"),

@@ -14,17 +14,24 @@ Latents have the form in which the stock pipeline hands them to its scheduler: p
 B samples, *D the shape of a latent.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from fastgrpo.finite import check_finite
+from fastgrpo.models.reading import Reading, cut_line, part_read
 from fastgrpo.models.speed import Accelerated
 from fastgrpo.models.trained import Trainable
 from fastgrpo.policy import GuidanceRule
+from fastgrpo.quiet import without_warnings
+from fastgrpo.version import __version__
 
 
 class Adapter(Trainable, Accelerated):
@@ -35,6 +42,7 @@ class Adapter(Trainable, Accelerated):
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with an input image
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: GuidanceRule | None = None
+    cuts_are_known = False  # whether anybody was told that prompts are cut
     _inverse_was_tried = False
 
     # What a family defines.
@@ -86,8 +94,34 @@ class Adapter(Trainable, Accelerated):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Any:
-        """The Conditioning of prompts. The prompt "" stands for no prompt in classifier-free guidance."""
-        return self.encode_text(prompts) if self.text_encoders else self.placeholder(len(prompts))
+        """The Conditioning of prompts. The prompt "" stands for no prompt in classifier-free guidance.
+
+        Warns of a prompt that is cut, once, unless `read_in_part` has told before.
+        """
+        if not self.text_encoders:
+            return self.placeholder(len(prompts))
+        if not self.cuts_are_known and (cut := self.read_in_part(prompts)):
+            warnings.warn(cut_line(cut, len(prompts), self.settings.max_text_tokens), stacklevel=3)
+        with without_warnings("diffusers", "transformers"):  # diffusers shows what it cuts, a screen for each prompt
+            return self.encode_text(prompts)
+
+    def read_in_part(self, prompts: Sequence[Any]) -> dict[Any, str]:
+        """The prompts that the text encoders cut, each with the part of its text that they read."""
+        if not self.text_encoders:
+            return {}
+        cut = {}
+        for prompt in dict.fromkeys(prompts):
+            reading = self.reading(prompt if isinstance(prompt, str) else prompt.text)
+            if (part := part_read(reading)) != reading.prompt:
+                cut[prompt] = part
+        self.cuts_are_known = self.cuts_are_known or bool(cut)
+        return cut
+
+    def reading(self, text: str) -> Reading:
+        """How a prompt's text comes to its tokenizer; here as it is, and to the last of several, which reads the most."""
+        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer"))
+        tokenizer = next(one for one in tokenizers if one is not None)
+        return Reading(tokenizer, text, text, self.settings.max_text_tokens)
 
     @property
     def encoders(self) -> list[torch.nn.Module]:
@@ -96,8 +130,14 @@ class Adapter(Trainable, Accelerated):
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
-        """The settings that a Conditioning depends on, besides the prompt and the weights of `encoders`."""
-        return {"max_text_tokens": self.settings.max_text_tokens}
+        """What a Conditioning depends on besides the prompt and the weights of `encoders`.
+
+        The tokenizers and processors by content, and the releases that hold the code and the templates around them.
+        """
+        return {
+            "max_text_tokens": self.settings.max_text_tokens, "readers": self.readers_hash, "fastgrpo": __version__,
+            "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
 
     def release_encoders(self) -> None:
         """Move the text encoders off the GPU. `encode` still works, more slowly."""
@@ -183,5 +223,6 @@ class Adapter(Trainable, Accelerated):
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """A decoder's output, from -1 to 1, as uint8."""
+    """A decoder's output, from -1 to 1, as uint8. NotFinite: a NaN, which as uint8 would be black."""
+    check_finite("decoder's output", images)
     return ((images / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)

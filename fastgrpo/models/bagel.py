@@ -24,6 +24,7 @@ from transformers import Qwen2Tokenizer
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
+from fastgrpo.models.reading import Reading
 from fastgrpo.quiet import quiet
 
 SHIFT = 3.0  # how far the noise levels are shifted towards noise
@@ -68,7 +69,7 @@ class Bagel(Adapter):
     @classmethod
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
         """The model in the published folder. Nothing is downloaded."""
-        check_bagel_folder(path)
+        cls.check_files(path)
         with quiet("diffusers", "transformers"):
             tokenizer = read_tokenizer(path)
             pipeline = BagelPipeline(
@@ -76,6 +77,10 @@ class Bagel(Adapter):
                 FlowMatchEulerDiscreteScheduler(shift=SHIFT), tokenizer,
             )  # fmt: skip
         return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def check_files(cls, path: Path) -> None:
+        check_bagel_folder(path)
 
     @classmethod
     def part_class(cls, name: str) -> Any:
@@ -121,6 +126,9 @@ class Bagel(Adapter):
         length = torch.tensor([len(text) for text in texts], device=self.device)
         keys, values = self.transformer.read(ids, length)
         return BagelConditioning(keys, values, length)
+
+    def reading(self, text: str) -> Reading:
+        return super().reading(text)._replace(room=self.settings.max_text_tokens - 2)  # two are the prompt's marks
 
     def placeholder(self, batch: int) -> BagelConditioning:
         config, tokens = self.transformer.config, self.settings.max_text_tokens

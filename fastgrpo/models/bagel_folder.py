@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from fastgrpo.models.bagel_network import BagelTransformer
+from fastgrpo.models.folder import check_file, readable
 from fastgrpo.models.loading import build
 
 NETWORK, AUTOENCODER, SIZES = "ema.safetensors", "ae.safetensors", "llm_config.json"
@@ -36,7 +37,7 @@ GROUPS = 32  # groups of its norms
 
 
 def check_bagel_folder(path: Path) -> None:
-    """Refuse a folder in which a file is missing, before anything is loaded: ValueError."""
+    """Refuse a folder in which a file is missing or not whole, before anything is loaded: ValueError."""
     lists = min(TOKENIZERS, key=lambda names: len(_absent(path, names)))
     absent = _absent(path, (SIZES, NETWORK, AUTOENCODER, *lists))
     if absent:
@@ -44,6 +45,11 @@ def check_bagel_folder(path: Path) -> None:
             f"model.path = {path}: {', '.join(absent)} missing or empty; BAGEL is read from the folder that is published as "
             "ByteDance-Seed/BAGEL-7B-MoT: was the download cut?"
         )
+    with readable(where := f"model.path = {path}"):
+        # The tokenizer reads more files of JSON than it needs.
+        read = {path / name for name in (SIZES, NETWORK, AUTOENCODER, *lists)} | set(path.glob("*.json"))
+        for file in sorted(read):
+            check_file(file, path, where)
 
 
 def _absent(path: Path, names: tuple[str, ...]) -> list[str]:
@@ -67,7 +73,7 @@ def read_tokenizer(path: Path) -> Qwen2Tokenizer:
 
 def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
     """The generation path of ema.safetensors; each tensor is read straight to its device."""
-    sizes = json.loads((path / SIZES).read_text())
+    sizes = json.loads((path / SIZES).read_text(encoding="utf-8"))
     absent = [key for key in SIZE_KEYS if key not in sizes]
     if absent:
         raise ValueError(f"model.path = {path}: {SIZES} lacks {', '.join(absent)}")

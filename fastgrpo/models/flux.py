@@ -12,9 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
 from torch import Tensor
 
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
 
@@ -163,7 +163,7 @@ class FluxKontext(FluxFamily):
 
     def encode_image(self, path: Path) -> Tensor:
         """The latents (1, N, K) of an image file."""
-        pixels = self.pipeline.image_processor.preprocess(load_image(str(path)), *self.size)
+        pixels = self.pipeline.image_processor.preprocess(load_picture(path), *self.size)
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), None)
         return self.pipeline._pack_latents(latents, *latents.shape)
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.reading import Reading
 
 
 class Flux2Conditioning(NamedTuple):
@@ -71,6 +72,16 @@ class Flux2(Adapter):
         )
         return Flux2Conditioning(embeds.to(self.device))
 
+    def reading(self, text: str) -> Reading:
+        processor = self.pipeline.tokenizer
+        text = text.replace("[IMG]", "")  # which the pipeline takes out
+        (asked,) = format_input([text], system_message=self.pipeline.system_message)
+        whole = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=False)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        # The template may have the mark of the beginning already.
+        marks = not (tokenizer.bos_token and whole.startswith(tokenizer.bos_token))
+        return Reading(tokenizer, text, whole, self.settings.max_text_tokens, marks)
+
     def placeholder(self, batch: int) -> Flux2Conditioning:
         shape = batch, self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
         return Flux2Conditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
@@ -108,3 +119,8 @@ class Flux2(Adapter):
 
 class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
+
+    def reading(self, text: str) -> Reading:
+        asked, tokenizer = [{"role": "user", "content": text}], self.pipeline.tokenizer
+        whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return Reading(tokenizer, text, whole, self.settings.max_text_tokens)

@@ -3,9 +3,12 @@
 Random weights serve to measure speed and to plan: they follow one of the published architectures in architectures/.
 """
 
+import hashlib
 import inspect
 import json
+import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +20,9 @@ from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-PROMPT_PARTS = ("text_", "token", "processor")  # how the names of those parts begin that a pipeline reads prompts with
+PROMPT_READERS = ("token", "processor")  # how the names of the parts begin that turn a prompt into numbers
+PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
+PASSING = ("truncation", "padding", "name_or_path", "local_files_only", "is_local")
 
 
 class LoadedPipeline:
@@ -37,12 +42,17 @@ class LoadedPipeline:
     @classmethod
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
         """The model in a folder in the diffusers format. Nothing is downloaded. settings: see `Settings`."""
-        check_folder(path, cls.pipeline_class)
+        cls.check_files(path)
         dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
         with quiet("diffusers", "transformers"):
             kind = cls.part_class(cls.pipeline_class)
             pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
         return cls(pipeline, dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def check_files(cls, path: Path) -> None:
+        """Refuse a folder that `load` could not read: ValueError. It reads no weights."""
+        check_folder(path, cls.pipeline_class)
 
     @classmethod
     def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
@@ -80,8 +90,31 @@ class LoadedPipeline:
         parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
         return [part for part in parts if part is not None]
 
+    @cached_property
+    def readers_hash(self) -> str:
+        """A hash of the tokenizers and processors, as they would be saved."""
+        digest = hashlib.sha256()
+        names = sorted(name for name in self.pipeline.config if name.startswith(PROMPT_READERS))
+        for name, reader in ((name, getattr(self.pipeline, name, None)) for name in names):
+            if reader is None:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                reader.save_pretrained(folder)
+                for file in sorted(Path(folder).rglob("*")):
+                    if file.is_file():
+                        digest.update(f"{name}/{file.relative_to(folder)} ".encode() + _content(file))
+        return digest.hexdigest()
+
     def _check_settings(self) -> None:
         """Refuse settings that the model cannot run with: ValueError."""
+
+
+def _content(file: Path) -> bytes:
+    """Of a reader's file, without what it remembers of the last text and of the place that it was read from."""
+    if file.suffix != ".json":
+        return file.read_bytes()
+    content = json.loads(file.read_text())
+    return json.dumps({key: value for key, value in content.items() if key not in PASSING}, sort_keys=True).encode()
 
 
 def take_no_shortcuts(dtype: torch.dtype) -> None:
@@ -105,7 +138,7 @@ def read_architecture(name: str) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in ARCHITECTURES.glob("*.json")))
         raise ValueError(f"model.architecture = {name!r}: unknown; there are {known}")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def build(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.utils import load_image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2VLProcessor
 
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.reading import Reading
 from fastgrpo.records import concatenate
 
 
@@ -120,9 +121,17 @@ class QwenFamily(Adapter):
         )
         found = embeds.shape[1]
         if found > length:  # a prompt that may be cut has been cut by the pipeline
-            raise ValueError(f"model.max_text_tokens = {length}: {text!r} with its image is {found} tokens; raise it")
+            self._refuse(text, found)
         mask = torch.arange(length, device=self.device) < found
         return QwenConditioning(pad(embeds.to(self.device), (0, 0, 0, length - found)), mask[None])
+
+    def _refuse(self, text: str, found: int) -> None:
+        length = self.settings.max_text_tokens
+        raise ValueError(f"model.max_text_tokens = {length}: {text!r} with its image is {found} tokens; raise it")
+
+    def reading(self, text: str) -> Reading:
+        text, room = text or " ", self.settings.max_text_tokens + self.pipeline.prompt_template_encode_start_idx
+        return super().reading(text)._replace(text=self.pipeline.prompt_template_encode.format(text), room=room)
 
     def _random_text(self, batch: int) -> QwenConditioning:
         """Random numbers in place of the text encoder's output, without padding."""
@@ -196,12 +205,26 @@ class QwenImageEdit(QwenFamily):
     def encoder_settings(self) -> dict[str, Any]:
         return super().encoder_settings | {"size": self.size}
 
+    def read_in_part(self, prompts: Sequence[ImagePrompt]) -> dict[Any, str]:
+        """None: a prompt that is longer with its image is refused."""
+        if not self.text_encoders:
+            return {}
+        processor = self.pipeline.processor.image_processor
+        image = processor.get_number_of_image_patches(*self.size) // processor.merge_size**2
+        for text in dict.fromkeys(prompt.text for prompt in prompts):
+            reading = self.reading(text)
+            # The template has one token in the place of the image's.
+            found = len(reading.tokenizer(reading.text).input_ids) - 1 + image
+            if found > reading.room:
+                self._refuse(text, found - self.pipeline.prompt_template_encode_start_idx)
+        return {}
+
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> QwenEditConditioning:
         return concatenate([self._read_both(prompt) for prompt in prompts])
 
     def _read_both(self, prompt: ImagePrompt) -> QwenEditConditioning:
         processor, (height, width) = self.pipeline.image_processor, self.size
-        image = processor.resize(load_image(str(prompt.image)), height, width)
+        image = processor.resize(load_picture(prompt.image), height, width)
         pixels = processor.preprocess(image, height, width).unsqueeze(2)  # (1, 3, 1, height, width)
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])

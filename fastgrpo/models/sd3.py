@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.reading import Reading
 
 CLIP_TOKENS = 77
 
@@ -40,6 +41,13 @@ class SD3(Adapter):
             max_sequence_length=self.settings.max_text_tokens, device=self.text_encoders[0].device,
         )  # fmt: skip
         return SD3Conditioning(embeds.to(self.device), pooled.to(self.device))
+
+    def reading(self, text: str) -> Reading:
+        """To T5. Without T5, or with one that has no token for the text, as the embedded model's, CLIP reads the most."""
+        t5 = self.pipeline.tokenizer_3
+        if t5 is not None and t5.tokenize(text):
+            return super().reading(text)
+        return Reading(self.pipeline.tokenizer, text, text, CLIP_TOKENS)
 
     def placeholder(self, batch: int) -> SD3Conditioning:
         config, tokens = self.transformer.config, CLIP_TOKENS + self.settings.max_text_tokens

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from fastgrpo.models.attention import use_attention
 from fastgrpo.models.compiled import CompiledVelocity, Velocity
+from fastgrpo.models.folder import check_weights, readable
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.loading import LoadedPipeline
 from fastgrpo.quiet import quiet
@@ -73,6 +74,8 @@ class Accelerated(LoadedPipeline):
         """Load a distilled decoder for `decode(draft=True)`: for SD3 the one called taesd3, for FLUX taef1."""
         if not (path / "config.json").is_file():
             raise ValueError(f"model.tiny_decoder = {path}: holds no config.json, so it is no AutoencoderTiny folder")
+        with readable(where := f"model.tiny_decoder = {path}"):
+            check_weights(path, path, where)
         with quiet("diffusers", "transformers"):
             decoder = AutoencoderTiny.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
         channels = self.pipeline.vae.config.latent_channels

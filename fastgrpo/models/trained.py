@@ -77,8 +77,8 @@ class Trainable(LoadedPipeline):
     def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """Write the trained weights in the diffusers format. trained: parameter name in `transformer` -> float32 value.
 
-        A LoRA is read by `pipeline.load_lora_weights(folder)` in any script; a whole transformer, in the model's dtype, by
-        its class's `from_pretrained(folder, subfolder="transformer")`.
+        A LoRA has the same strength in every reader, with alpha = rank. `pipeline.load_lora_weights(folder)` reads it in any
+        script; its class's `from_pretrained(folder, subfolder="transformer")` a whole transformer, in the model's dtype.
         """
         if self.has_lora:
             self._save_lora(folder, trained)
@@ -90,13 +90,15 @@ class Trainable(LoadedPipeline):
         save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
-        # The metadata carries alpha: without it diffusers silently takes alpha = rank on load. Its sets become sorted lists,
-        # because the order of a set differs from process to process.
-        metadata = self.transformer.peft_config["default"].to_dict()
+        # Readers that know no metadata take alpha = rank, and apply B A as it is. So alpha / rank goes into B, and the
+        # metadata says alpha = rank too. Its sets become sorted lists: their order differs from process to process.
+        config = self.transformer.peft_config["default"]
+        folded = {n: value * (config.lora_alpha / config.r) if "lora_B" in n else value for n, value in trained.items()}
+        metadata = config.to_dict() | {"lora_alpha": config.r}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
         type(self.pipeline).save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=dict(trained)),
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=folded),
             transformer_lora_adapter_metadata=metadata,
         )
 

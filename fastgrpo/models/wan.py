@@ -12,14 +12,15 @@ Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F fram
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.folder import check_folder
+from fastgrpo.models.reading import Reading
 
 HEIGHT, WIDTH, FRAMES = 480, 832, 81  # the pipeline's defaults
 
@@ -39,14 +40,13 @@ class Wan(Adapter):
     vae_dtype = torch.float32  # as Wan's own code and Flow-GRPO run the decoder
 
     @classmethod
-    def load(cls, path: Path, **arguments: Any) -> Self:
-        check_folder(path, cls.pipeline_class)
-        if json.loads((path / "model_index.json").read_text()).get("transformer_2", [None])[0]:
+    def check_files(cls, path: Path) -> None:
+        super().check_files(path)
+        if json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("transformer_2", [None])[0]:
             raise ValueError(
                 f"model.path = {path}: holds two transformers (transformer_2), as Wan2.2-A14B, one for high noise and one "
                 "for low; this trains one: take Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-TI2V-5B"
             )
-        return super().load(path, **arguments)
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -86,6 +86,9 @@ class Wan(Adapter):
             device=self.text_encoders[0].device,
         )  # fmt: skip
         return WanConditioning(embeds.to(self.device, self.dtype))
+
+    def reading(self, text: str) -> Reading:
+        return super().reading(prompt_clean(text))
 
     def placeholder(self, batch: int) -> WanConditioning:
         shape = batch, self.settings.max_text_tokens, self.transformer.config.text_dim

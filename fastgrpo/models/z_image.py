@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.reading import Reading
 
 PATCH = "2-1"  # the key of the layers for patches of two by two pixels and one frame; no others are published
 
@@ -84,6 +85,11 @@ class ZImage(Adapter):
         embeds = torch.stack([pad(caption, (0, 0, 0, self.text_tokens - len(caption))) for caption in captions])
         length = torch.tensor([len(caption) for caption in captions])
         return ZImageConditioning(embeds.to(self.device), length.to(self.device))
+
+    def reading(self, text: str) -> Reading:
+        asked, tokenizer = [{"role": "user", "content": text}], self.pipeline.tokenizer
+        whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return Reading(tokenizer, text, whole, self.settings.max_text_tokens)
 
     def placeholder(self, batch: int) -> ZImageConditioning:
         width, tokens = self.transformer.config.cap_feat_dim, self.settings.max_text_tokens

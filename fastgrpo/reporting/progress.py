@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgrpo.reporting.text import in_percent, score_text
+from fastgrpo.reporting.text import score_text
 
 
 class Stopwatch:
@@ -36,7 +36,6 @@ def progress(metrics: dict[str, Any]) -> str:
     return f"{main} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
 
 
-def accuracy_line(accuracy: dict[str, float]) -> str:
+def accuracy_line(row: dict[str, Any]) -> str:
     """The scores of an evaluation by category, on one line."""
-    percent = in_percent(accuracy.values())
-    return "  ".join(f"{tag} {score_text(value, percent)}" for tag, value in accuracy.items())
+    return "  ".join(f"{tag} {score_text(value, tag in row['percent'])}" for tag, value in row["accuracy"].items())

@@ -65,7 +65,7 @@ def categories(run: SavedRun) -> str:
     if not before and not after:
         return sentence("Not evaluated yet.")
     percent = run.in_percent()
-    rows = "".join(_category(name, before.get(name), after.get(name), percent) for name in {**before, **after})
+    rows = "".join(_category(name, before.get(name), after.get(name), run.in_percent(name)) for name in {**before, **after})
     head = ["category", "", "base", *(["trained", "points" if percent else "change"] if after else [])]
     return f'<div class="card">{html_table(head, rows)}</div>'
 

@@ -2,12 +2,15 @@
 
 config.yaml                         the whole configuration, every path absolute
 prompts_{train,eval}.jsonl          only where prompts were given to the trainer as objects
+inputs.json                         hashes of prompts, weights and code: see `fastgrpo.inputs`
 metrics.jsonl   tensorboard/        a line an iteration
 evaluations.jsonl                   a line an evaluation; the first is the base model
 samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
 checkpoints/                        see `fastgrpo.engine.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
 transformer/                        or the averaged weights of a whole transformer
+trained.json                        which iteration's these are, and their hashes: see `fastgrpo.trained_files`
+lock.json                           while a process trains here, who it is: see `fastgrpo.engine.lock`
 summary.json   report.html          at the end
 prompts_train.jsonl, ..._eval       prompts that a program handed in instead of naming a file
 
@@ -17,6 +20,7 @@ what there is of any run, reads with `readable_lines`, which leaves out what it 
 """
 
 import json
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,16 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def inputs(self) -> Path:
+        """What the run was made of, by content."""
+        return self.path / "inputs.json"
+
+    @property
+    def trained_record(self) -> Path:
+        """What the trained weights in the folder are of."""
+        return self.path / "trained.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -108,14 +122,17 @@ def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
     """The rows, the numbers of the lines that are none, and the number of lines."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    # At line feeds alone, as everywhere; what follows the last one is half a line, or nothing.
+    lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n") if path.is_file() else []
+    if lines and not lines[-1]:
+        lines.pop()
     rows, unreadable = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and type(row.get("iteration")) is int:
             rows.append(row)

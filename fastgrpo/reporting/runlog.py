@@ -1,6 +1,5 @@
 """What rank 0 writes into the folder of a run while it goes on. `fastgrpo.reporting.run_folder` says what lies there."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastgrpo.files import write_atomically
+from fastgrpo.files import json_text, write_atomically, writing_to
 from fastgrpo.reporting.pictures import as_pictures, save_grid
 from fastgrpo.reporting.run_folder import RunFolder, image_of, read_lines
 
@@ -49,15 +48,16 @@ class RunLog:
         arrays = as_pictures(images).permute(0, 2, 3, 1).cpu().numpy()
         folder = self.folder.samples_of(iteration)
         folder.mkdir(exist_ok=True)
-        for number, array in enumerate(arrays):
-            Image.fromarray(array).save(image_of(folder, number))
-        save_grid(folder.with_suffix(".png"), arrays)
+        with writing_to(folder):
+            for number, array in enumerate(arrays):
+                Image.fromarray(array).save(image_of(folder, number))
+            save_grid(folder.with_suffix(".png"), arrays)
         prompts = [{"prompt": record["prompt"], "tag": record.get("tag", "all")} for record in records]
-        write_atomically(self.folder.prompts, json.dumps(prompts, indent=1))
+        write_atomically(self.folder.prompts, json_text(prompts, indent=1))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary, by which the run counts as finished."""
-        write_atomically(self.folder.summary, json.dumps(summary, indent=1) + "\n")
+        write_atomically(self.folder.summary, json_text(summary, indent=1) + "\n")
 
     def close(self) -> None:
         self._tensorboard.close()
@@ -66,16 +66,17 @@ class RunLog:
         for key, value in row.items():
             if isinstance(value, dict):
                 self._scalars(f"{prefix}/{key}", value, iteration)
-            else:
-                self._tensorboard.add_scalar(f"{prefix}/{key}", value, iteration)
+            elif key != "iteration":
+                with writing_to(self.folder.tensorboard):
+                    self._tensorboard.add_scalar(f"{prefix}/{key}", value, iteration)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with writing_to(path), path.open("a", encoding="utf-8") as file:
+        file.write(json_text(row) + "\n")
 
 
 def _keep_until(path: Path, iteration: int) -> None:
     if path.exists():
         kept = [row for row in read_lines(path) if row["iteration"] <= iteration]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(json_text(row) + "\n" for row in kept))

@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 
 from fastgrpo.config import yaml12
 from fastgrpo.reporting.run_folder import RunFolder, image_of, readable_lines
-from fastgrpo.reporting.text import in_percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +32,11 @@ class SavedRun:
         newest = _overall_first(self.summary.get("final") or newest, self.summary.get("final_accuracy"))
         return base, newest
 
-    def in_percent(self) -> bool:
-        """Whether its scores are shown in percent."""
-        evaluated = (*(row["accuracy"] for row in self.evaluations), *self.accuracies())
-        return in_percent(score for accuracy in evaluated for score in accuracy.values() if is_number(score))
+    def in_percent(self, name: str = "overall") -> bool:
+        """Whether that score is shown in percent: the run says so of those whose rewards do."""
+        rows = [self.summary, *reversed(self.evaluations)]
+        said: list[Any] = next((row["percent"] for row in rows if isinstance(row.get("percent"), list)), [])
+        return name in said
 
     def setting(self, *keys: str) -> Any:
         """A value of its configuration, None where there is none."""
@@ -107,7 +107,7 @@ def _rows_by_iteration(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

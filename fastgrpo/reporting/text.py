@@ -1,12 +1,7 @@
 """How scores are shown to people, as text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-
-
-def in_percent(scores: Iterable[float]) -> bool:
-    """Whether scores are shown in percent: all of them lie between 0 and 1, which those of some rewards do not."""
-    return all(0 <= score <= 1 for score in scores)
 
 
 def score_text(score: float, percent: bool) -> str:
@@ -30,12 +25,11 @@ def scores_by_reward(name: str, row: Mapping[str, Any], rewards: Sequence[str]) 
     return [(name, whole), *((f"  {tag}", scores) for tag, scores in categories.items() if len(categories) > 1)]
 
 
-def score_table(rows: Sequence[Row]) -> str:
-    """The rows as lines of text below a line of column names. Each column is in percent if all its scores can be."""
+def score_table(rows: Sequence[Row], percent: Collection[str] = ()) -> str:
+    """The rows as lines of text below a line of column names. percent: the columns whose rewards say that."""
     columns = list(rows[0][1])
-    percent = {column: in_percent(scores[column] for _, scores in rows) for column in columns}
     cells = [["", *columns]]
-    cells += [[name, *(score_text(scores[column], percent[column]) for column in columns)] for name, scores in rows]
+    cells += [[name, *(score_text(scores[column], column in percent) for column in columns)] for name, scores in rows]
     first, *widths = (max(len(line[i]) for line in cells) for i in range(len(columns) + 1))
     lines = []
     for name, *texts in cells:

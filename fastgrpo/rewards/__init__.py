@@ -5,20 +5,25 @@
     metadata   list of B dicts: the prompts' lines of the prompt file
 
 It is a function, or a class that is made once, `Class(device=device, **settings)`, and then called. The parameters of the
-class are the keys of its reward.settings, checked against their annotations. Attributes `low` and `high`, where it has them,
-bound the scores. A new reward is one file here and one line in `REWARDS`; your own needs neither: name it
-`package.module:function` or `package.module:Class`.
+class are the keys of its reward.settings, checked against their annotations. Its attributes, where it has them, say more:
+
+    low, high                   the bounds of the scores
+    percent                     True: a score is a share, and shown to people in percent
+    check(prompts, metadata)    refuses, by a ValueError, what it could not score. Every prompt of a run is checked before
+                                anything is loaded, if it is a static or class method; else once the class was made
+
+A new reward is one file here and one line in `REWARDS`; your own needs neither: see `fastgrpo.rewards.finding`.
 
 A run may maximise several rewards: the B scores of R rewards are a tensor (B, R), whose weighted sums are maximised.
 """
 
+import copy
 import hashlib
-import importlib
 import inspect
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +31,14 @@ from torch import Tensor
 
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.settings import settings_from_signature
+from fastgrpo.rewards.calling import Reward, in_percent, score_range, scores_of
+from fastgrpo.rewards.calling import RewardError as RewardError
+from fastgrpo.rewards.calling import RewardUnavailable as RewardUnavailable
+from fastgrpo.rewards.finding import find_attribute
 from fastgrpo.version import __version__
 
-Reward = Callable[[Tensor, list[str], list[dict]], Tensor]
 Weights = str | Mapping[str, float]  # one reward, or several by name with their weights
+Judged = Sequence[tuple[str, dict]]  # prompts to be scored: where each stands, and its record
 
 REWARDS = {
     "tiny_shapes": "fastgrpo.rewards.tiny:shapes",
@@ -52,8 +61,39 @@ REWARDS = {
 }
 
 
-class RewardUnavailable(RuntimeError):
-    """The server of a reward is gone and did not come back. The run saves its state and stops: no score may be made up."""
+def find_reward(name: str, folder: Path | None = None) -> Any:
+    """What that name stands for in `REWARDS`, or what it spells out as `module:attribute` or `file.py:attribute`.
+
+    folder: of the configuration, where a module or a file is looked for after the working directory.
+
+    Raises ValueError where there is none.
+    """
+    path = REWARDS.get(name, name)
+    if ":" not in path:
+        raise ValueError(
+            f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function or file.py:function"
+        )
+    found = find_attribute(path, folder)
+    if not callable(found):
+        raise ValueError(f"reward {name!r}: is a {type(found).__name__}, which cannot be called with images")
+    return found
+
+
+def make_reward(found: Any, name: str, *, device: torch.device | str, settings: Mapping[str, Any] | None = None) -> Reward:
+    """What `find_reward` found as a reward: a class is made with the device and its settings, a function has none.
+
+    Raises ConfigError for settings that the class does not take, also by their types where it is annotated.
+    """
+    path, owner = f"reward.settings.{name}", f"reward {name!r}"
+    if not inspect.isclass(found):
+        if settings:
+            raise ConfigError(f"{path}: {owner} is a function, which has no settings; leave them out")
+        return found
+    kind: Any = found
+    arguments = settings_from_signature(kind, settings or {}, path, owner=owner, passed=["device"])
+    if any(p.name == "device" or p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
+        arguments["device"] = torch.device(device)
+    return kind(**arguments)
 
 
 def load_reward(
@@ -62,29 +102,14 @@ def load_reward(
     device: torch.device | str = "cpu",
     settings: Mapping[str, Any] | None = None,
     frames: str = "each",
+    folder: Path | None = None,
 ) -> Reward:
-    """The reward of that name from `REWARDS`, or the `module:attribute` that it spells out.
+    """The reward of that name: `find_reward` and `make_reward`.
 
-    device, settings: the arguments of a class. A function has no settings.
     frames: how videos (B, T, 3, H, W) are scored: each frame, whose mean is the score, or the whole clip.
-
-    Raises ConfigError for settings that the class does not take, also by their types where it is annotated.
     """
-    module, colon, attribute = REWARDS.get(name, name).partition(":")
-    if not colon:
-        raise ValueError(f"reward {name!r}: not one of {', '.join(REWARDS)}, and not of the form module:function")
-    try:
-        reward: Any = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
-    path, owner = f"reward.settings.{name}", f"reward {name!r}"
-    is_class = inspect.isclass(reward)
-    if is_class:
-        arguments = settings_from_signature(reward, settings or {}, path, owner=owner, passed=["device"])
-        reward = reward(device=torch.device(device), **arguments)
-    elif settings:
-        raise ConfigError(f"{path}: {owner} is a function, which has no settings; leave them out")
-    return _seen_by(reward, frames)
+    reward = make_reward(find_reward(name, folder), name, device=device, settings=settings)
+    return _seen_by(reward, name, frames)
 
 
 def reward_name(reward: Reward) -> str:
@@ -93,35 +118,15 @@ def reward_name(reward: Reward) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def _seen_by(reward: Reward, frames: str) -> Reward:
+def _seen_by(reward: Reward, name: str, frames: str) -> Reward:
     """The reward as it is given videos: whole, or frame by frame."""
-    return reward if frames == "clip" else _MeanOverFrames(reward)
-
-
-def score_range(reward: Reward) -> tuple[float, float]:
-    """The lowest and the highest score that a reward can give; infinite where it does not say."""
-    return float(getattr(reward, "low", -math.inf)), float(getattr(reward, "high", math.inf))
+    return reward if frames == "clip" else _MeanOverFrames(reward, name)
 
 
 def reward_version(name: str, settings: Mapping[str, Any]) -> str:
     """A hash of the reward's name, its settings and this package's version: rewards of one version give equal scores."""
     text = json.dumps([name, settings, __version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def checked(rewards: Tensor, name: str, prompts: Sequence[str], low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """Rewards (B,) as float32 on the CPU, or an error that names the reward, the prompt and the value."""
-    if rewards.shape != (len(prompts),):
-        raise ValueError(f"reward {name!r} returned shape {tuple(rewards.shape)} for {len(prompts)} images, not (B,)")
-    scores = rewards.detach().float().cpu()
-    # As float32, like the scores: 0.1 is less than the float32 nearest to it.
-    bottom, top = torch.tensor([low, high], dtype=torch.float32)
-    bad = (~torch.isfinite(scores) | (scores < bottom) | (scores > top)).nonzero().flatten().tolist()
-    if bad:
-        value, where = rewards[bad[0]].item(), f"for the prompt {prompts[bad[0]]!r}"
-        outside = f", outside of its range [{low:g}, {high:g}]" if math.isfinite(value) else ""
-        raise ValueError(f"reward {name!r} returned {value} {where}{outside}")
-    return scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +140,21 @@ class RewardSum:
     def names(self) -> list[str]:
         return list(self.weights)
 
+    @property
+    def percent(self) -> list[str]:
+        """The rewards whose scores are shown in percent; the score of a single one is shown as weighted."""
+        weighted = len(self.weights) == 1 and self.weights != dict.fromkeys(self.weights, 1)
+        return [name for name in self.weights if in_percent(self.rewards[name]) and not weighted]
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Each reward's scores (B, R) float32, on the CPU."""
-        columns = []
-        for name in self.weights:
-            reward = self.rewards[name]
-            columns.append(checked(reward(images, prompts, metadata), name, prompts, *score_range(reward)))
+        columns = [scores_of(self.rewards[name], name, images, prompts, metadata) for name in self.weights]
         return torch.stack(columns, dim=1)
+
+    def check(self, prompts: Judged) -> None:
+        """Refuse prompts that one of the rewards cannot score."""
+        for name in self.weights:
+            check_prompts(self.rewards[name], name, prompts)
 
     def total(self, scores: Tensor) -> Tensor:
         """(N, R) -> (N,), the weighted sums."""
@@ -154,19 +167,54 @@ def load_rewards(
     settings: Mapping[str, Mapping[str, Any]],
     frames: str,
     given: Mapping[str, Reward] | None = None,
+    folder: Path | None = None,
+    prompts: Sequence[Judged] = (),
 ) -> list[RewardSum]:
     """A `RewardSum` for each of the sums, written as in reward.train; a reward that stands in several is loaded once.
 
     given: rewards that are there already, by `reward_name`.
+    folder: see `find_reward`.
+    prompts: for each of the sums the prompts that it will score, which its rewards check before any of them is made.
     """
     weights = [weights_of(one) for one in sums]
-    rewards = {
-        name: _seen_by(given[name], frames)
-        if given and name in given
-        else load_reward(name, device=device, settings=settings.get(name), frames=frames)
+    found = {
+        name: given[name] if given and name in given else find_reward(name, folder)
         for name in dict.fromkeys(name for one in weights for name in one)
     }
-    return [RewardSum(rewards=rewards, weights=one) for one in weights]
+    judged = [(name, some) for one, some in zip(weights, prompts, strict=False) for name in one]
+    for name, some in judged:
+        if not _checks_when_made(found[name]):
+            check_prompts(found[name], name, some)
+    rewards = {
+        name: one if given and name in given else make_reward(one, name, device=device, settings=settings.get(name))
+        for name, one in found.items()
+    }
+    for name, some in judged:
+        if _checks_when_made(found[name]):
+            check_prompts(rewards[name], name, some)
+    seen = {name: _seen_by(reward, name, frames) for name, reward in rewards.items()}
+    return [RewardSum(rewards=seen, weights=one) for one in weights]
+
+
+def _checks_when_made(found: Any) -> bool:
+    """Whether the check of a class needs an object of it."""
+    return inspect.isclass(found) and inspect.isfunction(inspect.getattr_static(found, "check", None))
+
+
+def check_prompts(reward: Any, name: str, prompts: Judged) -> None:
+    """Refuse, with its place, a prompt that the reward's `check` refuses; a reward without one can score any.
+
+    reward: as it is called, or as `find_reward` found it.
+    """
+    check = getattr(reward, "check", None)
+    if check is None:
+        return
+    for place, record in prompts:
+        try:
+            check([record["prompt"]], [copy.deepcopy(record)])
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{place}: reward {name!r}: {kind}{error}") from error
 
 
 def weights_of(rewards: Weights) -> dict[str, float]:
@@ -187,13 +235,15 @@ def each_frame(
 class _MeanOverFrames:
     """An image reward that scores a video too, by the mean of its frames' scores."""
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+    def __init__(self, reward: Reward, name: str) -> None:
+        self.reward, self.name = reward, name
         self.low, self.high = score_range(reward)
+        self.check = getattr(reward, "check", None)
+        self.percent = in_percent(reward)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Any:
         if images.dim() == 4:
             return self.reward(images, prompts, metadata)
-        scores = self.reward(*each_frame(images, prompts, metadata)).view(images.shape[:2])
+        scores = scores_of(self.reward, self.name, *each_frame(images, prompts, metadata)).view(images.shape[:2])
         # In double: rounding must not carry a mean out of the range of its scores.
         return scores.double().mean(dim=1).float()

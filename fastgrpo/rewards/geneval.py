@@ -33,6 +33,7 @@ class GenEval:
     """Images (B, 3, H, W) uint8 -> (B,), by records of GenEval's format."""
 
     low, high = 0.0, 1.0
+    percent = True
     score = "strict"
 
     def __init__(
@@ -46,14 +47,14 @@ class GenEval:
         self.detector, self.colors, self.batch_size = Detector(detector, device), Colors(clip, device), batch_size
 
     @staticmethod
-    def check(metadata: list[dict]) -> None:
+    def check(prompts: list[str], metadata: list[dict]) -> None:
         """Refuse records that are not of GenEval's format."""
         for record in metadata:
             check_record(record)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        self.check(metadata)
+        self.check(prompts, metadata)
         seen = [found for batch in images.split(self.batch_size) for found in self.detector(batch)]
         pairs = list(zip(seen, metadata, strict=True))
         objects = [(image, item) for image, pair in zip(images, pairs, strict=True) for item in whose_colors(*pair)]

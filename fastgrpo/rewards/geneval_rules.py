@@ -159,16 +159,22 @@ def check_record(record: dict) -> None:
         raise ValueError(f'{prompt}: "tag" is {record.get("tag")!r}; GenEval has {", ".join(TAGS)}')
     if not record.get("include"):
         raise ValueError(f'{prompt}: "include" is empty; it says what the image shall show')
+    for key in ("include", "exclude"):
+        clauses = record.get(key, [])
+        if not isinstance(clauses, list) or not all(isinstance(clause, dict) for clause in clauses):
+            raise ValueError(f'{prompt}: "{key}" is {clauses!r}; it is a list of clauses {{"class", "count"}}')
     for index, clause in enumerate([*record["include"], *record.get("exclude", [])]):
         if clause.get("class") not in CLASSES:
             raise ValueError(f"{prompt}: class {clause.get('class')!r} is none of COCO's 80 by GenEval's names")
-        if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        if type(clause.get("count")) is not int or clause["count"] < 1:
             raise ValueError(f"{prompt}: count {clause.get('count')!r} of {clause['class']!r}; it is a whole number from 1")
         if clause.get("color", COLORS[0]) not in COLORS:
             raise ValueError(f"{prompt}: color {clause['color']!r}; GenEval has {', '.join(COLORS)}")
         if "position" in clause:
-            relation, target = clause["position"]
-            if relation not in RELATIONS or target not in range(index):
+            position = clause["position"]
+            if not isinstance(position, list | tuple) or len(position) != 2:
+                position = None, None
+            if position[0] not in RELATIONS or position[1] not in range(index):
                 raise ValueError(
                     f"{prompt}: position {clause['position']!r}; it is one of {', '.join(RELATIONS)}, and the index of "
                     "an earlier clause"

@@ -23,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-import httpx2
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fastgrpo.config.bounds import Above, AtLeast
 from fastgrpo.data.pixels import as_arrays
+from fastgrpo.rewards.calling import RewardUnavailable
+from fastgrpo.rewards.client import NoAnswer, checked_url, make_client
 from fastgrpo.rewards.retry import tries
 
 RETRY_TEMPERATURE = 0.7
@@ -132,12 +133,18 @@ class VLMJudge:
         api_key_env: str = "",  # the environment variable with the key, which does not belong into a configuration
     ) -> None:
         self.question = checked_question(preset, {"prompt": prompt, "score": score, "low": low, "high": high})
-        self.url, self.retries, self.backoff = url.rstrip("/") + "/chat/completions", retries, backoff
+        self.url = checked_url(url, "reward.settings.vlm_judge.url") + "/chat/completions"
+        self.retries, self.backoff = retries, backoff
         self.request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-        headers = {"Authorization": f"Bearer {key_from(api_key_env)}"} if api_key_env else {}
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self.client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
+        token = key_from(api_key_env) if api_key_env else None
+        self.client = make_client(self.url, token=token, timeout=timeout, connections=concurrency)
         self.concurrency = concurrency
+
+    @staticmethod
+    def check(prompts: list[str], metadata: list[dict]) -> None:
+        """Refuse prompts that no request can carry."""
+        for prompt in prompts:
+            prompt.encode()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """images (B, 3, H, W) uint8 -> (B,) float32, 0 to 1."""
@@ -161,13 +168,14 @@ class VLMJudge:
                 if isinstance(failure, NoScore):
                     request["temperature"] = max(request["temperature"], RETRY_TEMPERATURE)
         count = f"no score in {self.retries + 1} tries"
-        raise RuntimeError(f"vlm_judge at {self.url}: {count} for the prompt {prompt!r}; the last: {reason}")
+        kind = RuntimeError if isinstance(reason, NoScore) else RewardUnavailable
+        raise kind(f"vlm_judge at {self.url}: {count} for the prompt {prompt!r}; the last: {reason}")
 
     def answer(self, request: dict) -> str:
         """The judge's text. Raises `Unanswered` where another try may help, RuntimeError where none can."""
         try:
             response = self.client.post(self.url, json=request)
-        except httpx2.TransportError as failure:
+        except NoAnswer as failure:
             raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
         status, body = response.status_code, response.text[:500]
         if status == 429 or status >= 500:
@@ -176,7 +184,7 @@ class VLMJudge:
             raise RuntimeError(f"vlm_judge at {self.url} answered {status}: {body!r}; see reward.settings.vlm_judge")
         try:
             text = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as failure:
+        except (ValueError, LookupError, TypeError, RecursionError) as failure:
             raise Unanswered(f"no chat completion: {body!r}") from failure
         # null where a reasoning model ran out of tokens before it spoke
         return text if isinstance(text, str) else ""

@@ -2,8 +2,9 @@
 
     reward = 1 - min(distance, N) / N        N: letters of the target; 1 where the target stands inside what was read
 
-The target is the first text in double quotes; target and recognised text are compared in lower case and without
-spaces, by their Levenshtein distance. Both rewards lie in [0, 1], more is better.
+The target is the first text in straight double quotes; target and recognised text are compared in the form of
+`fastgrpo.normal_form`, without regard to case, spaces and ways to write a character, by their Levenshtein distance. Both
+rewards lie in [0, 1], more is better.
 
 Recognition is RapidOCR's (PaddleOCR's PP-OCRv4 models as ONNX, in its wheel: nothing is fetched) or PaddleOCR's own,
 both on the CPU. As PaddleOCR 2 does by default, which Flow-GRPO used, images of up to 960 pixels are read at their
@@ -11,7 +12,6 @@ size, without turning lines around. The recogniser reads Chinese and English, Fl
 """
 
 import importlib
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -22,25 +22,26 @@ from torch import Tensor
 from fastgrpo.config.bounds import AtLeast
 from fastgrpo.data.pixels import as_arrays
 from fastgrpo.edit_distance import levenshtein
+from fastgrpo.normal_form import compared
 from fastgrpo.rewards import each_frame
 
 LONGEST_SIDE = 960  # pixels: larger images are made smaller before text is looked for
-QUOTED = re.compile(r'"([^"]*)"')
 
 
 class OCR:
     """Images (B, 3, H, W) uint8 -> (B,)."""
 
     low, high = 0.0, 1.0
+    percent = True
 
     def __init__(self, device: torch.device, *, engine: Literal["rapid", "paddle"] = "rapid") -> None:
         self.read = ENGINES[engine]()
 
     @staticmethod
-    def check(metadata: list[dict]) -> None:
-        """Refuse prompts that quote no text."""
-        for record in metadata:
-            target_text(record["prompt"])
+    def check(prompts: list[str], metadata: list[dict]) -> None:
+        """Refuse prompts that do not say which text is meant."""
+        for prompt in prompts:
+            target_text(prompt)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         targets = [target_text(prompt) for prompt in prompts]
@@ -73,23 +74,29 @@ class VideoOCR(OCR):
 
 
 def target_text(prompt: str) -> str:
-    """The first text in double quotes, as it is compared."""
-    found = QUOTED.search(prompt)
-    if found is None or not _plain(found[1]):
+    """The first text in straight double quotes, as it is compared.
+
+    Raises ValueError where a quote has no partner. A quote after a digit that closes nothing is the sign for inches.
+    """
+    marks: list[int] = []
+    for place, character in enumerate(prompt):
+        inches = len(marks) % 2 == 0 and place > 0 and prompt[place - 1].isdecimal()
+        if character == '"' and not inches:
+            marks.append(place)
+    if len(marks) % 2:
+        raise ValueError(f"prompt {prompt!r} has a double quote without its partner: it does not say which text is meant")
+    target = compared(prompt[marks[0] + 1 : marks[1]]) if marks else ""
+    if not target:
         raise ValueError(f'prompt {prompt!r} quotes no text: put what the image shall show in straight double quotes, "so"')
-    return _plain(found[1])
+    return target
 
 
 def similarity(text: str, target: str) -> float:
-    """1 where the plain `target` stands in `text`, less by each letter to change, 0 where all of them are."""
-    text = _plain(text)
+    """1 where `target` stands in `text`, less by each letter to change, 0 where all of them are."""
+    text = compared(text)
     if target in text:
         return 1.0
     return 1 - min(levenshtein(text, target), len(target)) / len(target)
-
-
-def _plain(text: str) -> str:
-    return "".join(text.lower().split())
 
 
 def _import(module: str, packages: str) -> Any:

@@ -22,16 +22,29 @@ class Verified:
     """A world's verifier as a reward: images (B, 3, H, W) uint8 -> (B,)."""
 
     score: Callable[[np.ndarray, dict], tuple[float, float]]  # image (H, W, 3), record -> strict, graded
+    check_record: Callable[[dict], None]  # ValueError for a record that is not of its world
     graded: bool = False
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
+    percent: ClassVar[bool] = True
+
+    def check(self, prompts: list[str], metadata: list[dict]) -> None:
+        """Refuse prompts of another world."""
+        for record in metadata:
+            self.check_record(record)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         pairs = zip(as_arrays(images), metadata, strict=True)
         return torch.tensor([self.score(image, record) for image, record in pairs])[:, int(self.graded)]
 
 
-shapes = Verified(shapes_verifier.score)  # 1 where all objects, and no others, are there as the prompt says
-shapes_graded = Verified(shapes_verifier.score, graded=True)  # with credit for shapes, colours, counts and relation
-text = Verified(text_verifier.score)  # 1 where every character is right
-text_graded = Verified(text_verifier.score, graded=True)  # 1 - the edit distance from the prompt's text, over its length
+shapes = Verified(
+    shapes_verifier.score, shapes_verifier.check_record
+)  # 1 where all objects, and no others, are there as the prompt says
+shapes_graded = Verified(
+    shapes_verifier.score, shapes_verifier.check_record, graded=True
+)  # with credit for shapes, colours, counts and relation
+text = Verified(text_verifier.score, text_verifier.check_record)  # 1 where every character is right
+text_graded = Verified(
+    text_verifier.score, text_verifier.check_record, graded=True
+)  # 1 - the edit distance from the prompt's text, over its length

@@ -48,7 +48,7 @@ class PublishedFolder:
         weights["language_model.model.norm.weight"] = torch.ones(width)
         save_file(weights, folder / "ema.safetensors")
         save_file(original_names(tiny_autoencoder().state_dict()), folder / "ae.safetensors")
-        (folder / "llm_config.json").write_text(json.dumps(sizes))
+        (folder / "llm_config.json").write_text(json.dumps(sizes), encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
 

@@ -272,7 +272,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, recipe: Recipe, stage:
         if (step + 1) % LOG_EVERY == 0:
             row = {"stage": stage, "step": step + 1, "loss": round(running / LOG_EVERY, 5)}
             row["seconds"] = round(time.time() - began, 1)
-            with (args.work / "log.jsonl").open("a") as file:
+            with (args.work / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             bar.set_postfix(loss=row["loss"], refresh=False)
             running = 0.0

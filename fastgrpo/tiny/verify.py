@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from fastgrpo.tiny.render import BACKGROUND, coverage
-from fastgrpo.tiny.world import COLORS, SHAPES, relation_holds
+from fastgrpo.tiny.world import COLORS, RELATIONS, SHAPES, relation_holds
 
 MIN_AREA = 4  # pixels: smaller specks are what anti-aliasing leaves, not objects
 MAX_AREA = 512  # pixels, half the image: one filled with a colour is no square
@@ -82,6 +82,23 @@ def _centre_and_radius(name: str, x: float, y: float, area: float) -> tuple[floa
         return x, y, float(np.sqrt(area) / 1.8)
     radius = float(np.sqrt(area / 2))
     return x, y - radius / 3, radius  # a triangle's centroid lies a third of its height above the base
+
+
+def check_record(record: dict) -> None:
+    """Refuse a record that does not say, in this world's words, what an image shall show."""
+    wanted = record.get("include")
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(item, dict) for item in wanted):
+        raise ValueError(f'"include" is {wanted!r}: expected a list of {{"class", "color", "count"}}, as in tiny_shapes')
+    for item in wanted:
+        for key, choices in (("class", SHAPES), ("color", tuple(COLORS))):
+            # Prompts that count name no colour.
+            if item.get(key, choices[0] if key == "color" else None) not in choices:
+                raise ValueError(f'"{key}" is {item.get(key)!r}: one of {", ".join(choices)}')
+        if type(item.get("count")) is not int or item["count"] < 1:
+            raise ValueError(f'"count" is {item.get("count")!r}: a whole number from 1')
+    relation = record.get("relation")
+    if relation and (relation not in RELATIONS or sum(item["count"] for item in wanted) < 2):
+        raise ValueError(f'"relation" is {relation!r}: one of {", ".join(RELATIONS)}, between two objects')
 
 
 def score(image: np.ndarray, record: dict) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def write_prompts(folder: Path = PROMPTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in zip(("train", "eval"), split_prompts(), strict=True):
         text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(text)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

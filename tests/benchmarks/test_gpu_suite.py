@@ -225,8 +225,8 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
 
     unknown = run("100", "rolouts", REHEARSE="1")
     assert unknown.returncode == 2 and "'rolouts' is unknown; there are tests, tiny" in unknown.stderr
-    late = run("9", "models", REHEARSE="1")
-    assert late.returncode == 1 and "not begun" in late.stdout and "not ok: models" in late.stdout
+    late = run("9", "qwen", REHEARSE="1")
+    assert late.returncode == 1 and "not begun" in late.stdout and "not ok: qwen" in late.stdout
 
 
 def test_results_become_a_picture(tmp_path: Path) -> None:

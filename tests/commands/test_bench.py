@@ -15,6 +15,7 @@ from fastgrpo import measure
 from fastgrpo.commands.bench import Bench, Record, bench_config
 from fastgrpo.commands.cli import main
 from fastgrpo.commands.plan import count_model, flops_per_image
+from fastgrpo.engine.ranks import OneRank
 
 CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 SMALL = [
@@ -80,6 +81,18 @@ def test_an_iteration_is_the_smallest_whole_one(batch: int, steps: int, group: i
 def test_random_weights_leave_nothing_on_disk() -> None:
     config = bench_config(ROOT / "configs" / "sd3_compressibility.yaml", [], random_weights=True, output=Path("unused"))
     assert config.model.random_weights and config.prompts.cache is None
+
+
+def test_what_checkpointing_computes_again_is_no_work_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MFU would otherwise rise as a run gets slower."""
+    config = bench_config(
+        CONFIG, [*SMALL, "update.gradient_checkpointing=true"], random_weights=False, output=Path("unused")
+    )
+    counts = count_model(config, load_tiny_model())
+    monkeypatch.setattr("fastgrpo.commands.bench.Trainer", lambda *_, **__: None)
+    bench = Bench(config, OneRank(), lambda *_, **__: None, counts)
+    per_image = flops_per_image(config, counts)
+    assert per_image["checkpoints"] > 0 and bench.flops == sum(per_image.values()) - per_image["checkpoints"]
 
 
 def bench_of(blocks: list[nn.Module]) -> tuple[Bench, list[tuple[str, dict]]]:

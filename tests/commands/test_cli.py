@@ -1,5 +1,6 @@
 """The console script: its help is quick and whole, its errors are one line, and the older doors open on the same rooms."""
 
+import io
 import json
 import re
 import subprocess
@@ -118,3 +119,12 @@ def test_the_doors_lead_to_the_commands(door: str) -> None:
 def test_report_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_terminal_without_a_prompts_script_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr(report, "run", lambda arguments: print("café 猫") or 0)
+    assert cli.main(["report", "nowhere"]) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == "café \\u732b\n".encode("latin-1")

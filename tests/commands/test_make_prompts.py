@@ -129,7 +129,7 @@ def test_the_command_is_deterministic_and_its_files_can_be_read(kind: str, tmp_p
         assert 0 == main(
             ["make-prompts", kind, "--count", "200", "--output", str(tmp_path / name), "--seed", str(seed), *more]
         )
-        return (tmp_path / name).read_text()
+        return (tmp_path / name).read_text(encoding="utf-8")
 
     first = make("a.jsonl", 0)
     assert make("b.jsonl", 0) == first != make("c.jsonl", 1)

@@ -90,7 +90,9 @@ def test_a_run_that_trained_nothing_may_be_corrected(run: Path, override: str, k
     config = configured(run, override)
     check_folder(config)
     log, ranks = FolderLog(), SimpleNamespace(rank=0)
-    log.on_start(SimpleNamespace(config=config, ranks=ranks, objects=Objects(), iteration=0, rollout_form="eager"))  # type: ignore[arg-type]
+    parts = SimpleNamespace(prompts=None, held_out=None)  # which are those of the configuration
+    run = SimpleNamespace(config=config, ranks=ranks, objects=Objects(), parts=parts, iteration=0, rollout_form="eager")
+    log.on_start(run)  # type: ignore[arg-type]
     assert len(read_lines(folder.evaluations)) == len(folder.sample_folders()) == kept
     assert load_config(folder.config) == config
 

@@ -12,9 +12,11 @@ from fastgrpo.data.prompts import (
     as_prompt,
     check_held_out,
     check_tags,
+    given_prompts,
     load_prompts,
     prompt_probabilities,
     prompts_of_iteration,
+    write_prompts,
 )
 
 
@@ -42,6 +44,112 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
         load_prompts(path)
     with pytest.raises(ValueError, match="no such prompt file"):
         load_prompts(tmp_path / "b.jsonl")
+
+
+DEEP = '{"a": [' * 60 + "1" + "]}" * 60
+# A line of JSON that is not taken -> what is said of it.
+REFUSED = {
+    r'{"prompt": "half a \ud83d face"}': r"prompt: \\ud83d is half of a character \(a lone surrogate\)",
+    r'{"prompt": "a", "include": [{"class": "\udc00"}]}': r"include\[0\]\.class: \\udc00 is half of a character",
+    r'{"prompt": "a", "m": {"\ud800": 1}}': r"a key: \\ud800 is half",
+    '{"prompt": "a", "x": NaN}': "NaN is not JSON",
+    '{"prompt": "a", "x": [{"y": -Infinity}]}': "-Infinity is not JSON",
+    '{"prompt": "a", "x": 1e400}': "the number 1e400 is larger than any float",
+    '{"prompt": "a", "x": -%s}' % ("9" * 4000): "a whole number of more than 1000 digits",
+    '{"prompt": "a", "x": %s}' % ("9" * 9000): "a whole number of more than 1000 digits",
+    '{"prompt": "a", "x": ' + DEEP + "}": r"x\.a\[0\]\.a.*: objects and lists in one another more than 100 deep",
+    '{"prompt": "a", "x": %s}' % ("[" * 90000 + "]" * 90000): "objects and lists in one another more than 100 deep",
+    '{"prompt": "a", "prompt": "b"}': "the key 'prompt' stands twice in one object",
+    '{"prompt": "a", "m": [{"x": 1, "y": 2, "x": 1}]}': "the key 'x' stands twice in one object",
+    '{"prompt": "a", "tag": ["animal"]}': r"tag = \['animal'\]: names the prompt's category; give a text",
+    '{"prompt": "a", "tag": 3}': "tag = 3",
+    '{"prompt": "a", "tag": null}': "tag = None",
+    '{"prompt": " \\t"}': r"prompt = ' \\t': is blank",
+    '{"prompt": null}': 'expected an object with a text as its "prompt", found',
+    '{"text": "a"}': 'expected an object with a text as its "prompt", found',
+    '"a cat"': 'expected an object with a text as its "prompt", found',
+    '[{"prompt": "a"}]': "a list; write one object a line, for example with jq",
+    '{"prompt": "a"} {"prompt": "b"}': "not JSON .*; write one object a line",
+    "a cat": r"not JSON .*; a file of plain prompts is called \.txt",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=[why[:30] for why in REFUSED.values()])
+def test_a_line_that_something_could_not_take_later_is_refused_with_its_place(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a dog"}\n\n' + line + '\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=rf"a\.jsonl:3: {REFUSED[line]}") as refusal:
+        load_prompts(tmp_path / "a.jsonl")
+    assert len(str(refusal.value)) < 600 and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [[{"prompt": "a"}, {"prompt": "b"}], {"prompt": "a"}])
+def test_json_over_several_lines_is_called_what_it_is(value: object, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=2))
+    with pytest.raises(ValueError, match=r"a\.json:1: one value of JSON over several lines; write one object a line"):
+        load_prompts(tmp_path / "a.json")
+
+
+def test_what_json_can_say_is_taken_as_it_is(tmp_path: Path) -> None:
+    texts = ["", "nul \0", "a\u2028b\x85c\x0cd", "tab\tand\r\nline", "é e\u0301", "🙂", " spaces ", '</script> "quotes"']
+    records = [{"prompt": text, "tag": "t", "m": {"n": 10**30, "x": [1e308, None, True, {"": []}]}} for text in texts]
+    for name, plain in (("a.jsonl", True), ("b.jsonl", False)):
+        text = "\r\n".join(json.dumps(record, ensure_ascii=plain) for record in records)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        loaded = load_prompts(tmp_path / name)
+        assert loaded.metadata == records == given_prompts(records).metadata and loaded.prompts == texts
+        assert list(loaded.places) == [f"{tmp_path / name}:{i}" for i in range(1, len(texts) + 1)]
+    write_prompts(tmp_path / "c.jsonl", records)
+    assert load_prompts(tmp_path / "c.jsonl").metadata == records
+
+
+def test_plain_prompts_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.TXT").write_bytes("\ufeffone\u2028a\x0cb\r\n \r\n two\x1dtoo \n".encode())
+    loaded = load_prompts(tmp_path / "a.TXT")
+    assert loaded.prompts == ["one\u2028a\x0cb", "two\x1dtoo"]
+    assert list(loaded.places) == [f"{tmp_path / 'a.TXT'}:1", f"{tmp_path / 'a.TXT'}:3"]
+    with pytest.raises(ValueError, match=r"b\.Txt: JSON lines are written, .* call it \.jsonl"):
+        write_prompts(tmp_path / "b.Txt", [])
+
+
+class Box:
+    def __repr__(self) -> str:
+        return "a box"
+
+
+circle: dict = {"prompt": "a"}
+circle["m"] = [circle]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a cat", "no prompts were given"),
+        ({"prompt": "a cat"}, "no prompts were given"),
+        ([], "no prompts were given"),
+        (["a", 3], r'prompt 1: expected an object with a text as its "prompt", found 3'),
+        (["a", "half \ud83d"], r"prompt 1: prompt: \\ud83d is half of a character"),
+        (["a", "  "], r"prompt 1: prompt = '  ': is blank"),
+        ([{"prompt": "a", "m": {1: 2}}], r"prompt 0: m: the key 1 is no text"),
+        ([{"prompt": "a", "m": float("nan")}], r"prompt 0: m = nan: is not a number that JSON has"),
+        ([{"prompt": "a", "m": [Box()]}], r"prompt 0: m\[0\] = a box: JSON has no Box"),
+        ([{"prompt": "a", "m": 10**5000}], r"prompt 0: m: a whole number of more than 1000 digits"),
+        ([{"prompt": "a", "tag": ("x",)}], r"prompt 0: tag = \('x',\)"),
+        ([circle], r"prompt 0: .* more than 100 deep"),
+    ],
+)
+def test_prompts_from_a_program_are_looked_at_in_the_same_way(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given_prompts(given)
+
+
+def test_images_of_prompts_from_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to where the program runs, and absolute from then on: the run keeps them in another folder."""
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "good.png")
+    monkeypatch.chdir(tmp_path)
+    given = [{"prompt": "make it blue", "image": "good.png"}]
+    assert given_prompts(given, [IMAGE_FIELD]).metadata == [{"prompt": "make it blue", "image": str(tmp_path / "good.png")}]
+    with pytest.raises(ValueError, match=r"prompt 1: image .*/none\.png: no such file"):
+        given_prompts([*given, {"prompt": "a", "image": "none.png"}], [IMAGE_FIELD])
 
 
 def test_evaluation_prompts_may_not_be_trained_on(tmp_path: Path) -> None:
@@ -72,12 +180,15 @@ def edits(folder: Path, *records: dict) -> Path:
     return path
 
 
-def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
+def test_input_images_lie_beside_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
     loaded = load_prompts(path, image_fields=[IMAGE_FIELD])
     assert as_prompt(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
     assert as_prompt(loaded.metadata[0], False) == "make it blue"
     assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = load_prompts(edits(tmp_path, {"prompt": "make it blue", "image": "~/good.png"}), image_fields=[IMAGE_FIELD])
+    assert at_home.metadata == loaded.metadata
 
 
 @pytest.mark.parametrize(
@@ -87,6 +198,10 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path) -> None:
         ({"prompt": "b", "image": 3}, r"edits\.jsonl:2: every prompt needs an image"),
         ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),
         ({"prompt": "b", "image": "broken.png"}, r"edits\.jsonl:2: image .*broken\.png: cannot be read"),
+        ({"prompt": "b", "image": "a\0.png"}, r"edits\.jsonl:2: image = 'a\\x00\.png': embedded null"),
+        ({"prompt": "b", "image": "~nobody-at-all/a.png"}, r"edits\.jsonl:2: image .*/~nobody-at-all/a\.png: no such file"),
+        ({"prompt": "b", "image": "x" * 5000}, r"edits\.jsonl:2: image .*: no such file"),
+        ({"prompt": "b", "image": ""}, r"edits\.jsonl:2: image .*: no such file"),
         ({"prompt": "b", "image": "edits.jsonl"}, r"edits\.jsonl:2: image .*: cannot be read"),
     ],
 )

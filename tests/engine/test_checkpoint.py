@@ -1,5 +1,6 @@
 """Complete or absent: a crash at every point, damage, pruning. With a real engine: see test_engine.py."""
 
+import errno
 import json
 import os
 import shutil
@@ -127,6 +128,30 @@ def test_a_crash_while_pruning(point: str, tmp_path: Path, monkeypatch: pytest.M
     assert [check_files(path) for path in complete_checkpoints(tmp_path)] == ([2, 3] if point == "delete" else [1, 2, 3])
     save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
     assert names(tmp_path) == ["00003", "00004"]
+
+
+@pytest.mark.parametrize("where", ["state", "shards", "marker"])
+def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FullEngine(FakeEngine):
+        def save(self, folder: Path) -> None:
+            super().save(folder)
+            if where == "shards":
+                full()
+
+    save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
+    with monkeypatch.context() as patch:
+        if where == "state":
+            patch.setattr(torch, "save", full)
+        if where == "marker":
+            patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / '00002'}'"):
+            save_checkpoint(FullEngine(), tmp_path, 2, STATE)
+    assert names(tmp_path) == ["00001"] and load_checkpoint(FakeEngine(), tmp_path)[0] == 1
 
 
 def test_a_process_that_is_killed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`OneRank` against the process group that it stands in for, and what it says of ranks that are not there."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgrpo.engine.ranks import OneRank, Ranks
+from fastgrpo.engine.ranks import OneRank, Ranks, tell_once
 
 CPU = torch.device("cpu")
 
@@ -48,3 +49,13 @@ def test_the_other_ranks_hold_what_this_one_does() -> None:
     assert ranks.all_reduce(tensor, "sum").tolist() == [[4.0, 8.0]]
     for op in ("mean", "min", "max"):
         assert torch.equal(ranks.all_reduce(tensor, op), tensor)
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, True), (1, False)])
+def test_what_all_ranks_read_alike_is_told_by_the_first(rank: int, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        tell_once(rank)
+        logging.getLogger("fastgrpo.data.captions").warning("left out")
+    finally:
+        logging.getLogger("fastgrpo").setLevel(logging.NOTSET)
+    assert bool(caplog.records) == told

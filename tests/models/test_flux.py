@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from PIL import Image
 from support.drawing import ode_arguments
+from support.files import seen_alike
 from support.helpers import NoSync
 from torch import Tensor
 
@@ -174,6 +175,11 @@ def test_input_images_of_any_shape_are_resized_to_the_output(tmp_path: Path) -> 
     assert conditioning.image.shape == (3, *model.latent_shape)
     for image, file in zip(conditioning.image, files, strict=True):
         assert torch.equal(image, model.encode_image(file)[0])
+
+
+def test_an_input_image_is_read_as_people_see_it(tmp_path: Path) -> None:
+    model, (plain, hiding) = adapter("kontext"), seen_alike(tmp_path)
+    assert torch.equal(model.encode_image(plain), model.encode_image(hiding))
 
 
 def test_cached_embeddings_of_another_size_are_not_taken() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support.drawing import drawn, ode_arguments
+from support.files import seen_alike
 from support.helpers import NoSync
 from torch import Tensor
 
@@ -251,6 +252,12 @@ def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:
     model = load("qwen_image_edit", height=24, width=16)
     images = drawn(model, [ImagePrompt("draw a line", tmp_path / "grey.png")], num_steps=2, guidance_scale=4.0)
     assert images.shape == (1, 3, 24, 16)
+
+
+def test_an_image_to_edit_is_read_as_people_see_it(load, tmp_path: Path) -> None:
+    model = load("qwen_image_edit")
+    plain, hiding = (model.encode([ImagePrompt("draw a line", file)]) for file in seen_alike(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(plain, hiding, strict=True))
 
 
 def test_at_a_megapixel_a_square_image_is_prepared_as_in_the_stock_pipeline(load, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The SD3 adapter against the stock diffusers pipeline, on the embedded weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.drawing import drawn
 from support.helpers import ROOT
 from support.tiny_model import TINY_WEIGHTS, load_tiny_model, load_tuned_model
@@ -94,6 +97,46 @@ def test_saved_lora_in_the_stock_pipeline_gives_the_same_images(targets, tmp_pat
     for found in (own_images(tuned_model, 1.0, 10), own_images(fresh, 1.0, 10)):
         assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 1e-3
     assert (base != expected).mean() > 0.05
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (3, 7), (5, 2)])
+def test_a_saved_lora_has_its_strength_without_metadata_too(rank: int, alpha: int, metadata: bool, tmp_path: Path) -> None:
+    """Against float64: the base weight plus alpha / rank B A. Also by the product alone, as readers without PEFT do it."""
+    model = load_tiny_model()
+    model.add_lora(rank=rank, alpha=alpha)
+    trained = {n: torch.randn_like(p) * 0.1 for n, p in model.transformer.named_parameters() if p.requires_grad}
+    model.save_trained(tmp_path, trained)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    saved = load_file(file)
+    if not metadata:
+        save_file(saved, file)
+    pipeline = stock()
+    layer = "transformer_blocks.0.attn.to_q"
+    base = pipeline.transformer.get_submodule(layer).weight.detach().double()
+    a, b = (trained[f"{layer}.lora_{x}.default.weight"].double() for x in "AB")
+    expected = base + alpha / rank * b @ a
+    by_hand = base + (saved[f"transformer.{layer}.lora_B.weight"] @ saved[f"transformer.{layer}.lora_A.weight"]).double()
+    torch.testing.assert_close(by_hand, expected, rtol=1e-5, atol=1e-6)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora()
+    fused = pipeline.transformer.get_submodule(layer).get_base_layer().weight.detach().double()
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_whose_metadata_holds_alpha_is_still_read(tuned_model, tmp_path: Path) -> None:
+    """As earlier releases wrote it: B as trained, and alpha beside it."""
+    trained = {n: p.detach().clone() for n, p in tuned_model.transformer.named_parameters() if p.requires_grad}
+    tuned_model.save_trained(tmp_path, trained)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        content = json.loads(opened.metadata()["lora_adapter_metadata"])
+    content = {key: 8 if key.endswith("lora_alpha") else value for key, value in content.items()}
+    unfolded = {name: tensor / (2 if "lora_B" in name else 1) for name, tensor in load_file(file).items()}
+    save_file(unfolded, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(content)})
+    fresh = load_tiny_model()
+    fresh.load_trained(tmp_path)
+    assert np.array_equal(own_images(fresh, 1.0, 4), own_images(tuned_model, 1.0, 4))
 
 
 def test_reference_is_the_untouched_base(tuned_model, tiny_model) -> None:

@@ -91,10 +91,10 @@ def run(tmp_path: Path) -> Path:
     write_lines(run / "metrics.jsonl", [metrics_row(i) for i in range(1, 41)])
     middle = {"overall": 0.8, "single_object": 0.9, "counting": 0.7}
     accuracies = zip((0, 20, 40), (BASE, middle, FINAL), strict=True)
-    rows = [{"iteration": i, "accuracy": a, "images": 400, "seconds": 3.0} for i, a in accuracies]
+    rows = [{"iteration": i, "accuracy": a, "percent": [*BASE], "images": 400, "seconds": 3.0} for i, a in accuracies]
     write_lines(run / "evaluations.jsonl", [{**row, "scores": {"graded": {"overall": 0.7}}} for row in rows])
     summary = {"base_accuracy": BASE["overall"], "final_accuracy": FINAL["overall"], "train_seconds": 612.3}
-    summary |= {"base": BASE, "final": FINAL, "images": 10240, "seed": 7, "status": "finished"}
+    summary |= {"base": BASE, "final": FINAL, "percent": [*BASE], "images": 10240, "seed": 7, "status": "finished"}
     (run / "summary.json").write_text(json.dumps(summary))
     tags = ("counting", "position")
     prompts = [{"prompt": f"a red circle, number {i}", "tag": tags[i % 2]} for i in range(6)]
@@ -143,6 +143,19 @@ def test_scores_of_another_range_are_no_percentages(run: Path) -> None:
     text = " ".join(page.text.values())
     assert "\N{MINUS SIGN}35.25" in text or "-35.25" in text
     assert "+4.75" in text and "score" in text and "-3525" not in text and "points" not in page.text["header"]
+
+
+def test_what_is_a_share_is_said_and_not_guessed(run: Path) -> None:
+    """A cosine may lie between 0 and 1 too; and of several rewards each is shown in its own unit."""
+    accuracies = ({"overall": 0.75, "ocr": 0.5, "cosine": 0.25}, {"overall": 0.875, "ocr": 0.625, "cosine": 0.3125})
+    rows = [{"iteration": i * 20, "images": 64, "accuracy": a, "percent": ["ocr"]} for i, a in enumerate(accuracies)]
+    write_lines(run / "evaluations.jsonl", rows)
+    (run / "summary.json").unlink()
+    page = Page(write_report(run))
+    assert "0.875" in page.text["header"] and "%" not in page.text["header"] and "points" not in page.text["header"]
+    assert "62.5%" in page.text["categories"] and "0.3125" in page.text["categories"]
+    write_lines(run / "evaluations.jsonl", [{key: row[key] for key in row if key != "percent"} for row in rows])
+    assert "%" not in Page(write_report(run)).text["categories"]
 
 
 def test_summary_has_the_last_word(run: Path) -> None:
@@ -259,7 +272,7 @@ def test_line_joined_to_half_a_line_after_a_resume_is_left_out(run: Path) -> Non
 def test_only_an_evaluation(run: Path) -> None:
     for name in ("metrics.jsonl", "summary.json"):
         (run / name).unlink()
-    write_lines(run / "evaluations.jsonl", [{"iteration": 0, "accuracy": BASE, "images": 400}])
+    write_lines(run / "evaluations.jsonl", [{"iteration": 0, "accuracy": BASE, "percent": [*BASE], "images": 400}])
     for iteration in (20, 40):
         for path in (run / "samples" / f"{iteration:05d}").glob("*"):
             path.unlink()
@@ -333,7 +346,7 @@ def test_command_line_without_torch(run: Path, tmp_path: Path) -> None:
     assert good.stdout.strip() == str(run / "report.html")
     command = [sys.executable, "-m", "fastgrpo.report", str(tmp_path / "none")]
     bad = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert bad.returncode == 1 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "none" in bad.stderr
 
 
 def test_several_rewards_have_a_curve_each(run: Path) -> None:

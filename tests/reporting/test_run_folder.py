@@ -19,6 +19,19 @@ def test_whole_files_are_read_in_their_order(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == [] and readable_lines(tmp_path / "none.jsonl") == ([], [])
 
 
+def test_a_file_that_an_editor_saved_is_read_too(tmp_path: Path) -> None:
+    """With a byte order mark, \\r\\n, and what Unicode calls a line's end inside a text."""
+    rows = [{"iteration": 1, "tag": "a\u2028b\x85c"}, {"iteration": 2}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).replace("{", "{\r")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_lines(tmp_path / "a.jsonl") == rows and readable_lines(tmp_path / "a.jsonl") == (rows, [])
+
+
+def test_nesting_without_end_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000 + b"\n" + WHOLE)
+    assert readable_lines(tmp_path / "a.jsonl") == (ROWS, [1])
+
+
 @pytest.mark.parametrize("length", range(1, len(json.dumps(ROWS[1]))))
 def test_a_last_line_cut_anywhere_is_no_row(length: int, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(WHOLE + json.dumps(ROWS[1]).encode()[:length])

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,16 @@ def test_samples_are_kept_one_by_one(tmp_path: Path) -> None:
     assert np.array_equal(saved, images[1].permute(1, 2, 0).numpy())
     prompts = json.loads((tmp_path / "samples" / "prompts.json").read_text())
     assert prompts[2] == {"prompt": "p2", "tag": "a"} and (tmp_path / "samples" / "00020.png").exists()
+
+
+def test_what_is_not_finite_is_null_and_read_again(tmp_path: Path) -> None:
+    """In the lines that a later run keeps, too."""
+    log = RunLog(tmp_path, 0)
+    log.metrics({"iteration": 1, "grad_norm": math.inf, "rewards": {"a": math.nan}})
+    log.evaluation({"iteration": 1, "accuracy": {"overall": math.nan}})
+    log.summary({"final_accuracy": math.nan})
+    log.close()
+    RunLog(tmp_path, 1).close()
+    for name in ("metrics.jsonl", "evaluations.jsonl", "summary.json"):
+        json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"iteration": 1, "grad_norm": None, "rewards": {"a": None}}]

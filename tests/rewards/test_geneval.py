@@ -121,13 +121,14 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_lines_of_another_format_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"prompt 'a photo for two_object': {message}|{message}"):
-        GenEval.check([TWO, {**TWO, **change}])
+        GenEval.check(["", ""], [TWO, {**TWO, **change}])
 
 
 def test_lines_of_a_file_are_read(tmp_path: Path) -> None:
     lines = [SINGLE, TWO, THREE, RED, ABOVE, BOTH]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    GenEval.check(load_prompts(tmp_path / "eval.jsonl").metadata)
+    made = load_prompts(tmp_path / "eval.jsonl")
+    GenEval.check(made.prompts, made.metadata)
     assert len(CLASSES) == len(set(CLASSES)) == 80 and len(COLORS) == 10
 
 

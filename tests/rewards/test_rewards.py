@@ -13,7 +13,8 @@ from support.helpers import ROOT, environment
 
 from fastgrpo.config.bounds import AtLeast
 from fastgrpo.config.schema import ConfigError
-from fastgrpo.rewards import REWARDS, RewardSum, checked, each_frame, load_reward, load_rewards, reward_version, score_range
+from fastgrpo.rewards import REWARDS, RewardSum, each_frame, load_reward, load_rewards, reward_version, score_range
+from fastgrpo.rewards.calling import checked
 from fastgrpo.rewards.retry import tries
 from fastgrpo.tiny.render import render
 from fastgrpo.tiny.world import sample_scene, split_prompts

@@ -160,10 +160,11 @@ def test_two_iterations_of_a_whole_run(dtype: str, tmp_path: Path) -> None:
     found = rows(output)
     assert [row["first_ratio_deviation"] for row in found] == [0.0, 0.0]
     numbers = [(key, value) for row in found for key, value in row.items() if isinstance(value, float)]
-    assert len(numbers) > 20 and {key for key, value in numbers if not math.isfinite(value)} <= {"grad_norm"}
-    assert all(row["grad_norm"] > 0 for row in found)
+    assert len(numbers) > 20 and all(math.isfinite(value) for _, value in numbers)
     skipped = [row["skipped_steps"] for row in found]
-    assert [math.isinf(row["grad_norm"]) for row in found] == [skipped[0] > 0, skipped[1] > skipped[0]]
+    # An infinite norm is null in the file.
+    assert [row["grad_norm"] is None for row in found] == [skipped[0] > 0, skipped[1] > skipped[0]]
+    assert all(row["grad_norm"] is None or row["grad_norm"] > 0 for row in found)
     if dtype == "float16":
         assert [row["loss_scale"] for row in found] == [2.0 ** (24 - count) for count in skipped]
     else:

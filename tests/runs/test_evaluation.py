@@ -98,7 +98,7 @@ def test_a_table_has_a_row_a_prompt_file_and_category_and_a_column_a_reward() ->
     several["categories"] = {"x": {"a": 0.25, "b": 19.0}, "y": {"a": 0.75, "b": 21.0}}
     plain = {"accuracy": {"overall": 3.0, "a": 1.0, "b": 7.0}, "categories": {"all": {"a": 1.0, "b": 7.0}}}
     rows = [*scores_by_reward("first", several, ["a", "b"]), *scores_by_reward("second", plain, ["a", "b"])]
-    assert score_table(rows).splitlines() == [
+    assert score_table(rows, ["a"]).splitlines() == [
         "             a   b",
         "first    50.0%  20",
         "  x      25.0%  19",

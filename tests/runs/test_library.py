@@ -120,9 +120,9 @@ print(json.dumps(said))
 def test_objects_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     """A run tells its rewards apart by their names: one would silently take the other's place."""
     without_text, on_both_sides, none, one_name = json.loads(use(REFUSED, tmp_path))
-    assert without_text == "prompt 0 is {'text': 'a red circle'}: it needs a text \"prompt\""
+    assert without_text == "prompt 0: expected an object with a text as its \"prompt\", found {'text': 'a red circle'}"
     assert on_both_sides == "1 evaluation prompts are also trained on, the first: 'a red circle'"
-    assert none == "no prompts were given: hand in at least one"
+    assert none == "no prompts were given: hand in a list with at least one"
     assert one_name.startswith("reward and held_out_reward are both called __main__:<lambda>")
 
 

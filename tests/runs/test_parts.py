@@ -7,9 +7,11 @@ import torch
 from support.helpers import ROOT
 from torch import Tensor
 
+from fastgrpo import parts
 from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
-from fastgrpo.parts import Objects, Parts
+from fastgrpo.data.prompts import given_prompts
+from fastgrpo.parts import Objects
 from fastgrpo.validation import load_config
 
 
@@ -42,7 +44,7 @@ def test_the_configuration_names_what_was_handed_in_and_can_be_read_again(tmp_pa
     objects = Objects(reward=brightness, held_out_reward=Darkness(), prompts=["a"], held_out=[{"prompt": "b", "tag": "c"}])
     config = objects.naming_them(configured(tmp_path))
     assert config.reward.train == f"{__name__}:brightness" and config.reward.eval == f"{__name__}:Darkness"
-    objects.write_prompts(config)
+    objects.write_prompts(config, given_prompts(objects.prompts), given_prompts(objects.held_out))
     assert config.prompts.train.read_text() == '{"prompt": "a"}\n'
     assert config.prompts.eval.read_text() == '{"prompt": "b", "tag": "c"}\n'
     (tmp_path / "again.yaml").write_text(dump_config(config))
@@ -56,10 +58,13 @@ def test_one_reward_is_for_training_and_evaluation(tmp_path: Path) -> None:
     assert both.eval == reward.eval
 
 
-def test_a_category_called_as_the_mean_over_all_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    given = Objects(prompts=["a"], held_out=[{"prompt": "b", "tag": "overall"}])
+def test_a_category_called_as_the_mean_over_all_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "configured_model", lambda *_: pytest.fail("a model is loaded"))
+    config = load_config(ROOT / "configs" / "tiny_shapes.yaml", [f"output={tmp_path}"])
     with pytest.raises(ValueError, match="the prompt 'b' has the tag 'overall'"):
-        Parts.of(load_config(ROOT / "configs" / "sd3_compressibility.yaml"), torch.device("cpu"), given)
+        parts.Parts.of(config, torch.device("cpu"), Objects(prompts=["a"], held_out=[{"prompt": "b", "tag": "overall"}]))
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:

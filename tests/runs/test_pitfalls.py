@@ -157,6 +157,8 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tens
 class PlainEngine:
     """An engine of plain torch in this process."""
 
+    steps_begun, skipped_steps, loss_scale = 0, 0, None
+
     def __init__(self, policy: nn.Module, ranks: Ranks, options: EngineOptions) -> None:
         self.policy, self.ranks = policy.to(options.dtype), ranks
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

@@ -51,7 +51,7 @@ class ImageReward(NetworkReward):
         )
         vision, source = vision_config(seen), folder / CHECKPOINT
         self.vision = load_network(BlipVisionModel, self.device, source, config=vision, state_dict=seen)
-        config = text_config(json.loads((folder / "med_config.json").read_text()), vision.hidden_size)
+        config = text_config(json.loads((folder / "med_config.json").read_text(encoding="utf-8")), vision.hidden_size)
         self.text = load_network(BlipTextModel, self.device, source, config=config, state_dict=read, add_pooling_layer=False)
         self.head = mlp_head(config.hidden_size)
         self.head.load_state_dict(part_of(weights, "mlp."))

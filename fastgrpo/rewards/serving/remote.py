@@ -8,6 +8,7 @@ stops the run. Only servers of one version are used: the images of a group are c
 """
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,17 +18,14 @@ from typing import Annotated, TypeVar
 import torch
 from torch import Tensor
 
-try:
-    import httpx2
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("httpx2 is not installed: pip install 'fastgrpo[serve]'") from error
-
 from fastgrpo.config.bounds import Above, AtLeast
-from fastgrpo.rewards import RewardUnavailable, checked
+from fastgrpo.rewards.calling import BadScores, RewardUnavailable, checked
+from fastgrpo.rewards.client import NoAnswer, checked_url, make_client
 from fastgrpo.rewards.retry import tries
 from fastgrpo.rewards.serving.wire import Format, pack
 
 Answer = TypeVar("Answer")
+BUSY = (408, 425, 429)  # of the statuses from 400 to 499 those that speak of the moment and not of the request
 
 
 class Lost(Exception):
@@ -53,17 +51,27 @@ class Remote:
             raise ValueError(f"reward.settings.remote.urls = {urls!r}: expected a list such as [http://127.0.0.1:8000]")
         if token_env and not os.environ.get(token_env):
             raise ValueError(f"reward.settings.remote.token_env = {token_env!r}: this environment variable is not set")
-        self.urls, self.retries, self.pause, self.form = [url.rstrip("/") for url in urls], retries, pause, form
-        headers = {"Authorization": f"Bearer {os.environ[token_env]}"} if token_env else {}
+        self.urls = [checked_url(url, f"reward.settings.remote.urls[{i}]") for i, url in enumerate(urls)]
+        self.retries, self.pause, self.form = retries, pause, form
+        token = os.environ[token_env] if token_env else None
         # Asked directly, whatever proxy the environment names: these are the user's own machines.
-        self._client = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout, connect=10), trust_env=False)
+        self._client = make_client(self.urls[0], token=token, timeout=timeout, connect=10, direct=True)
         self._threads = ThreadPoolExecutor(len(self.urls), "remote")
         self._first = itertools.count(int(os.environ.get("RANK", "0")))  # ranks begin with different servers
         found = self._healths()
         self.name, self.version = found["reward"], found["version"]
         self.low = -math.inf if found["low"] is None else found["low"]
         self.high = math.inf if found["high"] is None else found["high"]
+        self.percent = found.get("percent") is True
         self.max_images, self.max_bytes = min(max_images, found["max_images"]), found["max_bytes"]
+
+    @staticmethod
+    def check(prompts: list[str], metadata: list[dict]) -> None:
+        """Refuse what a request cannot carry."""
+        try:
+            json.dumps([prompts, metadata], allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"a request to a server is JSON, which cannot say this prompt's record: {error}") from error
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """images (B, 3, H, W) or (B, T, 3, H, W) uint8 -> (B,)."""
@@ -84,10 +92,9 @@ class Remote:
             if answer.get("version") != self.version:
                 raise Lost(f"has version {answer.get('version')}, this run's scores are of version {self.version}")
             try:
-                scores = torch.tensor(answer["scores"], dtype=torch.float32)
-            except (KeyError, TypeError, ValueError) as error:
-                raise Lost(f"answered without scores ({error!r})") from None
-            return checked(scores, f"{self.name} of {url}", prompts, self.low, self.high).tolist()
+                return checked(answer.get("scores"), f"{self.name} of {url}", prompts, self.low, self.high).tolist()
+            except BadScores as error:
+                raise Lost(f"answered without proper scores ({error})") from None
 
         return self._try(ask, first)
 
@@ -96,7 +103,9 @@ class Remote:
         found: dict[str, dict] = {}
 
         def ask(url: str) -> None:
-            found[url] = self._answer("GET", f"{url}/health")
+            found[url] = health = self._answer("GET", f"{url}/health")
+            if not is_health(health):
+                raise Lost(f"answered what is no state of a reward server: {str(health)[:200]}")
 
         self._try(ask, 0)
         for url in self.urls:
@@ -127,13 +136,28 @@ class Remote:
         """The JSON of a server's answer. Raises `Lost` where the server is to blame, ValueError where the request is."""
         try:
             response = self._client.request(method, url, content=content)
-        except httpx2.TransportError as error:
+        except NoAnswer as error:
             raise Lost(f"cannot be reached ({type(error).__name__}: {error})") from None
-        if response.status_code >= 500 or response.status_code == 429:
+        if response.status_code != 200 and not 400 <= response.status_code < 500 or response.status_code in BUSY:
             raise Lost(f"answered {response.status_code}: {response.text[:500]}")
         if response.status_code != 200:
             raise ValueError(f"reward server {url} refused with {response.status_code}: {response.text[:500]}")
         try:
-            return dict(response.json())
-        except (TypeError, ValueError):
-            raise Lost(f"answered what is no JSON object: {response.text[:100]!r}") from None
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise Lost(f"answered what is no JSON object: {response.text[:100]!r}")
+        return answer
+
+
+def is_health(answer: dict) -> bool:
+    """Whether an answer tells what a client must know of a server: see `fastgrpo.rewards.serving.service.Health`."""
+    texts = (answer.get(key) for key in ("reward", "version"))
+    bounds = (answer.get(key, "") for key in ("low", "high"))
+    limits = (answer.get(key) for key in ("max_images", "max_bytes"))
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(bound is None or type(bound) in (int, float) for bound in bounds)
+        and all(type(limit) is int and limit > 0 for limit in limits)
+    )

@@ -14,6 +14,7 @@ fails for its sender alone (4xx): when a batch fails, each of its requests is sc
 import asyncio
 import hmac
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,8 @@ from fastapi import Header, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
-from fastgrpo.rewards import Reward, checked, load_reward, reward_version, score_range
+from fastgrpo.rewards import load_reward, reward_version
+from fastgrpo.rewards.calling import Reward, RewardError, in_percent, score_range, scores_of
 from fastgrpo.rewards.serving.wire import HEADER_BYTES, PREAMBLE, Request, WireError, unpack
 
 Counts = dict[str, float]  # what /metrics shows, by name; 0 where nothing was counted
@@ -43,12 +45,13 @@ class Scores(BaseModel):
 
 
 class Health(BaseModel):
-    """What is served. `low` and `high` bound the scores, null where they are open."""
+    """What is served. `low` and `high` bound the scores, null where they are open; `percent`: scores are shares."""
 
     reward: str
     version: str
     low: float | None
     high: float | None
+    percent: bool
     max_images: int
     max_bytes: int
 
@@ -67,14 +70,12 @@ class Service:
 
     def score(self, request: Request) -> list[float]:
         """Checked, so that no client can get a score that is none."""
-        with torch.no_grad():
-            scores = self.reward(request.images, request.prompts, request.metadata)
-        return checked(scores, self.name, request.prompts, *score_range(self.reward)).tolist()
+        return scores_of(self.reward, self.name, *request).tolist()
 
     def health(self) -> Health:
         low, high = (bound if abs(bound) < float("inf") else None for bound in score_range(self.reward))
         return Health(
-            reward=self.name, version=self.version, low=low, high=high,
+            reward=self.name, version=self.version, low=low, high=high, percent=in_percent(self.reward),
             max_images=self.max_images, max_bytes=self.max_bytes,
         )  # fmt: skip
 
@@ -190,10 +191,11 @@ def application(service: Service) -> fastapi.FastAPI:
         scoring = await asyncio.to_thread(unpack, data, service.max_images, service.max_bytes)
         try:
             scores = await batcher[0](scoring)
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        except Exception as error:
-            raise HTTPException(500, f"reward {service.name!r} failed: {type(error).__name__}: {error}") from None
+        except RewardError as error:
+            refused = isinstance(error, ValueError) or isinstance(error.__cause__, ValueError)
+            if not refused:
+                traceback.print_exception(error)
+            raise HTTPException(422 if refused else 500, str(error)) from None
         return Scores(scores=scores, reward=service.name, version=service.version)
 
     return app

@@ -53,6 +53,13 @@ def _read_cell(color: np.ndarray, ink: np.ndarray, known: np.ndarray) -> str:
     return _DRAWN[best][0] if max(faults[best], other.max()) <= MAX_FAULT else UNKNOWN
 
 
+def check_record(record: dict) -> None:
+    """Refuse a record without a text that an image of this world can show."""
+    text = record.get("text")
+    if not isinstance(text, str) or not 0 < len(text) <= COLUMNS or not set(text) <= set(ALPHABET):
+        raise ValueError(f'"text" is {text!r}: expected 1 to {COLUMNS} characters of {ALPHABET}, as in tiny_text')
+
+
 def score(image: np.ndarray, record: dict) -> tuple[float, float]:
     """The strict score, 0 or 1, and the graded one in [0, 1], of an image (16, 32, 3) uint8 for a record.
 

@@ -70,7 +70,8 @@ def write_prompts(folder: Path = PROMPTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for (name, most), records in zip(LINES.items(), split_prompts(), strict=True):
         chosen = [r for tag in LENGTHS for r in [r for r in records if r["tag"] == tag][:most]]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
+        text = "".join(json.dumps(record) + "\n" for record in chosen)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
