@@ -57,7 +57,7 @@ def changes(folder: Path, inputs: Inputs) -> list[str]:
     if latest_checkpoint(RunFolder(folder).checkpoints) is None or not file.is_file():
         return []
     try:
-        before: Inputs = dict(json.loads(file.read_text()))
+        before: Inputs = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); remove it to go on without knowing what changed") from None
     changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]

@@ -70,7 +70,7 @@ def _take(file: Path) -> dict[str, Any]:
 def _opened(file: Path) -> Iterator[IO[str]]:
     """The file, made if it is not there, with nobody else inside of this block."""
     while True:
-        with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+") as opened:
+        with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as opened:
             with suppress(OSError):  # a file system without flock: then only two starts at the very same moment collide
                 fcntl.flock(opened, fcntl.LOCK_EX)
             # While this process waited the owner may have removed the file, and another made a new one.
@@ -99,7 +99,7 @@ def _gone(owner: dict[str, Any], silent: float) -> bool:
 def _machine() -> str:
     """What tells apart machines, and containers with processes of their own, that are called alike."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -108,7 +108,7 @@ def _started(process: int) -> str | None:
     """When a process of this machine began, in ticks since its start; None if there is none of that number."""
     try:
         # After the name, which may hold anything, in brackets: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         pass
     try:  # a system without /proc

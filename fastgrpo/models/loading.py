@@ -113,7 +113,7 @@ def _content(file: Path) -> bytes:
     """Of a reader's file, without what it remembers of the last text and of the place that it was read from."""
     if file.suffix != ".json":
         return file.read_bytes()
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     return json.dumps({key: value for key, value in content.items() if key not in PASSING}, sort_keys=True).encode()
 
 

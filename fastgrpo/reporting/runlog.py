@@ -66,7 +66,7 @@ class RunLog:
         for key, value in row.items():
             if isinstance(value, dict):
                 self._scalars(f"{prefix}/{key}", value, iteration)
-            elif key != "iteration":
+            else:
                 with writing_to(self.folder.tensorboard):
                     self._tensorboard.add_scalar(f"{prefix}/{key}", value, iteration)
 

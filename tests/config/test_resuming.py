@@ -90,7 +90,7 @@ def test_a_run_that_trained_nothing_may_be_corrected(run: Path, override: str, k
     config = configured(run, override)
     check_folder(config)
     log, ranks = FolderLog(), SimpleNamespace(rank=0)
-    parts = SimpleNamespace(prompts=None, held_out=None)  # which are those of the configuration
+    parts = SimpleNamespace(prompts=None, held_out=None, inputs={}, changes=[])  # as the configuration says
     run = SimpleNamespace(config=config, ranks=ranks, objects=Objects(), parts=parts, iteration=0, rollout_form="eager")
     log.on_start(run)  # type: ignore[arg-type]
     assert len(read_lines(folder.evaluations)) == len(folder.sample_folders()) == kept
