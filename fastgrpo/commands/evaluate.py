@@ -8,13 +8,14 @@ import argparse
 import json
 
 from fastgrpo.commands.arguments import check_set, of_type, path
-from fastgrpo.commands.saved_model import DEVICE, add_run_arguments, saved_config, saved_model
+from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.files import json_text
+from fastgrpo.measure import DEVICE
 from fastgrpo.models import model_class
 from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.config.keys import Guidance, StepCount
+from fastgrpo.measure import DEVICE
 from fastgrpo.models import configured_model
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.validation import Config, ConfigError, load_config
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:

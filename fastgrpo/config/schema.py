@@ -148,15 +148,17 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Path and isinstance(value, str):
         return to_path(value)
     if type(value) is not hint:
-        way_out = next((f"; {text}" for kinds, text in WAYS_OUT.items() if hint in kinds), "")
+        way_out = f"; {WAYS_OUT[hint]}" if hint in WAYS_OUT else ""
         refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}{way_out}")
     return value
 
 
-WAYS_OUT: dict[tuple[type, ...], str] = {
-    (bool,): "write true or false",
-    (int, float): "write a number such as 8 or 1e-4, without quotes, colons and underscores",
-    (str, Path): "put it in quotes",
+WAYS_OUT: dict[Any, str] = {
+    bool: "write true or false",
+    int: "write a whole number such as 8 or 1000, digits alone",
+    float: "write a number such as 0.5 or 1e-4, without quotes",
+    str: "put it in quotes",
+    Path: "put it in quotes",
 }
 
 

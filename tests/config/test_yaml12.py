@@ -79,7 +79,7 @@ def test_a_key_that_is_given_twice_is_refused_in_every_file_and_override(tmp_pat
     [
         ("model.compile=yes", r"model\.compile = 'yes': expected bool, found str; write true or false"),
         ("update.skip_dead=off", r"update\.skip_dead = 'off': expected bool, found str; write true or false"),
-        ("iterations=1_000", r"iterations = '1_000': expected int, found str; write a number such as 8"),
+        ("iterations=1_000", r"iterations = '1_000': expected int, found str; write a whole number such as 8"),
         ("iterations=12:30", r"iterations = '12:30': expected int, found str"),
         ("update.learning_rate='1e-4'", r"update\.learning_rate = '1e-4': expected float, found str; write a number"),
         ("output=2026", r"output = 2026: expected Path, found int; put it in quotes"),

@@ -7,6 +7,7 @@ import torch
 from support.helpers import ROOT
 from torch import Tensor
 
+from fastgrpo import parts
 from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
 from fastgrpo.data.prompts import check_held_out, given_prompts, load_prompts
@@ -55,6 +56,15 @@ def test_one_reward_is_for_training_and_evaluation(tmp_path: Path) -> None:
     assert reward.train == reward.eval == f"{__name__}:brightness"
     both = Objects(reward=brightness, held_out_reward=brightness).naming_them(configured(tmp_path)).reward
     assert both.eval == reward.eval
+
+
+def test_a_category_called_as_the_mean_over_all_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "configured_model", lambda *_: pytest.fail("a model is loaded"))
+    config = load_config(ROOT / "configs" / "tiny_shapes.yaml", [f"output={tmp_path}"])
+    with pytest.raises(ValueError, match="the prompt 'b' has the tag 'overall'"):
+        parts.Parts.of(config, torch.device("cpu"), Objects(prompts=["a"], held_out=[{"prompt": "b", "tag": "overall"}]))
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:
