@@ -23,7 +23,7 @@ from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
 
 # The keys that --set may change: those of the trained model and of what it is drawn and scored with.
-READ = ("model", "prompts.eval", "reward.eval", "reward.settings", "reward.frames", "evaluation", "seed")
+READ = ("model", "prompts.eval", "reward.eval", "reward.settings", "reward.frames", "reward.folder", "evaluation", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
