@@ -97,7 +97,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_undisturbed(tmp_pa
     assert found == list(range(1, len(found) + 1))
 
 
-def test_other_prompts_under_the_same_name_are_refused(tmp_path: Path, fork_server: ForkServer) -> None:
+def test_other_prompts_are_refused_and_other_weights_are_written_again(tmp_path: Path, fork_server: ForkServer) -> None:
     prompts = tmp_path / "p.txt"
     settings = [*RARE, f"prompts.train={prompts}", "prompts.weights={}", "reward.train=jpeg_compressibility"]
     prompts.write_text("a\nb\nc\nd\n")
@@ -108,3 +108,9 @@ def test_other_prompts_under_the_same_name_are_refused(tmp_path: Path, fork_serv
     prompts.write_text("a\n\nb\nc\nd\n")  # the same prompts
     fork_server.train(tmp_path / "run", *settings, "iterations=2")
     assert len(rows(tmp_path / "run")) == 2 and state_of(tmp_path / "run") == (["00001", "00002"], 2)
+    # As after a kill between a checkpoint and what is handed out.
+    lora = tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    whole = lora.read_bytes()
+    lora.write_bytes(whole[:-8] + bytes(8))
+    fork_server.train(tmp_path / "run", *settings, "iterations=2")
+    assert lora.read_bytes() == whole
