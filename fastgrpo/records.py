@@ -42,7 +42,7 @@ def noise_address(stream: int, seed: int, iteration: int, sample_id: Tensor) -> 
 
 
 def _key(stream: int, seed: int) -> int:
-    """The 64 bits of a stream and a seed from 0 to 2^64 - 1, as the int64 of the same bits.
+    """The 64 bits of a stream and a seed from 0 on, as the int64 of the same bits.
 
     A seed of 32 bits stands below its stream, so that no two such pairs have one key. A longer one fills all 64 bits, and
     its streams are `STRIDE` apart: four different keys. Two pairs can meet only where long seeds differ by exactly one, two

@@ -18,7 +18,7 @@ ImageCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
 Pixels = Annotated[int, AtLeast(1), AtMost(16_384)]
 Guidance = Annotated[float, Above(0), AtMost(1000)]
 Decay = Annotated[float, AtLeast(0), Below(1)]
-Seed = Annotated[int, AtLeast(0), AtMost(2**64 - 1)]
+Seed = Annotated[int, AtLeast(0), AtMost(2**63 - 1)]  # an int64, as JSON's readers and torch's tensors have it
 Weight = Annotated[float, AtLeast(-1_000_000), AtMost(1_000_000)]
 
 KLForm = Literal["paper", "reference"]
@@ -227,9 +227,9 @@ class ObjectiveConfig:
 class UpdateConfig:
     """How the weights are updated."""
 
-    learning_rate: Annotated[float, Above(0), AtMost(1)] = 3e-4
+    learning_rate: Annotated[float, Above(0), AtMost(1000)] = 3e-4
     """Learning rate of the optimiser, AdamW."""
-    final_learning_rate: Annotated[float, AtLeast(0), AtMost(1)] | None = None
+    final_learning_rate: Annotated[float, AtLeast(0), AtMost(1000)] | None = None
     """Learning rate of the last iteration, to which it changes in a straight line. Left out: it stays the same."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay of the averages of the gradient and of its square."""

@@ -141,10 +141,10 @@ def test_huge_clips_are_no_clips(huge: float) -> None:
 
 
 STREAMS = (TRAIN, EVALUATION, SAMPLE, FORWARD)
-# Small ones, those at the edges of 32, 34, 63 and 64 bits, a date with its time, and one of all bits.
+# Small ones, those at the edges of 32, 34 and 63 bits, and a date with its time.
 SEEDS = (
     0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 3 << 32 | 7, 2**34, 20261128093000,
-    2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1,
+    2**62, 2**63 - 2, 2**63 - 1,
 )  # fmt: skip
 
 
@@ -157,8 +157,8 @@ def test_streams_of_noise_never_meet_within_the_seeds_bounds() -> None:
     assert len({noise(stream, seed) for stream, seed in product(STREAMS, SEEDS)}) == len(STREAMS) * len(SEEDS)
     for seed in SEEDS:
         assert load_config(TINY, [f"seed={seed}"]).seed == seed
-    for seed in (-1, 2**64):
-        with pytest.raises(ConfigError, match=rf"seed = {seed}: must be at least 0 and at most 18446744073709551615"):
+    for seed in (-1, 2**63, 2**64):
+        with pytest.raises(ConfigError, match=rf"seed = {seed}: must be at least 0 and at most 9223372036854775807"):
             load_config(TINY, [f"seed={seed}"])
 
 
@@ -171,7 +171,7 @@ def test_seeds_of_32_bits_keep_their_noise() -> None:
 def test_every_use_of_a_seed_takes_all_its_bits() -> None:
     """What a seed draws differs from what its low and its high half draw, and 32 bits draw what they always did."""
     window = Window(kind="random", size=2, range=(0, 999))
-    for seed in (2**32 + 5, 5 << 32, 2**63 + 5, 2**64 - 1):
+    for seed in (2**32 + 5, 5 << 32, 2**62 + 5, 2**63 - 1):
         others = {seed % 2**32, seed >> 32, seed - 1, 0}
         for draw in (
             lambda s: prompts_of_iteration(1000, 8, 0, s).tolist(),
