@@ -112,10 +112,10 @@ class Parts:
         held_out = _prompts(objects.held_out, config.prompts.eval, given)
         check_held_out(prompts, held_out)
         check_tags(held_out)
-        inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
-        changed = changes(config.output, inputs)
         scored = (() if image_fields else prompts.judged, held_out.judged)
         reward, held_out_reward = _rewards(config, device, objects, scored)
+        inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
+        changed = changes(config.output, inputs)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,

@@ -292,7 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
         bench.rollouts(forms, batches, arguments.rounds)
         bench.close()
         finish()
-    print(f"\n{path}")
+    print(f"\n{file}")
     return 0
 
 

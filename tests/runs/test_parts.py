@@ -123,8 +123,9 @@ JUDGED = [
 
 @pytest.mark.parametrize(("train", "held_out", "reward", "held_out_reward", "message"), JUDGED)
 def test_every_reward_judges_every_prompt_before_the_model_is_loaded(
-    tmp_path: Path, train: list[str], held_out: list[str], reward: str, held_out_reward: str, message: str
+    tmp_path: Path, monkeypatch, train: list[str], held_out: list[str], reward: str, held_out_reward: str, message: str
 ) -> None:
+    monkeypatch.setattr("fastgrpo.parts.configured_model", lambda *_: pytest.fail("the model is loaded"))
     for name, lines in (("train", train), ("eval", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     folders = {"geneval": {"detector": "no/folder", "clip": "no/folder"}, CAREFUL: {"word": "sign"}}
@@ -132,7 +133,6 @@ def test_every_reward_judges_every_prompt_before_the_model_is_loaded(
     config = load_config(CONFIG, [
         f"output={tmp_path}", f"prompts.train={tmp_path}/train.jsonl", f"prompts.eval={tmp_path}/eval.jsonl",
         "prompts.weights={}", f"reward.train={reward}", f"reward.eval={held_out_reward}", f"reward.settings={named}",
-        "model.path=/no/such/model",
     ])  # fmt: skip
     with pytest.raises(ValueError, match=message):
         Parts.of(config, torch.device("cpu"), Objects())

@@ -371,7 +371,7 @@ def test_evaluation_of_the_last_weights(tmp_path: Path) -> None:
     class Looks:
         def accuracy(self, policy: nn.Module, images: int, progress: Any) -> dict:
             seen.append(trainer.engine.trained_state())
-            return {"accuracy": {"overall": 0.0}}
+            return {"accuracy": {"overall": 0.0}, "percent": []}
 
         def samples(self, policy: nn.Module, count: int) -> tuple:
             seen.append(trainer.engine.trained_state())
