@@ -6,6 +6,7 @@ model.save_trained(folder, weights)          in the diffusers format
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastgrpo.models.loading import LoadedPipeline
 from fastgrpo.models.lora import lora_config
 
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
 
 
@@ -101,6 +103,7 @@ class Trainable(LoadedPipeline):
             transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=folded),
             transformer_lora_adapter_metadata=metadata,
         )
+        sort_metadata(folder / LORA)
 
     def load_trained(self, folder: Path) -> None:
         """Read the weights that `save_trained` wrote."""
@@ -111,3 +114,14 @@ class Trainable(LoadedPipeline):
         for file in sorted((folder / FULL).glob("*.safetensors")):
             state |= load_file(file, device=str(self.device))
         self.transformer.load_state_dict(state)
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order differs from one writing to the next: equal weights, equal bytes."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # what follows stays aligned
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

@@ -153,6 +153,21 @@ def test_reference_is_the_untouched_base(tuned_model, tiny_model) -> None:
         assert torch.equal(tuned_model.velocity(x, sigma, conditioning), tuned) and not torch.equal(tuned, base)
 
 
+def test_equal_weights_are_equal_files(tuned_model, tmp_path: Path) -> None:
+    """Also in what safetensors would order anew at each writing, by chance."""
+    trained = {name: p.detach().float() for name, p in tuned_model.transformer.named_parameters() if p.requires_grad}
+    written = []
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        tuned_model.save_trained(tmp_path / str(number), trained)
+        (file,) = (tmp_path / str(number)).iterdir()
+        written.append(file.read_bytes())
+    assert len(set(written)) == 1
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["format"] == "pt" and "lora_adapter_metadata" in opened.metadata()
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in load_file(file).items())
+
+
 def test_only_the_lora_is_trained(tuned_model) -> None:
     trained = [n for n, p in tuned_model.transformer.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
