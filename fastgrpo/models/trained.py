@@ -117,7 +117,7 @@ class Trainable(LoadedPipeline):
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, whose order differs from one writing to the next: equal weights, equal bytes."""
+    """Sort the metadata of a safetensors file, which are ordered by chance: so that equal weights are equal files."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
