@@ -3,14 +3,24 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from fastgrpo.stopping import Stopped, StopSignals
+from fastgrpo.stopping import ASKING, Stopped, StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_until_it_is_asked_for(number: signal.Signals) -> None:
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals have their usual effect, also where the tests run in the background of a shell, which ignores Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_is_noted_until_it_is_asked_for(number: signal.Signals, heeded: None) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.check()

@@ -55,10 +55,11 @@ def test_a_number_is_a_finite_one_within_bounds(command: tuple, option: str, val
     assert f"error: argument {option}: " in refused(capsys, *command, f"{option}={value}")
 
 
-def test_a_seed_may_have_64_bits(run: Path, capsys: pytest.CaptureFixture) -> None:
-    for option in ("--seed=18446744073709551615", "--seed=0"):
+def test_a_seed_may_have_63_bits(run: Path, capsys: pytest.CaptureFixture) -> None:
+    for option in ("--seed=9223372036854775807", "--seed=0"):
         assert "holds no trained weights" in refused(capsys, "eval", str(run), option)
-    assert "18446744073709551616: must be at" in refused(capsys, "eval", str(run), "--seed=18446744073709551616")
+    for seed in ("9223372036854775808", "18446744073709551616", "-1"):
+        assert f"{seed}: must be at" in refused(capsys, "eval", str(run), f"--seed={seed}")
 
 
 @pytest.mark.parametrize("command", [("eval",), ("sample", "--prompt", "a cat"), ("report",)])
