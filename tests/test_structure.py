@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite", "fastgrpo.interpreter",
+        "fastgrpo", "fastgrpo.daemon_pool", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite", "fastgrpo.interpreter",
         "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.quiet", "fastgrpo.records", "fastgrpo.stopping",
         "fastgrpo.text_files", "fastgrpo.version",
     ],
