@@ -163,6 +163,6 @@ def _rewards(
     section = config.reward
     train, held_out = load_rewards(
         section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given,
-        folder=section.folder, prompts=prompts,
+        not_finite=section.not_finite, folder=section.folder, prompts=prompts,
     )  # fmt: skip
     return train, held_out

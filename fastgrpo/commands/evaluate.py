@@ -21,6 +21,7 @@ from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
+from fastgrpo.rewards.scorer import Scorer
 
 # The keys that --set may change: those of the trained model and of what it is drawn and scored with.
 READ = ("model", "prompts.eval", "reward.eval", "reward.settings", "reward.frames", "reward.folder", "evaluation", "seed")
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     for file, prompts in files.items():
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
+            scorer=Scorer(config.reward.timeout),
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,

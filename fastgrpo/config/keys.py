@@ -109,6 +109,10 @@ class RewardConfig:
     folder: Path | None = None
     """Where a reward of your own is looked for, after the installed packages and the working directory. Left out: where the
     configuration is, if that names a reward of your own."""
+    timeout: Annotated[float, Above(0), AtMost(1_000_000)] = 1200.0
+    """Seconds that a batch's scores are waited for; then the run saves its state and stops."""
+    not_finite: Literal["error", "worst"] = "error"
+    """A score that is not finite stops the run (error), or counts as the worst score of the iteration (worst)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +295,8 @@ class EngineConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Stage of DeepSpeed's ZeRO. With LoRA the sharded state is small, so 1 is nearly always the right choice."""
+    lost_after: Annotated[float, AtLeast(5), AtMost(1_000_000)] = 120.0
+    """Seconds without a sign of life after which a rank counts as lost, and the others end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +328,14 @@ class CheckpointConfig:
     """Number of iterations between checkpoints. There is one after the last iteration whatever stands here."""
     keep: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 2
     """Number of checkpoints that are kept; older ones are removed."""
+    keep_best: bool = False
+    """Keep the checkpoint of the best evaluation too, and its weights in the folder best/ of the run's."""
+    in_memory: bool = True
+    """Keep a copy of the state in host memory after every iteration, so that whatever ends the run nothing is lost. Without it
+    an ending leaves the last checkpoint."""
+    grace: Annotated[float, AtLeast(1), AtMost(1_000_000)] = 20.0
+    """Seconds from SIGTERM or Ctrl-C to the end of the process, by which the state is saved. Kubernetes, Slurm, torchrun and
+    deepspeed kill after 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
