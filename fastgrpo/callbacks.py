@@ -36,8 +36,10 @@ class Run(Protocol):
     objects: Objects  # what was handed in
     parts: Parts  # what it is made of
     iteration: int  # iterations done
-    saved: int  # the iteration of the last checkpoint
     rollout_form: str  # how rollouts are run, for people to read
+
+    @property
+    def saved(self) -> int: ...  # the iteration of the last checkpoint
 
 
 class Callback:

@@ -54,7 +54,9 @@ def ending_of(error: BaseException) -> Ending | None:
     if isinstance(error, RewardError):
         return Ending(os.EX_SOFTWARE, f"error: {error}", f"when the reward is mended, {AGAIN}")
     if isinstance(error, NotFinite):
-        return Ending(os.EX_DATAERR, f"error: {error}", "a smaller update.learning_rate, in another folder, is the usual way out")
+        return Ending(
+            os.EX_DATAERR, f"error: {error}", "a smaller update.learning_rate, in another folder, is the usual way out"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         advice = f"if another process took the memory, {AGAIN}; else set update.gradient_checkpointing, or smaller batches"
         return Ending(os.EX_OSERR, f"error: {str(error).splitlines()[0]}", advice)

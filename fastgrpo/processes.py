@@ -22,7 +22,7 @@ def started(process: int) -> str | None:
 
 
 def launchers() -> dict[int, str | None]:
-    """The processes that launched this one and without which it is an orphan, with their starts; none if it was not launched.
+    """The processes that launched this one and without which it is an orphan, with their starts; none if there are none.
 
     A launcher that is killed cannot end its ranks, which would train on unseen. torchrun is the parent of its ranks. That of
     DeepSpeed's is `deepspeed.launcher.launch`, whose own parent is the command `deepspeed`.

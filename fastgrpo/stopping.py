@@ -145,5 +145,9 @@ class Watch:
             self._end(cause)
 
     def _leave(self) -> None:
-        print(f"stopped {self.cause}: saving was not done within checkpoint.grace = {self.grace:g} s", file=sys.stderr, flush=True)
+        print(
+            f"stopped {self.cause}: saving was not done within checkpoint.grace = {self.grace:g} s",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(128 + self.number)

@@ -34,7 +34,7 @@ from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.finite import NotFinite, at, check_finite
+from fastgrpo.finite import at, check_finite
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
 from fastgrpo.learning.ema import Ema, warmed_up
 from fastgrpo.learning.objectives import weighting
@@ -125,8 +125,8 @@ class Trainer:
         """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
 
         Whatever ends it before, and on whichever rank, the state after the last whole iteration is saved first, and the
-        error's notes say so: see `fastgrpo.endings`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. If this
-        thread cannot end the run within half of `checkpoint.grace`, another one saves the state and ends the process.
+        error's notes say so: see `fastgrpo.endings`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. Where
+        this thread does not end the run within half of `checkpoint.grace`, another saves the state and ends the process.
         ConfigError: another process has the folder.
         """
         with self._folder():
@@ -409,7 +409,7 @@ class Trainer:
             yield
 
     def resume(self) -> int:
-        """Go on from the last whole checkpoint in the run's folder, if there is one; returns the iterations done. Collective."""
+        """Go on from the last whole checkpoint in the run's folder, if any; returns the iterations done. Collective."""
         self.iteration, self.seconds = self.saving.resume()
         return self.iteration
 

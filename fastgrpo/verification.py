@@ -7,6 +7,7 @@ loaded and nothing is changed.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastgrpo.engine.checkpoint import check_files, complete_checkpoints, read_marker
@@ -30,7 +31,7 @@ def verify(folder: Path) -> Iterator[Finding]:
     yield _checked("config.yaml", lambda: str(load_config(run.config).iterations) + " iterations")
     done = 0
     for checkpoint in complete_checkpoints(run.checkpoints):
-        finding = _checked(f"checkpoints/{checkpoint.name}", lambda checkpoint=checkpoint: _whole(checkpoint))
+        finding = _checked(f"checkpoints/{checkpoint.name}", partial(_whole, checkpoint))
         done = done if finding.fault else int(checkpoint.name)
         yield finding
     for left in sorted(run.checkpoints.glob("*.*")) if run.checkpoints.is_dir() else ():
@@ -41,12 +42,12 @@ def verify(folder: Path) -> Iterator[Finding]:
     for place, where in (("", folder), ("best/", run.best)):
         if place == "" and done or where.is_dir():
             faults = faults_of_trained(where, None if place else done)
-            yield Finding(f"{place}trained weights", f"of {where.resolve().name}", "; ".join(faults))
+            yield Finding(f"{place}trained weights", "hashes agree", "; ".join(faults))
     yield _lines("metrics.jsonl", run.metrics, done)
     yield _lines("evaluations.jsonl", run.evaluations, None)
     for file in (run.inputs, run.summary):
         if file.is_file():
-            yield _checked(file.name, lambda file=file: f"{len(json.loads(file.read_text(encoding='utf-8')))} entries")
+            yield _checked(file.name, partial(_entries, file))
 
 
 def _checked(what: str, check: Callable[[], str]) -> Finding:
@@ -61,6 +62,10 @@ def _whole(checkpoint: Path) -> str:
     marker = read_marker(checkpoint)
     size = sum(file["bytes"] for file in marker["files"].values())
     return f"{len(marker['files'])} files of {marker['world_size']} ranks, {size / 1e6:.1f} MB, hashes agree"
+
+
+def _entries(file: Path) -> str:
+    return f"{len(json.loads(file.read_text(encoding='utf-8')))} entries"
 
 
 def _lines(what: str, file: Path, done: int | None) -> Finding:

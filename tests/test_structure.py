@@ -21,10 +21,10 @@ FLOORS = {
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],
     "what learns": ["fastgrpo.learning"],
     "what the whole needs": [
-        "fastgrpo.validation", "fastgrpo.evaluation", "fastgrpo.inputs", "fastgrpo.metrics", "fastgrpo.testing",
-        "fastgrpo.trained_files",
+        "fastgrpo.validation", "fastgrpo.endings", "fastgrpo.evaluation", "fastgrpo.inputs", "fastgrpo.metrics",
+        "fastgrpo.testing", "fastgrpo.trained_files",
     ],
-    "what a run is made of": ["fastgrpo.parts"],
+    "what a run is made of": ["fastgrpo.parts", "fastgrpo.saving", "fastgrpo.verification"],
     "what a run tells": ["fastgrpo.callbacks"],
     "the trainer": ["fastgrpo.trainer"],
     "commands": ["fastgrpo.commands"],

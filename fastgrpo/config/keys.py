@@ -331,8 +331,8 @@ class CheckpointConfig:
     keep_best: bool = False
     """Keep the checkpoint of the best evaluation too, and its weights in the folder best/ of the run's."""
     in_memory: bool = True
-    """Keep a copy of the state in host memory after every iteration, so that whatever ends the run nothing is lost. Without it
-    an ending leaves the last checkpoint."""
+    """Keep a copy of the state in host memory after every iteration, which is saved whatever ends the run. Without it an
+    ending leaves the last checkpoint."""
     grace: Annotated[float, AtLeast(1), AtMost(1_000_000)] = 20.0
     """Seconds from SIGTERM or Ctrl-C to the end of the process, by which the state is saved. Kubernetes, Slurm, torchrun and
     deepspeed kill after 30."""

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from fastgrpo.engine.ranks import Ranks
 from fastgrpo.stopping import EndedElsewhere, LostRank
 
 BEAT = 1.0  # seconds between two signs of life
+PATIENCE = 2.0  # seconds in which a word is posted, or is not
 GONE = 1 << 40  # what a rank adds when it leaves the board: it is not lost
 LOST = 76  # the exit status where a rank is lost (EX_PROTOCOL of sysexits.h)
 TROUBLE = (RuntimeError, ValueError)  # what torch raises where the store is gone or slow
@@ -59,15 +61,22 @@ class Board:
             return
         self._has_posted = True
         said = json.dumps({"rank": self.ranks.rank, "words": words, "status": status})
-        try:
-            self._connect().compare_set(f"{self._key}/ends", "", said)
-        except TROUBLE:  # and nobody could read it
-            pass
+
+        def post() -> None:
+            with suppress(*TROUBLE):  # nobody could read it
+                self._connect().compare_set(f"{self._key}/ends", "", said)
+
+        # Where the store is gone torch would try to reach it for as long as a rank may be silent.
+        posting = threading.Thread(target=post, name="post", daemon=True)
+        posting.start()
+        posting.join(PATIENCE)
 
     def _connect(self) -> dist.TCPStore:
         """A connection of its own: one that waits for an answer cannot be used meanwhile."""
         place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(place, port, is_master=False, timeout=timedelta(seconds=self.lost_after), wait_for_workers=False)
+        return dist.TCPStore(
+            place, port, is_master=False, timeout=timedelta(seconds=self.lost_after), wait_for_workers=False
+        )
 
     def _watch(self) -> None:
         other = (self.ranks.rank + 1) % self.ranks.world_size
@@ -102,7 +111,7 @@ class Board:
     def _add(self, rank: int, amount: int) -> int | None:
         """To the number of a rank; the sum, or None where the store does not answer."""
         try:
-            return self._store and self._store.add(f"{self._key}/beat/{rank}", amount)
+            return None if self._store is None else self._store.add(f"{self._key}/beat/{rank}", amount)
         except TROUBLE:
             self._store = None  # it never answers again, and would print a trace each time
             return None

@@ -15,6 +15,7 @@ folder that is never loaded, and that the next start removes. Nodes must share t
 Any number of ranks can load what any other number saved. Nothing in the files is code.
 """
 
+import functools
 import json
 import os
 import re
@@ -31,8 +32,8 @@ from torch import Tensor
 
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.shards import SavedShards, Shard, write_shard
-from fastgrpo.finite import check_finite
 from fastgrpo.files import file_hash, flush, json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.finite import check_finite
 
 MARKER = "COMPLETE"
 AVERAGES, STATE = "averages.safetensors", "state.json"
@@ -130,20 +131,16 @@ def load(root: Path, ranks: Ranks) -> Saved | None:
     A newer one whose content is not what was saved is set aside under a name that says so, and said. ValueError where
     there are checkpoints and none is whole: a run that began afresh beside them would write over what is left of it.
     """
-    _once(ranks, lambda: _remove_leftovers(root))
-    while True:
-        # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
-        folder = ranks.broadcast_object(latest_checkpoint(root) if ranks.rank == 0 else None)
-        if folder is None:
-            break
+    _once(ranks, functools.partial(_remove_leftovers, root))
+    # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
+    while folder := ranks.broadcast_object(latest_checkpoint(root) if ranks.rank == 0 else None):
         try:
             with ranks.together(Damaged):
                 check_files(folder, share=(ranks.rank, ranks.world_size))
                 saved = _read(folder)
+            return saved
         except Damaged as damage:
-            _once(ranks, lambda: _set_aside(folder, str(damage)))
-            continue
-        return saved
+            _once(ranks, functools.partial(_set_aside, folder, str(damage)))
     damaged = ranks.broadcast_object(sorted(root.glob("*.damaged*")) if ranks.rank == 0 else None)
     if damaged:
         raise ValueError(

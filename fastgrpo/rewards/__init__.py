@@ -154,7 +154,7 @@ class RewardSum:
         return torch.stack(columns, dim=1)
 
     def settled(self, scores: Tensor) -> Tensor:
-        """The scores (N, R) of all images that are compared, with a reward's lowest in place of those that are not finite."""
+        """The scores (N, R) of all images that are compared; one that is not finite becomes its reward's lowest."""
         if not self.worst or scores.isfinite().all():
             return scores
         none = [name for name, column in zip(self.names, scores.unbind(1), strict=True) if not column.isfinite().any()]

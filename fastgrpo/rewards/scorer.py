@@ -1,7 +1,7 @@
 """Scores beside what the run does, and within a time limit: a reward is code of others, and may never return.
 
-    waiting = [scorer.submit(reward, images, prompts, records) for ...]      in order, one at a time, in a thread
-    scores = scorer.scores(waiting)                                          RewardTimeout where one takes too long
+waiting = [scorer.submit(reward, images, prompts, records) for ...]      in order, one at a time, in a thread
+scores = scorer.scores(waiting)                                          RewardTimeout where one takes too long
 """
 
 import time
