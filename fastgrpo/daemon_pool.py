@@ -4,7 +4,7 @@
     score = pool.submit(reward, images)      a concurrent.futures.Future
     score.result(timeout=60)
 
-`concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter ends, so one call that hangs keeps the process.
+`concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter ends: one call that hangs keeps the process.
 """
 
 import queue

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": ["fastgrpo_kernels"],
     "ground": [
-        "fastgrpo", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite", "fastgrpo.interpreter",
-        "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.quiet", "fastgrpo.records", "fastgrpo.stopping",
-        "fastgrpo.text_files", "fastgrpo.version",
+        "fastgrpo", "fastgrpo.daemon_pool", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite",
+        "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.quiet", "fastgrpo.records",
+        "fastgrpo.stopping", "fastgrpo.text_files", "fastgrpo.version",
     ],
     "what may be said": ["fastgrpo.config"],
     "what a model is": ["fastgrpo.policy", "fastgrpo.tiny", "fastgrpo.engine", "fastgrpo.reporting"],
@@ -39,7 +39,7 @@ HOMES = {
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels.optional_triton"],
     "fastapi": ["fastgrpo.rewards.serving.service"],
-    "uvicorn": ["fastgrpo.rewards.serving.service"],
+    "uvicorn": ["fastgrpo.rewards.serving.server"],
 }
 
 

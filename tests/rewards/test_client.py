@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgrpo.rewards import RewardError, RewardSum, RewardUnavailable
-from fastgrpo.rewards.client import checked_url, is_loopback, make_client
+from fastgrpo.rewards.client import Client, checked_url, is_loopback, is_this_machine
 from fastgrpo.rewards.judge import VLMJudge
 from fastgrpo.rewards.serving.remote import Remote
 
@@ -96,7 +96,9 @@ def test_addresses_are_taken_as_they_are() -> None:
     "host", ["localhost", "a.localhost", "127.0.0.1", "127.8.9.1", "::1", "0.0.0.0", "::ffff:127.0.0.1"]
 )
 def test_this_machine_is_known_by_all_its_names(host: str) -> None:
-    assert is_loopback(host) and not any(map(is_loopback, ("10.0.0.2", "example.org", "localhost.example.org", "")))
+    assert is_this_machine(host) and is_loopback(host) == (host != "0.0.0.0")
+    for other in ("10.0.0.2", "example.org", "localhost.example.org", ""):
+        assert not is_this_machine(other) and not is_loopback(other)
 
 
 def test_this_machine_is_asked_past_every_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +119,7 @@ def test_this_machine_is_asked_past_every_proxy(monkeypatch: pytest.MonkeyPatch)
             assert VLMJudge(CPU, url=url, model="a", retries=0)(IMAGES, ["a", "b"], [{}, {}]).tolist() == [0.5, 0.5]
         assert Remote(device=CPU, urls=[server], retries=0)(IMAGES, ["a", "b"], [{}, {}]).tolist() == [0.25, 0.5]
         assert not asked
-        assert make_client("http://example.invalid", timeout=5).get("http://example.invalid/x").status_code == 502
+        assert Client("http://example.invalid", timeout=5).request("GET", "http://example.invalid/x").status == 502
         assert asked == ["http://example.invalid/x"], "others go through the proxy that the environment names"
 
 
@@ -159,7 +161,7 @@ def test_what_is_no_reward_server_is_passed_by(health: Any) -> None:
 
 
 def test_a_request_that_is_at_fault_is_an_error_and_no_reason_to_wait() -> None:
-    with serving(says(scores=b"these images?", status=422)) as server:
+    with serving(says(scores={"detail": "these images?"}, status=422)) as server:
         client = Remote(device=CPU, urls=[server], retries=9, pause=9.0)
         one = RewardSum(rewards={"remote": client}, weights={"remote": 1.0})
         with pytest.raises(RewardError, match=r"reward 'remote' failed: .* refused with 422: these images\?") as error:
