@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from support.helpers import ROOT, environment
 from support.reward_service import CPU, SLOW, example, fingerprint, remote, service, serving
 from support.runs import ForkServer, command, rows, rows_so_far, start
+from support.sockets import free_port
 
 from fastgrpo.rewards import RewardUnavailable
 from fastgrpo.rewards.serving.remote import Remote
@@ -150,12 +150,6 @@ def test_other_versions_are_refused() -> None:
             client(*asked)
         client.urls = [other, url]
         assert torch.equal(client(*asked), fingerprint(*asked)), "the one of the right version is used"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve(port: int, wait: bool = True) -> subprocess.Popen:
