@@ -39,7 +39,7 @@ HOMES = {
     "peft": ["fastgrpo.models"],
     "triton": ["fastgrpo_kernels.optional_triton"],
     "fastapi": ["fastgrpo.rewards.serving.service"],
-    "uvicorn": ["fastgrpo.rewards.serving.service"],
+    "uvicorn": ["fastgrpo.rewards.serving.server"],
 }
 
 

@@ -17,9 +17,7 @@ Of the judges of Flow-GRPO, DeQA is not here: its score is the mean of five word
 import base64
 import io
 import math
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -28,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.config.bounds import Above, AtLeast
+from fastgrpo.daemon_pool import DaemonPool
 from fastgrpo.data.pixels import as_arrays
 from fastgrpo.rewards.calling import RewardUnavailable
-from fastgrpo.rewards.client import NoAnswer, checked_url, make_client
-from fastgrpo.rewards.retry import tries
+from fastgrpo.rewards.client import Client, NoAnswer, checked_url, token_from
+from fastgrpo.rewards.retry import Tries
 
 RETRY_TEMPERATURE = 0.7
 
@@ -101,7 +100,11 @@ PRESETS = {
 
 
 class Unanswered(Exception):
-    """A try that gave no score, with the reason; another try may give one."""
+    """A try that gave no score, with the reason; another try may give one, `after` that many seconds."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
 
 
 class NoScore(Unanswered):
@@ -124,7 +127,7 @@ class VLMJudge:
         score: str | None = None,
         low: float | None = None,
         high: float | None = None,
-        timeout: Annotated[float, Above(0)] = 120.0,  # seconds without a sign of the endpoint
+        timeout: Annotated[float, Above(0)] = 120.0,  # seconds for an answer, all of it; with the default retries 13 minutes
         retries: Annotated[int, AtLeast(0)] = 5,  # further tries of an image
         backoff: Annotated[float, AtLeast(0)] = 1.0,  # seconds before the first of them, then twice as long each
         concurrency: Annotated[int, AtLeast(1)] = 32,  # images that are judged at the same time
@@ -136,9 +139,9 @@ class VLMJudge:
         self.url = checked_url(url, "reward.settings.vlm_judge.url") + "/chat/completions"
         self.retries, self.backoff = retries, backoff
         self.request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-        token = key_from(api_key_env) if api_key_env else None
-        self.client = make_client(self.url, token=token, timeout=timeout, connections=concurrency)
-        self.concurrency = concurrency
+        token = token_from(api_key_env, "reward.settings.vlm_judge.api_key_env") if api_key_env else None
+        self.client = Client(self.url, token=token, timeout=timeout, connections=concurrency)
+        self._threads = DaemonPool(concurrency, "judge")
 
     @staticmethod
     def check(prompts: list[str], metadata: list[dict]) -> None:
@@ -148,23 +151,22 @@ class VLMJudge:
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """images (B, 3, H, W) uint8 -> (B,) float32, 0 to 1."""
-        arrays = as_arrays(images)
-        with ThreadPoolExecutor(self.concurrency, "judge") as pool:
-            scores = list(pool.map(self.judge, arrays, prompts))
-        return torch.tensor(scores, dtype=torch.float32)
+        scores = self._threads.map(self.judge, zip(as_arrays(images), prompts, strict=True))
+        return torch.tensor(list(scores), dtype=torch.float32)
 
-    def judge(self, array: Any, prompt: str) -> float:
-        """The score of one image (H, W, 3) uint8, for which the judge is asked until there is one."""
+    def judge(self, judged: tuple[Any, str]) -> float:
+        """The score of one image (H, W, 3) uint8 and its prompt, for which the judge is asked until there is one."""
+        array, prompt = judged
         content = [
             {"type": "image_url", "image_url": {"url": data_url(array)}},
             {"type": "text", "text": self.question.prompt.replace("{prompt}", prompt)},
         ]
         request = self.request | {"messages": [{"role": "user", "content": content}]}
-        for _ in tries(self.retries, self.backoff):
+        for _ in (tries := Tries(self.retries, self.backoff)):
             try:
                 return self.read(self.answer(request))
             except Unanswered as failure:
-                reason = failure
+                reason, tries.after = failure, failure.after
                 if isinstance(failure, NoScore):
                     request["temperature"] = max(request["temperature"], RETRY_TEMPERATURE)
         count = f"no score in {self.retries + 1} tries"
@@ -174,18 +176,18 @@ class VLMJudge:
     def answer(self, request: dict) -> str:
         """The judge's text. Raises `Unanswered` where another try may help, RuntimeError where none can."""
         try:
-            response = self.client.post(self.url, json=request)
+            answer = self.client.request("POST", self.url, json=request)
         except NoAnswer as failure:
-            raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
-        status, body = response.status_code, response.text[:500]
-        if status == 429 or status >= 500:
-            raise Unanswered(f"status {status}: {body!r}")
-        if status != 200:
-            raise RuntimeError(f"vlm_judge at {self.url} answered {status}: {body!r}; see reward.settings.vlm_judge")
+            raise Unanswered(str(failure)) from failure
+        if answer.status == 429 or answer.status >= 500:
+            raise Unanswered(f"status {answer.status}: {answer.text!r}", answer.after)
+        if answer.status != 200:
+            place = f"vlm_judge at {self.url}"
+            raise RuntimeError(f"{place} answered {answer.status}: {answer.text!r}; see reward.settings.vlm_judge")
         try:
-            text = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError) as failure:
-            raise Unanswered(f"no chat completion: {body!r}") from failure
+            text = answer.json()["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError) as failure:
+            raise Unanswered(f"no chat completion: {answer.text!r}") from failure
         # null where a reasoning model ran out of tokens before it spoke
         return text if isinstance(text, str) else ""
 
@@ -217,13 +219,6 @@ def checked_question(preset: str, changes: dict[str, Any]) -> Question:
     if question.low >= question.high:
         raise ValueError(f"{where}.low = {question.low} is not below high = {question.high}")
     return question
-
-
-def key_from(variable: str) -> str:
-    """The endpoint's key, from an environment variable."""
-    if not os.environ.get(variable):
-        raise ValueError(f"reward.settings.vlm_judge.api_key_env = {variable!r}: this environment variable is not set")
-    return os.environ[variable]
 
 
 def data_url(array: Any) -> str:

@@ -3,37 +3,37 @@
     fastgrpo serve-reward --reward jpeg_compressibility --port 8000
 
     POST /score     images, prompts and metadata as in `fastgrpo.rewards.serving.wire` -> {"scores", "reward", "version"}
-    GET  /health    what is served, with its version and limits
+    GET  /health    what is served, with its version and limits; 503 where nothing would be scored any more
     GET  /metrics   counters as Prometheus reads them
     GET  /docs      this, as OpenAPI says it
 
-Requests that arrive while a batch is being scored wait, and are then scored together, up to `max_images`. A bad request
-fails for its sender alone (4xx): when a batch fails, each of its requests is scored again by itself.
+Requests that arrive while a batch is being scored wait, and are then scored together, up to `max_images`; more than the
+limits allow are sent away with 503 and Retry-After. A request whose client has left is not scored. A bad request fails for
+its sender alone (4xx): when a batch fails, each of its requests is scored again by itself.
 """
 
 import asyncio
 import hmac
-import time
 import traceback
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import fastapi
 import torch
-import uvicorn
-from fastapi import Header, HTTPException
+from fastapi import Depends, HTTPException, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from fastgrpo.rewards import load_reward, reward_version
 from fastgrpo.rewards.calling import Reward, RewardError, in_percent, score_range, scores_of
-from fastgrpo.rewards.serving.wire import HEADER_BYTES, PREAMBLE, Request, WireError, unpack
-
-Counts = dict[str, float]  # what /metrics shows, by name; 0 where nothing was counted
+from fastgrpo.rewards.serving.batching import Batcher
+from fastgrpo.rewards.serving.counting import Counted, Counts, exposition, no_counts
+from fastgrpo.rewards.serving.limits import RETRY_AFTER, Full, Limits, Place, Room
+from fastgrpo.rewards.serving.wire import Request, WireError, unpack
 
 
 class Scores(BaseModel):
@@ -56,17 +56,22 @@ class Health(BaseModel):
     max_bytes: int
 
 
+class Refusal(BaseModel):
+    """Why there are no scores."""
+
+    detail: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What is served, and how much a request may hold."""
+    """What is served, to whom, and how much of it at a time."""
 
     name: str
     reward: Reward
     version: str
-    token: str | None = None
-    max_images: int = 64
-    max_bytes: int = 1 << 28  # of a request's pixels
-    counts: Counts = field(default_factory=lambda: defaultdict(int))
+    token: str | None = field(default=None, repr=False)
+    limits: Limits = Limits()
+    counts: Counts = field(default_factory=no_counts)
 
     def score(self, request: Request) -> list[float]:
         """Checked, so that no client can get a score that is none."""
@@ -76,121 +81,61 @@ class Service:
         low, high = (bound if abs(bound) < float("inf") else None for bound in score_range(self.reward))
         return Health(
             reward=self.name, version=self.version, low=low, high=high, percent=in_percent(self.reward),
-            max_images=self.max_images, max_bytes=self.max_bytes,
+            max_images=self.limits.max_images, max_bytes=self.limits.max_bytes,
         )  # fmt: skip
-
-
-class Batcher:
-    """Scores what waits together: one batch after the other, in a thread, while the loop takes in more."""
-
-    def __init__(self, score: Callable[[Request], list[float]], max_images: int, counts: Counts) -> None:
-        self._score, self._max_images, self._counts = score, max_images, counts
-        self._waiting: deque[tuple[Request, asyncio.Future]] = deque()
-        self._arrived, self._thread = asyncio.Event(), ThreadPoolExecutor(1, "reward")
-
-    async def __call__(self, request: Request) -> list[float]:
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
-        self._arrived.set()
-        return await answer
-
-    async def run(self) -> None:
-        while True:
-            await self._arrived.wait()
-            batch = self._take()
-            if not self._waiting:
-                self._arrived.clear()
-            await self._answer(batch)
-
-    def _take(self) -> list[tuple[Request, asyncio.Future]]:
-        """From the front, what fits into a batch and has the first one's shape of image."""
-        batch = [self._waiting.popleft()]
-        shape, images = batch[0][0].images.shape[1:], len(batch[0][0].prompts)
-        while self._waiting:
-            request = self._waiting[0][0]
-            images += len(request.prompts)
-            if images > self._max_images or request.images.shape[1:] != shape:
-                break
-            batch.append(self._waiting.popleft())
-        return batch
-
-    async def _answer(self, batch: list[tuple[Request, asyncio.Future]]) -> None:
-        requests = [request for request, _ in batch]
-        began = time.perf_counter()
-        try:
-            scores = await asyncio.get_running_loop().run_in_executor(
-                self._thread, lambda: self._score(join_requests(requests))
-            )
-        except Exception as error:
-            if len(batch) > 1:
-                for one in batch:
-                    await self._answer([one])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
-            return
-        self._counts["batches"] += 1
-        self._counts["images"] += len(scores)
-        self._counts["seconds"] += time.perf_counter() - began
-        for request, answer in batch:
-            if not answer.done():  # its client may have left
-                answer.set_result(scores[: len(request.prompts)])
-            scores = scores[len(request.prompts) :]
-
-
-def join_requests(requests: list[Request]) -> Request:
-    """Several requests as one."""
-    return Request(
-        torch.cat([request.images for request in requests]),
-        [prompt for request in requests for prompt in request.prompts],
-        [record for request in requests for record in request.metadata],
-    )
 
 
 def application(service: Service) -> fastapi.FastAPI:
     """The web application around a service."""
-    batcher: list[Batcher] = []
+    room, limits = Room(service.limits), service.limits
+    batcher = Batcher(service.score, limits.max_images, service.counts)
+    scoring: list[asyncio.Task] = []
 
     @asynccontextmanager
     async def life(app: fastapi.FastAPI) -> AsyncIterator[None]:
-        batcher.append(Batcher(service.score, service.max_images, service.counts))
-        task = asyncio.create_task(batcher[0].run())
+        scoring.append(asyncio.create_task(batcher.run()))
         yield
-        task.cancel()
+        scoring[0].cancel()
 
     title = f"fastgrpo reward: {service.name}"
     app = fastapi.FastAPI(title=title, description=__doc__, version=service.version, lifespan=life)
+    app.add_middleware(Counted, counts=service.counts)
+    add_refusals(app)
 
-    @app.exception_handler(WireError)
-    async def refuse(request: fastapi.Request, error: WireError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, error.status)
+    def check_scoring() -> None:
+        if scoring[0].done():
+            raise HTTPException(503, "the scoring has ended by an error; start the service again")
 
-    @app.middleware("http")
-    async def count(request: fastapi.Request, go_on: Callable) -> Any:
-        response = await go_on(request)
-        if request.url.path == "/score":
-            service.counts[f"status_{response.status_code}"] += 1
-        return response
-
-    @app.get("/health")
+    @app.get("/health", responses=describe(503))
     async def health() -> Health:
         """What is served, with its version and limits."""
+        check_scoring()
         return service.health()
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
         """Counters, in Prometheus' text format."""
-        return exposition(service)
+        return exposition(service.counts, room)
 
-    @app.post("/score", openapi_extra=BODY, responses=ERRORS)
-    async def score(request: fastapi.Request, authorization: Annotated[str, Header()] = "") -> Scores:
+    async def check_token(sent: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+        expected = service.token or ""
+        if expected and not hmac.compare_digest((sent.credentials if sent else "").encode(), expected.encode()):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "wrong or missing token: send it as 'Authorization: Bearer TOKEN'", challenge)
+
+    @app.post("/score", openapi_extra=BODY, responses=describe(*REFUSALS), dependencies=[Depends(check_token)])
+    async def score(request: fastapi.Request) -> Scores:
         """Score images. The body is a request of `fastgrpo.rewards.serving.wire`; its format is described there."""
-        expected = f"Bearer {service.token}".encode()
-        if service.token and not hmac.compare_digest(authorization.encode(), expected):
-            raise HTTPException(401, "wrong or missing token: send it as 'Authorization: Bearer TOKEN'")
-        data = await body(request, PREAMBLE.size + service.max_bytes + service.max_images * HEADER_BYTES)
-        scoring = await asyncio.to_thread(unpack, data, service.max_images, service.max_bytes)
+        check_scoring()
         try:
-            scores = await batcher[0](scoring)
+            with room.place() as place:
+                data = await read_body(request, place, limits)
+                unpacked = await asyncio.to_thread(
+                    unpack, data, limits.max_images, limits.max_bytes, lambda size: place.hold(len(data) + size)
+                )
+                scores = await unless_left(request, batcher(unpacked))
+        except asyncio.CancelledError:  # by the server alone, at the end of its patience with what still waits
+            raise Full("the service ends") from None
         except RewardError as error:
             refused = isinstance(error, ValueError) or isinstance(error.__cause__, ValueError)
             if not refused:
@@ -201,54 +146,84 @@ def application(service: Service) -> fastapi.FastAPI:
     return app
 
 
+BEARER = HTTPBearer(auto_error=False, description="Needed where the service was started with a token.")
 BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"type": "string"}}}}}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request cannot be read."},
-    401: {"description": "The token is wrong."},
-    413: {"description": "More images or bytes than a request may hold, see /health."},
-    422: {"description": "The reward refuses these images, or what it returned is no score."},
-    500: {"description": "The reward failed."},
+REFUSALS = {
+    400: "The request cannot be read.",
+    401: "The token is wrong.",
+    408: "The request came too slowly.",
+    413: "More images or bytes than a request may hold, see /health.",
+    422: "The reward refuses these images, or what it returned is no score.",
+    500: "The reward failed.",
+    503: "As many requests as may wait do so already, or the service ends; ask again after Retry-After seconds.",
 }
 
 
-async def body(request: fastapi.Request, limit: int) -> bytes:
-    """The request's bytes, read no further than the limit."""
+def describe(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of them."""
+    return {status: {"description": REFUSALS[status], "model": Refusal} for status in statuses}
+
+
+def add_refusals(app: fastapi.FastAPI) -> None:
+    """How errors of the service's own become answers."""
+
+    @app.exception_handler(WireError)
+    async def unreadable(request: fastapi.Request, error: WireError) -> Response:
+        return JSONResponse({"detail": str(error)}, error.status)
+
+    @app.exception_handler(Full)
+    async def full(request: fastapi.Request, error: Full) -> Response:
+        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": str(RETRY_AFTER)})
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: fastapi.Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # for the counters: nobody is there to read it
+
+
+async def read_body(request: fastapi.Request, place: Place, limits: Limits) -> bytearray:
+    """The request's bytes, for which there is a place and time; what announces itself as too much is not read."""
     announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise WireError(f"{announced} bytes: at most {limit}", 413)
+    size = int(announced) if announced.isdecimal() and len(announced) < 20 else limits.body_bytes + 1
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise WireError(f"more than {limit} bytes", 413)
-    return bytes(data)
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            check_size(size, place, limits)
+            async for part in request.stream():
+                data += part
+                check_size(len(data), place, limits)
+    except TimeoutError:
+        late = f"{len(data)} bytes came in {limits.body_seconds:g} s, and not all; send faster, or smaller requests"
+        raise HTTPException(408, late, {"Connection": "close"}) from None
+    return data
 
 
-def exposition(service: Service) -> str:
-    """The counters as Prometheus reads them."""
-    lines = []
-    for name, meaning in (
-        ("images", "Images scored."), ("batches", "Calls of the reward."), ("seconds", "Time in the reward."),
-    ):  # fmt: skip
-        name, value = f"fastgrpo_reward_{name}_total", service.counts[name]
-        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} counter", f"{name} {value}"]
-    name = "fastgrpo_reward_requests_total"
-    lines += [f"# HELP {name} Requests for scores by status.", f"# TYPE {name} counter"]
-    statuses = sorted(key.removeprefix("status_") for key in service.counts if key.startswith("status_"))
-    lines += [f'{name}{{status="{status}"}} {service.counts[f"status_{status}"]}' for status in statuses]
-    return "\n".join(lines) + "\n"
+def check_size(size: int, place: Place, limits: Limits) -> None:
+    if size > limits.body_bytes:
+        raise WireError(f"{size} bytes: at most {limits.body_bytes}", 413)
+    place.hold(size)
+
+
+async def unless_left(request: fastapi.Request, scores: Coroutine[Any, Any, list[float]]) -> list[float]:
+    """The scores; ClientDisconnect as soon as the client has left, and then they are no longer waited for."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, leaving = asyncio.create_task(scores), asyncio.create_task(left())
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        leaving.cancel()
 
 
 def make_service(
-    name: str, *, device: torch.device | str, settings: dict[str, Any], token: str | None, max_images: int, max_bytes: int
+    name: str, *, device: torch.device | str, settings: dict[str, Any], token: str | None, limits: Limits
 ) -> Service:
     """Load the reward. It scores what clients send, frames or clips: they decide on that by their `reward.frames`."""
     reward = load_reward(name, device=device, settings=settings, frames="clip")
-    version = reward_version(name, settings)
-    return Service(name=name, reward=reward, version=version, token=token, max_images=max_images, max_bytes=max_bytes)
-
-
-def serve(service: Service, host: str, port: int) -> None:
-    """Serve the reward until a signal ends the process."""
-    print(f"reward {service.name}, version {service.version}: http://{host}:{port}/docs", flush=True)
-    uvicorn.run(application(service), host=host, port=port, log_level="warning")
+    return Service(name=name, reward=reward, version=reward_version(name, settings), token=token, limits=limits)

@@ -14,6 +14,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -64,8 +65,14 @@ def pack(images: Tensor, prompts: list[str], metadata: list[dict], form: str = "
     return PREAMBLE.pack(MAGIC, len(head), zlib.crc32(body, zlib.crc32(head))) + head + body
 
 
-def unpack(data: bytes, max_images: int, max_bytes: int) -> Request:
-    """The request in those bytes, of at most `max_images` images or clips and `max_bytes` of pixels; else a `WireError`."""
+def unpack(
+    data: bytes | bytearray, max_images: int, max_bytes: int, before: Callable[[int], object] = lambda size: None
+) -> Request:
+    """The request in those bytes, of at most `max_images` images or clips and `max_bytes` of pixels; else a `WireError`.
+
+    Raw pixels of a bytearray stay where they are. PNGs take more: `before` is called with the bytes of their pixels before
+    they are unpacked, and may raise.
+    """
     if len(data) < PREAMBLE.size:
         raise WireError(f"{len(data)} bytes: too short for a request")
     magic, length, checksum = PREAMBLE.unpack_from(data)
@@ -85,7 +92,11 @@ def unpack(data: bytes, max_images: int, max_bytes: int) -> Request:
     if size > max_bytes:
         raise WireError(f"{size} bytes of pixels: at most {max_bytes}", 413)
     body = rest[length:]
-    pixels = _raw(body, size) if header["format"] == "raw" else _pngs(body, header["sizes"], shape)
+    if header["format"] == "raw":
+        pixels = _raw(body, size)
+    else:
+        before(size)
+        pixels = _pngs(body, header["sizes"], shape)
     return Request(torch.from_numpy(pixels.reshape(shape)), prompts, metadata)
 
 
@@ -122,7 +133,8 @@ def _check_counts(shape: Any, prompts: Any, metadata: Any) -> None:
 def _raw(body: memoryview, size: int) -> np.ndarray:
     if len(body) != size:
         raise WireError(f"{len(body)} bytes of pixels, the shape says {size}")
-    return np.frombuffer(body, np.uint8).copy()
+    pixels = np.frombuffer(body, np.uint8)
+    return pixels if pixels.flags.writeable else pixels.copy()  # a tensor may be written to
 
 
 def _png(image: np.ndarray) -> bytes:
