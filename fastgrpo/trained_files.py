@@ -8,7 +8,6 @@ files, and writes them again where one is missing or does not fit: a kill betwee
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgrpo.files import file_hash, json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.files import file_hash, json_text, json_value, move_into_place, write_atomically, writing_to
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 
@@ -73,7 +72,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads(RunFolder(folder).trained_record.read_text(encoding="utf-8"))
+        record = json_value(RunFolder(folder).trained_record.read_bytes())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

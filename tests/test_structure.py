@@ -13,9 +13,10 @@ FLOORS = {
     "ground": [
         "fastgrpo", "fastgrpo.daemon_pool", "fastgrpo.edit_distance", "fastgrpo.files", "fastgrpo.finite",
         "fastgrpo.interpreter", "fastgrpo.measure", "fastgrpo.normal_form", "fastgrpo.processes", "fastgrpo.quiet",
-        "fastgrpo.records", "fastgrpo.stopping", "fastgrpo.text_files", "fastgrpo.version",
+        "fastgrpo.records", "fastgrpo.stopping", "fastgrpo.tensor_files", "fastgrpo.text_files", "fastgrpo.version",
     ],
     "what may be said": ["fastgrpo.config"],
+    "what is seen": ["fastgrpo.data.pictures"],
     "what a model is": ["fastgrpo.policy", "fastgrpo.tiny", "fastgrpo.engine", "fastgrpo.reporting"],
     "prompts": ["fastgrpo.data"],
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],

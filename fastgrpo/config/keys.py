@@ -84,6 +84,9 @@ class PromptsConfig:
     """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads in each line."""
     eval: Path
     """Prompts to evaluate on. None of them may be among the training prompts."""
+    images_outside: bool = False
+    """Take images that lie outside of the folder of the prompt file that names them: by an absolute path, by .., or by a
+    link. Left out: such a line is refused, as a prompt file from somebody else could name any file of this machine."""
     weights: dict[str, Annotated[float, AtLeast(0), AtMost(1_000_000)]] = field(default_factory=dict)
     """How often prompts of each category ("tag") are drawn, relative to the other categories, for example
     {counting: 2, position: 1}. Left out: every prompt equally often."""

@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "reward.folder": "a place: where a reward of one's own is looked for",
     "prompts.train": "a place: the prompts in it count",
     "prompts.eval": "a place: the prompts in it count",
+    "prompts.images_outside": "a place: the images count, not where they lie",
     "prompts.cache": "a place; embeddings that are not there are made again",
     "checkpoint.every": "how often the state is saved",
     "checkpoint.keep": "how many checkpoints stay",

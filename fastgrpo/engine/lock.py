@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastgrpo.config.schema import ConfigError
-from fastgrpo.files import writing_to
+from fastgrpo.files import json_value, writing_to
 from fastgrpo.processes import started
 
 LOCK = "lock.json"
@@ -83,7 +83,7 @@ def _opened(file: Path) -> Iterator[IO[str]]:
 def _content(opened: IO[str]) -> dict[str, Any]:
     """Who holds the folder; empty for nobody."""
     try:
-        owner = json.load(opened)
+        owner = json_value(opened.read())
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}

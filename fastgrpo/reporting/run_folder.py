@@ -20,11 +20,14 @@ a row. Whoever goes on with a run reads with `read_lines`, which refuses every o
 what there is of any run, reads with `readable_lines`, which leaves out what it cannot read and says where.
 """
 
-import json
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastgrpo.files import json_value
+
+LAST = 10**9  # iterations of a row: far more than a run may have, and exact in any reader's number
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,10 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):
+            row = json_value(line)
+        except ValueError:
             row = None
-        if isinstance(row, dict) and type(row.get("iteration")) is int:
+        if isinstance(row, dict) and type(row.get("iteration")) is int and 0 <= row["iteration"] <= LAST:
             rows.append(row)
         else:
             unreadable.append(number)
