@@ -11,7 +11,7 @@ def started(process: int) -> str | None:
     """
     fields = _stat(process)
     if fields is not None:
-        return fields[19]
+        return None if fields[0] in "ZX" else fields[19]  # one that nobody has waited for yet runs no more
     try:  # a system without /proc
         os.kill(process, 0)
     except ProcessLookupError:

@@ -94,9 +94,10 @@ def complete(root: Path, iteration: int, ranks: Ranks, give_up: Callable[[], boo
     """
     partial, final = _partial(root, iteration), _final(root, iteration)
     records = [partial / f"{_name(rank)}.json" for rank in range(ranks.world_size)]
-    while missing := [record.stem for record in records if not record.is_file()]:
+    while missing := [rank for rank, record in enumerate(records) if not record.is_file()]:
         if give_up():
-            raise GivenUp(f"the part of {' and '.join(missing)} of the state after iteration {iteration} did not come")
+            who = f"rank {', '.join(map(str, missing))}"
+            raise GivenUp(f"{who} did not save its part of the state after iteration {iteration}")
         time.sleep(LOOK)
     with writing_to(final):
         files: dict[str, Any] = {}

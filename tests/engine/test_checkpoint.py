@@ -1,73 +1,70 @@
-"""Complete or absent: a crash at every point, damage, pruning. With a real engine: see test_engine.py."""
+"""Complete or absent, and what was saved or set aside: a kill at every file operation, damage, full disks, several ranks."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass, field
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from fastgrpo.engine import checkpoint
 from fastgrpo.engine.checkpoint import (
+    AVERAGES,
     MARKER,
+    STATE,
+    Damaged,
+    GivenUp,
+    Snapshot,
     check_files,
-    complete_checkpoints,
+    complete,
+    discard,
+    is_complete,
     latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    load,
+    prune,
+    write_part,
 )
 from fastgrpo.engine.ranks import OneRank
+from fastgrpo.engine.saver import Saver
+from fastgrpo.engine.shards import Shard
+from fastgrpo.finite import NotFinite
 
-STATE = {
-    "ema": {"w": torch.arange(3.0)},
-    "position": [7, 2],
-    "name": "x",
-    "random": np.random.default_rng(3).bit_generator.state,
-}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the package catches it or has a `finally` for it."""
+ONE = OneRank()
+PAIR = [OneRank(rank=rank, world_size=2) for rank in range(2)]
 
 
-@dataclass(frozen=True)
-class DyingRank(OneRank):
-    """A rank that is gone at the barrier `dies` names."""
-
-    dies: str = ""
-    barriers: list[int] = field(default_factory=list)  # one entry for each that was passed
-
-    def barrier(self) -> None:
-        self.barriers.append(1)
-        if (self.dies, len(self.barriers)) in (("before the shards", 1), ("after the shards", 2)):
-            raise Killed
+def snapshot(iteration: int, rank: int = 0, value: float = 0.0) -> Snapshot:
+    """The first or the second half of a weight of four elements, whose values are those of the iteration."""
+    half = torch.arange(2 * rank, 2 * rank + 2, dtype=torch.float32) + 10 * iteration + value
+    shard = Shard({"master/w": half}, {"master/w": 2 * rank}, {"steps": iteration})
+    return Snapshot(iteration, shard, {"ema/w": half / 2} if rank == 0 else {}, {"seconds": 1.5} if rank == 0 else {})
 
 
-class FakeEngine:
-    """The engine of one of the ranks; `dies` names the point at which the process is gone."""
-
-    def __init__(self, rank: int = 0, dies: str = "") -> None:
-        self.ranks = DyingRank(rank=rank, dies=dies)
-        self.dies, self.loaded = dies, None
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "shard0").write_bytes(b"0123")
-        if self.dies == "in the shards":
-            raise Killed
-        (folder / "shard1").write_bytes(b"4567")
-
-    def load(self, folder: Path) -> None:
-        self.loaded = (folder / "shard0").read_bytes() + (folder / "shard1").read_bytes()
+def save(root: Path, iteration: int, keep: int = 9) -> Path:
+    """By two ranks, one after the other."""
+    for rank in reversed(PAIR):
+        write_part(snapshot(iteration, rank.rank), root, rank)
+    folder = complete(root, iteration, PAIR[0], lambda: True)
+    prune(root, keep)
+    return folder
 
 
-def dying(*args: Any, **kwargs: Any) -> None:
-    raise Killed
+def loaded(root: Path) -> tuple[int, list[float]] | None:
+    """The iteration, and the weight."""
+    saved = load(root, ONE)
+    return None if saved is None else (saved.iteration, saved.shards.read("master/w", 0, 4).tolist())
+
+
+def of(iteration: int) -> tuple[int, list[float]]:
+    return iteration, [10.0 * iteration + i for i in range(4)]
 
 
 def names(root: Path) -> list[str]:
@@ -75,157 +72,227 @@ def names(root: Path) -> list[str]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    assert save_checkpoint(FakeEngine(), tmp_path / "new", 12, STATE) == tmp_path / "new" / "00012"
-    engine = FakeEngine()
-    iteration, state = load_checkpoint(engine, tmp_path / "new")
-    assert iteration == 12 and engine.loaded == b"01234567"
-    assert torch.equal(state["ema"].pop("w"), STATE["ema"]["w"])
-    assert state == STATE | {"ema": {}}
-    record = json.loads((tmp_path / "new" / "00012" / MARKER).read_text())
-    assert record["world_size"] == 1
-    assert record["files"].keys() == {"state.pt", "engine/shard0", "engine/shard1"}
+    root = tmp_path / "new"
+    folder = save(root, 12)
+    assert folder == root / "00012" and loaded(root) == of(12)
+    saved = load(root, ONE)
+    assert saved.state == {"seconds": 1.5} and saved.averages["ema/w"].tolist() == [60.0, 60.5]
+    assert saved.shards.numbers == {"steps": 12}
+    marker = json.loads((folder / MARKER).read_text())
+    assert (marker["iteration"], marker["world_size"]) == (12, 2)
+    assert marker["files"].keys() == {"rank_00000.safetensors", "rank_00001.safetensors", AVERAGES, STATE}
+    assert names(folder) == sorted([*marker["files"], MARKER])
+    check_files(folder)
+
+
+def test_equal_states_are_equal_files(tmp_path: Path) -> None:
+    one, two = save(tmp_path / "one", 3), save(tmp_path / "two", 3)
+    assert {f.name: f.read_bytes() for f in one.iterdir()} == {f.name: f.read_bytes() for f in two.iterdir()}
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "absent"):
-        assert latest_checkpoint(root) is None and load_checkpoint(FakeEngine(), root) is None
+        assert latest_checkpoint(root) is None and load(root, ONE) is None
 
 
-POINTS = ("before the shards", "in the shards", "after the shards", "before the marker", "before the rename")
+def killed_at(operation: int, act: Callable[[], Any]) -> bool:
+    """Runs `act` in a fork that SIGKILL ends before its n-th file operation; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        count = itertools.count()
+
+        def hook(event: str, arguments: tuple) -> None:
+            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+            if (changes or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)) and next(count) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("point", POINTS)
-def test_a_crash_is_never_picked_up(point: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not first:
-        save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if point == "before the marker":
-            patch.setattr(json, "dumps", dying)
-        if point == "before the rename":
-            patch.setattr(os, "replace", dying)
-        save_checkpoint(FakeEngine(dies=point), tmp_path, 2, STATE)
-    assert "00002.partial" in names(tmp_path)
-    found = load_checkpoint(FakeEngine(), tmp_path)
-    assert found is None if first else found[0] == 1
-    save_checkpoint(FakeEngine(), tmp_path, 2, STATE)
-    assert names(tmp_path) == (["00002"] if first else ["00001", "00002"])
-    assert load_checkpoint(FakeEngine(), tmp_path)[0] == 2
+def test_a_kill_at_any_file_operation_leaves_the_older_or_the_new_one(first: bool, tmp_path: Path) -> None:
+    seen = set()
+    for operation in itertools.count():
+        root = tmp_path / str(operation)
+        if not first:
+            save(root, 1)
+        if not killed_at(operation, lambda root=root: save(root, 2, keep=1)):
+            break
+        found = loaded(root)
+        assert found in ((None,) if first else (of(1),)) + (of(2),)
+        seen.add(str(found))
+        assert not list(root.glob("*.partial")) and not list(root.glob("*.removed")) if root.is_dir() else True
+        save(root, 2, keep=1)
+        assert loaded(root) == of(2) and names(root) == ["00002"]
+    # Without an older one nothing comes after the rename.
+    assert operation > 12 and len(seen) == (1 if first else 2)
 
 
-@pytest.mark.parametrize("point", ["rename", "delete"])
-def test_a_crash_while_pruning(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new one is complete, and no old one is left half deleted under its name."""
-    for iteration in (1, 2):
-        save_checkpoint(FakeEngine(), tmp_path, iteration, STATE)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if point == "delete":
-            patch.setattr(shutil, "rmtree", lambda folder: (Path(folder) / "state.pt").unlink() or dying())
-        else:
-            rename = os.replace
-            patch.setattr(os, "replace", lambda old, new: dying() if "removed" in str(new) else rename(old, new))
-        save_checkpoint(FakeEngine(), tmp_path, 3, STATE)
-    assert [check_files(path) for path in complete_checkpoints(tmp_path)] == ([2, 3] if point == "delete" else [1, 2, 3])
-    save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
-    assert names(tmp_path) == ["00003", "00004"]
+def flip(file: Path, where: float) -> None:
+    """One bit of a file, that far into it."""
+    content = bytearray(file.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 4
+    file.write_bytes(content)
 
 
-@pytest.mark.parametrize("where", ["state", "shards", "marker"])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", AVERAGES, STATE, MARKER])
+def test_a_flipped_bit_sets_a_checkpoint_aside_and_the_older_one_is_taken(
+    name: str, where: float, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    flip(save(tmp_path, 2) / name, where)
+    if name == MARKER and loaded(tmp_path) == of(2):
+        return  # a bit of what is not read: the world size, or white space
+    assert loaded(tmp_path) == of(1) and names(tmp_path) == ["00001", "00002.damaged"]
+    if name != MARKER:
+        said = capsys.readouterr().out
+        assert f"a damaged checkpoint was set aside as {tmp_path / '00002.damaged'}: " in said and name in said
+    # Again: the name is taken.
+    flip(save(tmp_path, 2) / AVERAGES, 0.5)
+    assert loaded(tmp_path) == of(1) and names(tmp_path) == ["00001", "00002.damaged", "00002.damaged2"]
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda folder: (folder / AVERAGES).write_bytes((folder / AVERAGES).read_bytes()[:-4]),
+    "missing": lambda folder: (folder / "rank_00001.safetensors").unlink(),
+    "empty marker": lambda folder: (folder / MARKER).write_text(""),
+    "list": lambda folder: (folder / MARKER).write_text("[1]"),
+    "deep": lambda folder: (folder / MARKER).write_text("[" * 100_000),
+    "no UTF-8": lambda folder: (folder / MARKER).write_bytes(b"\xff{}"),
+    "lies": lambda folder: (folder / MARKER).write_text('{"format": 2, "iteration": 2, "world_size": 0, "files": {}}'),
+    "files of another kind": lambda folder: (folder / MARKER).write_text(
+        '{"format": 2, "iteration": 2, "world_size": 1, "files": [1]}'
+    ),
+    "huge": lambda folder: (folder / MARKER).write_text('{"format": 2, "iteration": 2, "world_size": 1e400, "files": {}}'),
+    "renamed": lambda folder: folder.rename(folder.parent / "99999"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_of_every_kind_is_no_error_while_there_is_an_older_one(how: str, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    DAMAGE[how](save(tmp_path, 2))
+    assert loaded(tmp_path) == of(1)
+
+
+def test_where_none_is_whole_no_run_begins_afresh_beside_them(tmp_path: Path) -> None:
+    flip(save(tmp_path, 2) / STATE, 0.5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds no checkpoint that is whole, only 00002.damaged; restore one, or"):
+            load(tmp_path, ONE)
+    shutil.rmtree(tmp_path / "00002.damaged")
+    assert load(tmp_path, ONE) is None
+
+
+def test_one_of_an_earlier_release_is_named(tmp_path: Path) -> None:
+    (tmp_path / "00002").mkdir()
+    (tmp_path / "00002" / MARKER).write_text('{"iteration": 2, "world_size": 1, "files": {"state.pt": 3}}')
+    with pytest.raises(ValueError, match="00002 was written by an earlier release") as caught:
+        load(tmp_path, ONE)
+    assert not isinstance(caught.value, Damaged) and names(tmp_path) == ["00002"]
+
+
+def test_latest_is_the_highest_complete(tmp_path: Path) -> None:
+    for iteration in (99_999, 100_000, 2):
+        save(tmp_path, iteration)
+    for name in ("100001", "100002.partial", "notes", "100003.removed", "7"):
+        (tmp_path / name).mkdir()
+    for name in ("100002.partial", "100003.removed", "7"):
+        (tmp_path / name / MARKER).write_text("{}")
+    assert latest_checkpoint(tmp_path) == tmp_path / "100000" and loaded(tmp_path) == of(100_000)
+    assert names(tmp_path) == ["00002", "100000", "100001", "7", "99999", "notes"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_pruning_keeps_the_last_and_those_that_are_asked_for(keep: int, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for iteration in range(1, 6):
+        save(tmp_path, iteration)
+        prune(tmp_path, keep, but=[2])
+    assert names(tmp_path) == [f"{i:05d}" for i in sorted({2, *range(6 - keep, 6)})] + ["notes"]
+
+
+def test_the_same_iteration_again(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    write_part(snapshot(1, value=5), tmp_path, ONE)
+    complete(tmp_path, 1, ONE, lambda: True)
+    assert load(tmp_path, ONE).averages["ema/w"].tolist() == [7.5, 8.0] and names(tmp_path) == ["00001"]
+
+
+def test_without_a_part_nothing_is_complete(tmp_path: Path) -> None:
+    write_part(snapshot(3), tmp_path, PAIR[0])
+    with pytest.raises(GivenUp, match="rank 1 did not save its part of the state after iteration 3"):
+        complete(tmp_path, 3, PAIR[0], lambda: True)
+    assert names(tmp_path) == ["00003.partial"] and not is_complete(tmp_path, 3)
+    discard(tmp_path, 3)
+    assert names(tmp_path) == []
+
+
+def test_the_parts_may_come_in_any_order_and_late(tmp_path: Path) -> None:
+    savers = [Saver(tmp_path, rank, lambda snapshot: done.append(snapshot.iteration)) for rank in PAIR]
+    done: list[int] = []
+    savers[0].begin(snapshot(4))
+    assert not savers[0].wait(0.0) or savers[0].busy
+    threading.Timer(0.3, lambda: savers[1].begin(snapshot(4, rank=1))).start()
+    assert savers[0].wait(None) and savers[0].error is None and done == [4]
+    assert loaded(tmp_path) == of(4)
+
+
+def test_a_rank_that_fails_lets_the_other_go_on(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, PAIR[0], lambda _: None)
+    saver.begin(snapshot(4))
+    saver.give_up()  # as when rank 1 has said that it could not
+    assert isinstance(saver.error, GivenUp) and names(tmp_path) == []
+    saver.begin(snapshot(5))
+    write_part(snapshot(5, rank=1), tmp_path, PAIR[1])
+    assert saver.wait(None) and saver.error is None and loaded(tmp_path) == of(5)
+
+
+def test_the_last_one_waits_for_the_other_ranks_until_the_deadline(tmp_path: Path) -> None:
+    savers = [Saver(tmp_path, rank, lambda _: None) for rank in PAIR]
+    with pytest.raises(GivenUp, match="rank 0 did not complete"):
+        savers[1].last(snapshot(6, rank=1), deadline=0.0)
+    savers[0].last(snapshot(6), deadline=0.0)
+    savers[1].last(snapshot(6, rank=1), deadline=0.0)  # it is there
+    assert loaded(tmp_path) == of(6)
+
+
+@pytest.mark.parametrize("where", ["shard", "averages", "record", "marker", "rename"])
 def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    class FullEngine(FakeEngine):
-        def save(self, folder: Path) -> None:
-            super().save(folder)
-            if where == "shards":
-                full()
-
-    save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
+    save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        if where == "state":
-            patch.setattr(torch, "save", full)
         if where == "marker":
-            patch.setattr(Path, "write_text", full)
+            write_text = Path.write_text
+            fails = lambda path, *a, **k: full() if path.name == MARKER else write_text(path, *a, **k)  # noqa: E731
+            patch.setattr(Path, "write_text", fails)
+        else:
+            name = {"shard": "write_shard", "averages": "save_file", "record": "write_atomically"}.get(
+                where, "move_into_place"
+            )
+            patch.setattr(checkpoint, name, full)
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / '00002'}'"):
-            save_checkpoint(FullEngine(), tmp_path, 2, STATE)
-    assert names(tmp_path) == ["00001"] and load_checkpoint(FakeEngine(), tmp_path)[0] == 1
+            save(tmp_path, 2)
+        discard(tmp_path, 2)
+    assert names(tmp_path) == ["00001"] and loaded(tmp_path) == of(1)
 
 
-def test_a_process_that_is_killed(tmp_path: Path) -> None:
-    """The same with a real process that ends without a word, before the rename."""
-    save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-            save_checkpoint(FakeEngine(), tmp_path, 2, STATE)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert names(tmp_path) == ["00001", "00002.partial"]
-    assert (tmp_path / "00002.partial" / MARKER).exists()
-    assert load_checkpoint(FakeEngine(), tmp_path)[0] == 1
-
-
-def test_damage_is_named(tmp_path: Path) -> None:
-    save_checkpoint(FakeEngine(), tmp_path, 1, STATE)
-    folder = save_checkpoint(FakeEngine(), tmp_path, 2, STATE)
-    shard = folder / "engine" / "shard1"
-    shard.write_bytes(b"45")
-    message = f"{shard} has 2 bytes, it was saved with 4; restore it, or remove {folder}"
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(FakeEngine(), tmp_path)
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard} is missing from a complete checkpoint"):
-        load_checkpoint(FakeEngine(), tmp_path)
-    for content in ("", "{}", "[1]"):
-        (folder / MARKER).write_text(content)
-        with pytest.raises(ValueError, match=f"{folder / MARKER} cannot be read"):
-            load_checkpoint(FakeEngine(), tmp_path)
-    (folder / MARKER).unlink()
-    assert load_checkpoint(FakeEngine(), tmp_path)[0] == 1
-
-
-def test_latest_is_the_highest_complete(tmp_path: Path) -> None:
-    for iteration in (99_999, 100_000, 2):
-        save_checkpoint(FakeEngine(), tmp_path, iteration, STATE, keep=9)
-    for name in ("100001", "100002.partial", "notes", "100003.removed", "7"):
-        (tmp_path / name).mkdir()
-    for name in ("100002.partial", "100003.removed", "7"):
-        (tmp_path / name / MARKER).write_text("{}")
-    assert latest_checkpoint(tmp_path) == tmp_path / "100000"
-
-
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_pruning_keeps_the_last(keep: int, tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    for iteration in range(1, 6):
-        save_checkpoint(FakeEngine(), tmp_path, iteration, STATE, keep=keep)
-    assert names(tmp_path) == [f"{i:05d}" for i in range(6 - keep, 6)] + ["notes"]
-
-
-def test_the_same_iteration_again(tmp_path: Path) -> None:
-    save_checkpoint(FakeEngine(), tmp_path, 1, {"run": "old"})
-    save_checkpoint(FakeEngine(), tmp_path, 1, {"run": "new"})
-    assert load_checkpoint(FakeEngine(), tmp_path) == (1, {"run": "new"}) and names(tmp_path) == ["00001"]
-
-
-def test_another_rank_writes_only_its_part(tmp_path: Path) -> None:
-    (tmp_path / "00003.partial").mkdir()
-    engine = FakeEngine(rank=1)
-    save_checkpoint(engine, tmp_path, 3, STATE)
-    assert names(tmp_path) == ["00003.partial"] and names(tmp_path / "00003.partial") == ["engine"]
-    assert len(engine.ranks.barriers) == 3
-    save_checkpoint(FakeEngine(), tmp_path, 4, STATE)
-    assert load_checkpoint(engine, tmp_path) is None  # what rank 0 sent, not what this one sees
-
-
-def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="the state holds .*Path; use tensors, numbers"):
-        save_checkpoint(FakeEngine(), tmp_path, 1, {"folder": tmp_path})
-    with pytest.raises(ValueError, match="keep 0 must be at least 1"):
-        save_checkpoint(FakeEngine(), tmp_path, 1, STATE, keep=0)
-    assert latest_checkpoint(tmp_path) is None
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    for part in ("shard", "averages"):
+        bad = snapshot(2)
+        (bad.shard.tensors if part == "shard" else bad.averages)[{"shard": "master/w", "averages": "ema/w"}[part]][0] = (
+            torch.nan
+        )
+        with pytest.raises(NotFinite, match="saved (master|ema)/w is not finite in 1 of 2"):
+            write_part(bad, tmp_path, ONE)
+    assert names(tmp_path) == []
