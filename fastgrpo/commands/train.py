@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(config)
     # After the configuration is known to be good: these take seconds to load.
     from fastgrpo.engine.ranks import finish, start
-    from fastgrpo.finite import NotFinite
+    from fastgrpo.finite import Diverged
     from fastgrpo.rewards import RewardUnavailable
     from fastgrpo.stopping import Stopped
     from fastgrpo.trainer import Trainer
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         status = 2
         print(f"error: {error}", file=sys.stderr)
-    except (NotFinite, OSError) as error:
+    except (Diverged, OSError) as error:
         # Its own ranks may be waiting for it: it ends without them.
         print(f"error: {error}; {notes(error)}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo.models.loading import LoadedPipeline
+from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
@@ -106,14 +106,15 @@ class Trainable(LoadedPipeline):
         sort_metadata(folder / LORA)
 
     def load_trained(self, folder: Path) -> None:
-        """Read the weights that `save_trained` wrote."""
-        if not (folder / FULL).is_dir():
+        """Read the weights that `save_trained` wrote. ValueError: one of them is not finite."""
+        if (folder / FULL).is_dir():
+            state: dict[str, Tensor] = {}
+            for file in sorted((folder / FULL).glob("*.safetensors")):
+                state |= load_file(file, device=str(self.device))
+            self.transformer.load_state_dict(state)
+        else:
             self.pipeline.load_lora_weights(folder)
-            return
-        state: dict[str, Tensor] = {}
-        for file in sorted((folder / FULL).glob("*.safetensors")):
-            state |= load_file(file, device=str(self.device))
-        self.transformer.load_state_dict(state)
+        check_numbers(f"{folder}: the trained transformer", self.transformer)
 
 
 def sort_metadata(file: Path) -> None:

@@ -24,7 +24,7 @@ class RunLog:
         if iteration < 0:
             shutil.rmtree(self.folder.samples, ignore_errors=True)
         self.folder.samples.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder.metrics, self.folder.evaluations):
+        for path in (self.folder.metrics, self.folder.evaluations, self.folder.faults):
             _keep_until(path, iteration)
         self._tensorboard = SummaryWriter(str(self.folder.tensorboard), purge_step=iteration + 1)
 
@@ -32,6 +32,10 @@ class RunLog:
         """Appends one iteration's numbers; nested ones become a/b in TensorBoard."""
         _append(self.folder.metrics, row)
         self._scalars("train", {key: value for key, value in row.items() if key != "iteration"}, row["iteration"])
+
+    def fault(self, row: dict[str, Any]) -> None:
+        """Appends one fault, see `fastgrpo.guards.faults`."""
+        _append(self.folder.faults, row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Appends one evaluation: the iteration and what `fastgrpo.evaluation.Evaluator.accuracy` returned."""
