@@ -18,6 +18,7 @@ from fastgrpo.config.keys import Config
 from fastgrpo.config.reading import dump_config
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.files import write_atomically
+from fastgrpo.guards import Fault
 from fastgrpo.inputs import write_inputs
 from fastgrpo.parts import Objects, Parts
 from fastgrpo.reporting.report import write_report
@@ -50,6 +51,9 @@ class Callback:
 
     def on_iteration(self, trainer: Run, metrics: dict) -> None:
         """After an iteration, with its line of metrics.jsonl."""
+
+    def on_fault(self, trainer: Run, fault: Fault) -> None:
+        """After numbers that were not finite were found, also where the run then ends; `fault.row()` is of faults.jsonl."""
 
     def on_evaluation(self, trainer: Run, row: dict, samples: Samples | None) -> None:
         """After an evaluation: its line of evaluations.jsonl; images (n, 3, H, W) uint8 to look at, and their records.
@@ -94,6 +98,10 @@ class FolderLog(Callback):
     def on_iteration(self, trainer: Run, metrics: dict) -> None:
         if self.log:
             self.log.metrics(metrics)
+
+    def on_fault(self, trainer: Run, fault: Fault) -> None:
+        if self.log:
+            self.log.fault(fault.row())
 
     def on_evaluation(self, trainer: Run, row: dict, samples: Samples | None) -> None:
         if self.log:

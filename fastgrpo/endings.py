@@ -25,7 +25,7 @@ import torch
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.engine.board import LOST
 from fastgrpo.engine.ranks import is_shared
-from fastgrpo.finite import NotFinite
+from fastgrpo.finite import Diverged
 from fastgrpo.rewards.calling import RewardError, RewardUnavailable
 from fastgrpo.stopping import EndedElsewhere, LostRank, Stopped
 
@@ -53,7 +53,7 @@ def ending_of(error: BaseException) -> Ending | None:
         return Ending(os.EX_TEMPFAIL, f"stopped: {error}", f"when the reward is there again, {AGAIN}")
     if isinstance(error, RewardError):
         return Ending(os.EX_SOFTWARE, f"error: {error}", f"when the reward is mended, {AGAIN}")
-    if isinstance(error, NotFinite):
+    if isinstance(error, Diverged):
         return Ending(
             os.EX_DATAERR, f"error: {error}", "a smaller update.learning_rate, in another folder, is the usual way out"
         )

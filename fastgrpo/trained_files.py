@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgrpo.files import file_hash, json_text, json_value, move_into_place, write_atomically, writing_to
+from fastgrpo.finite import check_weights
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 
@@ -23,8 +24,9 @@ from fastgrpo.reporting.run_folder import RunFolder
 def write_trained(model: Model, folder: Path, iteration: int, weights: Mapping[str, Tensor]) -> None:
     """Writes the averaged weights of an iteration into a run's folder. OSError names the folder if that cannot be.
 
-    weights: parameter name in the transformer -> float32 value.
+    weights: parameter name in the transformer -> float32 value. NotFinite: one of them is not, and nothing is written.
     """
+    check_weights("average", weights)
     aside = folder / "trained.partial"
     try:
         with writing_to(folder):

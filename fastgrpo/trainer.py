@@ -34,7 +34,8 @@ from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.finite import at, check_finite
+from fastgrpo.finite import Diverged, at
+from fastgrpo.guards import Fault, Guards
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
 from fastgrpo.learning.ema import Ema, warmed_up
 from fastgrpo.learning.objectives import weighting
@@ -106,6 +107,7 @@ class Trainer:
         self.engine = Engine(Policy(self.model), self.ranks, options)
         self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
         self.updater = Updater(config, self.model, self.engine)
+        self.guards = Guards(config, self.ranks, self._prompts_of, self._tell)
         self.embeddings = Embeddings(self.model, config.prompts.cache)
         self._embed()
         self.watch = Watch(config.checkpoint.grace, self._end_in_its_place)
@@ -127,7 +129,7 @@ class Trainer:
         Whatever ends it before, and on whichever rank, the state after the last whole iteration is saved first, and the
         error's notes say so: see `fastgrpo.endings`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. Where
         this thread does not end the run within half of `checkpoint.grace`, another saves the state and ends the process.
-        ConfigError: another process has the folder.
+        Diverged: numbers are not finite, or beyond a limit of `guard`. ConfigError: another process has the folder.
         """
         with self._folder():
             self.resume()
@@ -255,26 +257,31 @@ class Trainer:
         """One rollout and its updates; returns the iteration's metrics."""
         clock = Stopwatch(self.model.device)
         began = time.perf_counter()
+        self.guards.begin(self.engine.trained_state)
         batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
         self._stop_if_asked()
+        group_size, rewards = self.config.rollout.group_size, None if scores is None else self.reward.total(scores)
+        batches, whole = self.guards.leave_out(iteration, batches, rewards)
         with clock("update"):
-            advantages, pairs = self._advantages(scores)
+            advantages, pairs = self._advantages(scores, whole)
             updates = means_over_ranks(self.ranks, self.updater.update(iteration, batches, advantages, pairs))
-        check_finite("loss", updates["loss"])
-        if self.engine.loss_scale is None:  # in float16 an infinite norm is a step that was skipped to find the scale
-            check_finite("gradient's norm", updates["grad_norm"])
+        self.guards.count_updates(iteration, updates.pop("bad_losses"), updates.pop("bad_gradients"))
         with clock("other"):
-            self.ema.update(self.engine.trained_state())
+            weights = self.engine.trained_state()
+            self.ema.update(weights)
+            seen = self.guards.after_update(iteration, weights, self.ema.weights)
         metrics = {
             "iteration": iteration,
-            **({} if scores is None else reward_metrics(self.reward, scores, advantages, self.config.rollout.group_size)),
+            **({} if scores is None else reward_metrics(self.reward, scores, advantages, group_size, whole)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
             **updates,
             "skipped_steps": self.engine.skipped_steps,
             **({} if self.engine.loss_scale is None else {"loss_scale": self.engine.loss_scale}),
+            **seen,
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
+        self.guards.check(metrics)
         self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
         for callback in self.callbacks:
             callback.on_iteration(self, metrics)
@@ -301,9 +308,8 @@ class Trainer:
             with clock("rollout"):
                 batch = self._rollout(iteration, sample_id, records, schedules.of(group.to(self.model.device)))
             with clock("decode"):
-                check_finite("velocity", batch.trajectory.v_old)
-                check_finite("log-probability", batch.trajectory.log_prob)
-                images = self.model.decode(batch.trajectory.final, draft=True)
+                images = self.model.decode(self.guards.samples.add(batch.trajectory), draft=True)
+                self.guards.samples.look(images)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
             prompts = [record["prompt"] for record in records]
             waiting.append(self.scorer.submit(self.reward, images, prompts, records))
@@ -332,9 +338,10 @@ class Trainer:
         for sample_id in self._sample_ids():
             mine = [records[i] for i in sample_id]
             with clock("data"):
-                x0 = self.model.encode_images(load_targets(mine, self.model.size))
+                trajectory = only_final(self.model.encode_images(load_targets(mine, self.model.size)))
+                self.guards.samples.add(trajectory)
                 prompted = self.embeddings.prompted([record["prompt"] for record in mine], settings.guidance_scale)
-            batches.append(Batch(sample_id=sample_id, prompted=prompted, schedule=None, trajectory=only_final(x0)))
+            batches.append(Batch(sample_id=sample_id, prompted=prompted, schedule=None, trajectory=trajectory))
         return batches, None
 
     def _sample_ids(self) -> Iterable[Tensor]:
@@ -349,21 +356,24 @@ class Trainer:
         schedule = group_schedule(settings, sigmas, iteration, self.config.seed, weighting(self.config.objective))
         return schedule.to(self.model.device)
 
-    def _advantages(self, scores: Tensor | None) -> tuple[Advantages, Pairs | None]:
+    def _advantages(self, scores: Tensor | None, whole: Tensor | None) -> tuple[Advantages, Pairs | None]:
         """Advantages and, for pairwise objectives, pairs from all ranks' scores (N, R); bitwise equal on every rank.
 
-        Without scores: those of an offline run.
+        Without scores: those of an offline run. whole: (N,) bool, the samples to learn from; None: all.
         """
-        size, settings = self.config.rollout.group_size, vars(self.config.advantage)
+        size, groups, settings = self.config.rollout.group_size, self.config.rollout.groups, vars(self.config.advantage)
         if scores is None:
-            return offline_advantages(self.config.rollout.groups * size, self.parts.image_fields, self.model.device)
+            advantages, pairs = offline_advantages(groups * size, self.parts.image_fields, self.model.device)
+            return advantages.only(whole), None if pairs is None else pairs.only(whole)
         paired, keep = self.updater.objective.pairs, settings["keep"]
         settings = settings | {"keep": None if paired else keep}  # pairs select for themselves
+        number = torch.arange(len(scores), device=scores.device)
+        kept = number if whole is None else number[whole]
         advantages = group_advantages(
-            scores, torch.arange(len(scores), device=scores.device) // size, num_groups=self.config.rollout.groups,
-            weights=list(self.reward.weights.values()), **settings,
-        )  # fmt: skip
-        return advantages, pairs_of_groups(advantages.values, size, (keep or 2) // 2) if paired else None
+            scores[kept], kept // size, num_groups=groups, weights=list(self.reward.weights.values()), **settings,
+        ).spread(kept, len(scores))  # fmt: skip
+        pairs = pairs_of_groups(advantages.values, size, (keep or 2) // 2).only(whole) if paired else None
+        return advantages, pairs
 
     def evaluate(self, iteration: int | None = None, images: int | None = None) -> dict:
         """Accuracy on held-out prompts and samples to look at, with the averaged weights. Collective.
@@ -396,11 +406,31 @@ class Trainer:
         if not (iteration == 0 or last or (settings.every and iteration % settings.every == 0)):
             return False
         # Rank 0 looks for all: the others could see the file appear.
-        rows = read_lines(RunFolder(self.config.output).evaluations)
-        if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
+        rows = self.ranks.broadcast_object(read_lines(RunFolder(self.config.output).evaluations))
+        if iteration not in {row["iteration"] for row in rows}:
             with at(f"evaluation after iteration {iteration}"):
                 rows.append(self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between))
-        return self.config.checkpoint.keep_best and self.ranks.broadcast_object(best_iteration(rows) == iteration)
+                try:
+                    self.guards.check_evaluations(rows)
+                except Diverged:  # what is saved already is better than this
+                    self.saving.newest = None
+                    raise
+        return self.config.checkpoint.keep_best and best_iteration(rows) == iteration
+
+    def _tell(self, fault: Fault) -> None:
+        for callback in self.callbacks:
+            callback.on_fault(self, fault)
+
+    def _prompts_of(self, iteration: int, samples: Sequence[int]) -> list[str]:
+        """The prompts that an iteration drew samples for, each once; samples: their numbers over all ranks."""
+        settings, fields = self.config.rollout, self.parts.image_fields
+        each = len(fields) or settings.group_size  # samples in a row that are of one line of the prompt file
+        lines = prompts_of_iteration(
+            len(self.prompts), settings.groups * settings.group_size // each, iteration - 1, self.config.seed,
+            None if fields else self.prompt_probabilities,
+        )  # fmt: skip
+        chosen = [lines[sample // each] for sample in samples]
+        return list(dict.fromkeys(self.prompts.metadata[i]["prompt"] for i in chosen))
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:

@@ -91,6 +91,7 @@ def check(config: Config) -> None:
     _check_update(config)
     _check_engine(config)
     _check_evaluation(config.evaluation)
+    _check_guard(config)
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -220,6 +221,18 @@ def _check_engine(config: Config) -> None:
     if stage == 3 and config.rollout.cuda_graph:
         way_out = "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false"
         schema.refuse("rollout.cuda_graph", True, way_out)
+
+
+def _check_guard(config: Config) -> None:
+    """Refuse a limit of what is never measured."""
+    guard, objective = config.guard, config.objective
+    if guard.max_kl is not None and objective.beta == 0:
+        schema.refuse("guard.max_kl", guard.max_kl, "objective.beta = 0 measures no KL: set beta above 0, or leave it out")
+    if guard.max_drift is not None and OBJECTIVES[objective.name].old == "zero":
+        schema.refuse("guard.max_drift", guard.max_drift, f"{objective.name} has no old policy to drift from: leave it out")
+    if guard.score_drop is not None and config.evaluation.every == 0:
+        way_out = "evaluation.every = 0 evaluates only before the first and after the last iteration: set evaluation.every"
+        schema.refuse("guard.score_drop", guard.score_drop, way_out)
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:

@@ -22,8 +22,8 @@ FLOORS = {
     "what makes and judges images": ["fastgrpo.models", "fastgrpo.rewards", "fastgrpo.sampling"],
     "what learns": ["fastgrpo.learning"],
     "what the whole needs": [
-        "fastgrpo.validation", "fastgrpo.endings", "fastgrpo.evaluation", "fastgrpo.inputs", "fastgrpo.metrics",
-        "fastgrpo.testing", "fastgrpo.trained_files",
+        "fastgrpo.validation", "fastgrpo.endings", "fastgrpo.evaluation", "fastgrpo.guards", "fastgrpo.inputs",
+        "fastgrpo.metrics", "fastgrpo.testing", "fastgrpo.trained_files",
     ],
     "what a run is made of": ["fastgrpo.parts", "fastgrpo.saving", "fastgrpo.verification"],
     "what a run tells": ["fastgrpo.callbacks"],

@@ -342,6 +342,28 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What ends a run before it spoils what it has learned. The limits are off unless they are set: what is normal depends
+    on the objective, its form of the KL and the noise of an evaluation."""
+
+    bad_updates: Annotated[int, AtLeast(1), AtMost(10_000)] = 3
+    """Number of updates in a row whose loss or gradient is not finite after which the run stops. Fewer are skipped and
+    written to faults.jsonl. Steps that float16 skips to find the scale of its loss do not count."""
+    max_kl: Annotated[float, Above(0)] | None = None
+    """Highest KL to the model before training, the metric `kl`, that an iteration may have; the run stops above it. It is
+    measured only where objective.beta is above 0. Left out: no limit."""
+    max_drift: Annotated[float, Above(0)] | None = None
+    """Highest distance of the policy from the one that sampled, the metric `drift`, that an iteration may have; the run
+    stops above it. Left out: no limit."""
+    score_drop: Annotated[float, Above(0), AtMost(1)] | None = None
+    """The run stops when the held-out score falls below best - score_drop x max(|best|, |base|), where best is the highest
+    of all evaluations so far: for scores from 0 up, 0.5 is a fall to half of the best. Left out: no limit, as a low score of
+    few images falls by half by chance."""
+    warn_every: IterationCount = 100
+    """Number of iterations after which the same warning of a collapse may be printed again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
@@ -362,3 +384,4 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)

@@ -33,7 +33,7 @@ from torch import Tensor
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.shards import SavedShards, Shard, write_shard
 from fastgrpo.files import file_hash, flush, json_text, move_into_place, write_atomically, writing_to
-from fastgrpo.finite import check_finite
+from fastgrpo.finite import check_weights
 
 MARKER = "COMPLETE"
 AVERAGES, STATE = "averages.safetensors", "state.json"
@@ -70,8 +70,7 @@ def write_part(snapshot: Snapshot, root: Path, ranks: Ranks) -> None:
 
     OSError names the folder. NotFinite: weights that are none are never written.
     """
-    for name, tensor in (*snapshot.shard.tensors.items(), *snapshot.averages.items()):
-        check_finite(f"saved {name}", tensor)
+    check_weights("state", {**snapshot.shard.tensors, **snapshot.averages})
     folder = _partial(root, snapshot.iteration)
     with writing_to(_final(root, snapshot.iteration)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,14 @@ class Advantages(NamedTuple):
     values: Tensor  # (N,) float32
     weight: Tensor  # (N,) float32, 0 in a group that teaches nothing and where not selected, else 1
 
+    def spread(self, number: Tensor, samples: int) -> "Advantages":
+        """Those of all `samples`, with 0 for the others, where these are of the samples `number` (N,) alone."""
+        return Advantages(*(torch.zeros(samples, device=v.device).index_copy(0, number, v) for v in self))
+
+    def only(self, whole: Tensor | None) -> "Advantages":
+        """With 0 where `whole` (N,) is False; None: as they are."""
+        return self if whole is None else Advantages(self.values * whole, self.weight * whole)
+
 
 def group_advantages(
     scores: Tensor,  # (N,) or (N, R)

@@ -14,6 +14,10 @@ class Pairs(NamedTuple):
     sort_key: Tensor  # (N,) int64: sorted by it, pairs that teach come first, the chosen one before the rejected
     weight: Tensor  # (N,) float32, 0 for what is in no pair, or in one of equals
 
+    def only(self, whole: Tensor | None) -> "Pairs":
+        """With weight 0 where `whole` (N,) is False, which takes out the pair; None: as they are."""
+        return self if whole is None else self._replace(weight=self.weight * whole)
+
 
 def pairs_of_groups(values: Tensor, group_size: int, count: int) -> Pairs:
     """`count` pairs of each group by its samples' advantages (N,), group after group; ties go by the sample's number."""

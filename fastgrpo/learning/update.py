@@ -66,6 +66,8 @@ class Learner:
 def optimizer_step(learner: Learner, experiences: Sequence[Experience], samples: int | None = None) -> dict[str, Tensor]:
     """One optimiser step on all transitions of `experiences`; metrics as scalars on the device.
 
+    Where the loss or the gradient of any rank is not finite the engine makes no step: grad_norm is infinite then.
+
     samples: over how many the loss is a mean, if some that teach nothing were left out (`live_batches`).
     """
     size = learner.micro_batch_size
@@ -77,7 +79,10 @@ def optimizer_step(learner: Learner, experiences: Sequence[Experience], samples:
         for transitions in micro_batches(experience, size):
             loss = transition_loss(learner, transitions)
             losses.append(loss)
-            learner.engine.backward(loss.loss / total, last=len(losses) == passes)
+            # A loss that is not finite can have a finite gradient. Times NaN it has none, and the engine skips the step on
+            # all ranks: nothing has to wait for the loss.
+            sound = torch.where(loss.loss.detach().isfinite(), 1.0, torch.nan)
+            learner.engine.backward(loss.loss * sound / total, last=len(losses) == passes)
     return {"grad_norm": learner.engine.step(), **Loss.over(losses, total)}
 
 

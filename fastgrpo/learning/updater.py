@@ -60,7 +60,10 @@ class Updater:
         return nullcontext() if self.old is None else self.engine.swapped(self.old.weights)
 
     def update(self, iteration: int, batches: list[Batch], advantages: Advantages, pairs: Pairs | None) -> dict[str, Tensor]:
-        """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all."""
+        """The optimiser steps, each on the next part of this rank's batches; metrics of the first and of all.
+
+        bad_losses and bad_gradients have a number for each of the U steps, (U,), see `fastgrpo.guards`; others are scalars.
+        """
         experiences = [self._experience(iteration, batch, advantages, pairs) for batch in batches]
         if not self._micro_batch_known:
             self._try_micro_batches(experiences[0])
@@ -79,9 +82,11 @@ class Updater:
         steps = [optimizer_step(self.learner, part, samples) for _ in epochs for part in parts]
         if self.old is not None:
             self.old.update(self.engine.trained_state())
-        mean = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+        every = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}  # (U,) each
+        bad = {"bad_losses": every.pop("bad_losses"), "bad_gradients": ~every["grad_norm"].isfinite()}
+        mean = {name: values.mean() for name, values in every.items()}
         deviation = torch.maximum((steps[0]["ratio_max"] - 1).abs(), (steps[0]["ratio_min"] - 1).abs())
-        return {**mean, "first_ratio_deviation": deviation}
+        return {**mean, "first_ratio_deviation": deviation, **bad}
 
     def _experience(self, iteration: int, batch: Batch, advantages: Advantages, pairs: Pairs | None) -> Experience:
         mine = batch.sample_id.to(self.model.device)

@@ -39,13 +39,15 @@ def model_class(name: str) -> "type[Adapter]":
 
 
 def load_model(name: str, **arguments: Any) -> "Adapter":
-    """A pretrained model of the family `name`, made by its class's `load`.
+    """A pretrained model of the family `name`, made by its class's `load`. ValueError: a weight in it is not finite.
 
         load_model("sd3", path=Path("stable-diffusion-3.5-medium"), dtype=torch.bfloat16, device=torch.device("cuda"))
 
     Further arguments are the fields of `fastgrpo.models.settings.Settings`, such as height=512.
     """
-    return model_class(name).load(**arguments)
+    model = model_class(name).load(**arguments)
+    model.check_numbers(f"model.path = {arguments.get('path')}")
+    return model
 
 
 def configured_model(section: Any, device: "torch.device") -> "Model":

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 import torch
 
+from fastgrpo.finite import first_not_finite, in_words
 from fastgrpo.models.folder import check_folder
 from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
@@ -90,6 +91,20 @@ class LoadedPipeline:
         parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
         return [part for part in parts if part is not None]
 
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The transformer, the autoencoder and the text encoders, by the names of the pipeline's parts."""
+        parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config}
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+    def check_numbers(self, where: str) -> None:
+        """Refuse weights that are not finite: ValueError with the part and the parameter. where: how the message begins.
+
+        It goes over them once, on their device, and waits for that once for each part.
+        """
+        for part, network in self.networks.items():
+            check_numbers(f"{where}: {part}", network)
+
     @cached_property
     def readers_hash(self) -> str:
         """A hash of the tokenizers and processors, as they would be saved."""
@@ -115,6 +130,14 @@ def _content(file: Path) -> bytes:
         return file.read_bytes()
     content = json.loads(file.read_text(encoding="utf-8"))
     return json.dumps({key: value for key, value in content.items() if key not in PASSING}, sort_keys=True).encode()
+
+
+def check_numbers(where: str, network: torch.nn.Module) -> None:
+    """Refuse a network with weights that are not finite: ValueError. where: how the message begins, its part at the end."""
+    weights = dict(network.named_parameters())
+    name = first_not_finite(weights)
+    if name is not None:
+        raise ValueError(f"{where}: {name} is {in_words(weights[name])}: was the file damaged? Get it again")
 
 
 def take_no_shortcuts(dtype: torch.dtype) -> None:

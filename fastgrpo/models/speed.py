@@ -18,7 +18,7 @@ from fastgrpo.models.attention import use_attention
 from fastgrpo.models.compiled import CompiledVelocity, Velocity
 from fastgrpo.models.folder import check_weights, readable
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
-from fastgrpo.models.loading import LoadedPipeline
+from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.quiet import quiet
 
 
@@ -84,4 +84,5 @@ class Accelerated(LoadedPipeline):
                 f"model.tiny_decoder = {path}: reads latents of {decoder.config.latent_channels} channels, "
                 f"this model's have {channels}"
             )
+        check_numbers(f"model.tiny_decoder = {path}", decoder)
         self.tiny_decoder = decoder.to(self.device).eval().requires_grad_(False)

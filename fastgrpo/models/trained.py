@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from fastgrpo.models.loading import LoadedPipeline
+from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config
 from fastgrpo.models.lora_file import read_lora
 from fastgrpo.tensor_files import read_tensors
@@ -111,12 +111,14 @@ class Trainable(LoadedPipeline):
         if not (folder / FULL).is_dir():
             weights, settings = read_lora(folder / LORA, self.transformer)
             self.transformer.load_lora_adapter(weights, prefix="transformer", metadata=settings)
+            check_numbers(f"{folder}: the trained transformer", self.transformer)
             return
         state: dict[str, Tensor] = {}
         for file in sorted((folder / FULL).glob("*.safetensors")):
             state |= read_tensors(file, self.device)[0]
         check_state(folder / FULL, state, self.transformer)
         self.transformer.load_state_dict(state)
+        check_numbers(f"{folder}: the trained transformer", self.transformer)
 
 
 def check_state(folder: Path, state: Mapping[str, Tensor], network: nn.Module) -> None:

@@ -5,6 +5,7 @@ prompts_{train,eval}.jsonl          only where prompts were given to the trainer
 inputs.json                         hashes of prompts, weights and code: see `fastgrpo.inputs`
 metrics.jsonl   tensorboard/        a line an iteration
 evaluations.jsonl                   a line an evaluation; the first is the base model
+faults.jsonl                        a line for each time that numbers were not finite; absent where they always were
 samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
 checkpoints/                        see `fastgrpo.engine.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
@@ -15,7 +16,7 @@ lock.json                           while a process trains here, who it is: see 
 summary.json   report.html          at the end
 prompts_train.jsonl, ..._eval       prompts that a program handed in instead of naming a file
 
-The two files of lines are appended to while a run goes on. A kill can leave half a line at their end: it never counts as
+The files of lines are appended to while a run goes on. A kill can leave half a line at their end: it never counts as
 a row. Whoever goes on with a run reads with `read_lines`, which refuses every other damage; the report, which must show
 what there is of any run, reads with `readable_lines`, which leaves out what it cannot read and says where.
 """
@@ -47,6 +48,11 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
+
+    @property
+    def faults(self) -> Path:
+        """Numbers that were not finite; no file as long as there were none."""
+        return self.path / "faults.jsonl"
 
     @property
     def summary(self) -> Path:

@@ -30,7 +30,7 @@ class RunLog:
         if iteration < 0:
             shutil.rmtree(self.folder.samples, ignore_errors=True)
         self.folder.samples.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder.metrics, self.folder.evaluations):
+        for path in (self.folder.metrics, self.folder.evaluations, self.folder.faults):
             _keep_until(path, iteration)
         self._waiting: dict[Path, str] = {}  # lines that are not written yet
         self._said: set[str] = set()
@@ -40,6 +40,10 @@ class RunLog:
         """Appends one iteration's numbers; nested ones become a/b in TensorBoard."""
         self._append(self.folder.metrics, row)
         self._scalars("train", {key: value for key, value in row.items() if key != "iteration"}, row["iteration"])
+
+    def fault(self, row: dict[str, Any]) -> None:
+        """Appends one fault, see `fastgrpo.guards.faults`."""
+        self._append(self.folder.faults, row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Appends one evaluation: the iteration and what `fastgrpo.evaluation.Evaluator.accuracy` returned."""

@@ -293,6 +293,6 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
         (bad.shard.tensors if part == "shard" else bad.averages)[{"shard": "master/w", "averages": "ema/w"}[part]][0] = (
             torch.nan
         )
-        with pytest.raises(NotFinite, match="saved (master|ema)/w is not finite in 1 of 2"):
+        with pytest.raises(NotFinite, match="the state of (master|ema)/w is not finite in 1 of 2"):
             write_part(bad, tmp_path, ONE)
     assert names(tmp_path) == []

@@ -71,15 +71,16 @@ def with_nan(folder: Path, part: str, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("part", "name"), [("transformer", "proj_out.weight"), ("vae", "decoder.conv_out.weight")])
-def test_numbers_that_are_none_end_a_run(part: str, name: str, tmp_path: Path, fork_server: ForkServer) -> None:
-    """It says where and what, and hands nothing out: black images are no result."""
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("transformer", "proj_out.weight"), ("vae", "decoder.conv_out.weight"), ("text_encoder", "text_projection.weight")],
+)
+def test_a_base_with_numbers_that_are_none_is_refused(part: str, name: str, tmp_path: Path, fork_server: ForkServer) -> None:
+    """Before anything is trained or drawn: the part and the parameter are named."""
     model = with_nan(tmp_path / "model", part, name)
-    printed = fork_server.train(tmp_path / "run", *RARE, f"model.path={model}", status=1)
-    assert "error: evaluation after iteration 0: the decoder's output is not finite in " in printed
-    assert "Traceback" not in printed and "nothing is saved yet" in printed
-    assert not list((tmp_path / "run").glob("checkpoints/*")) and not list((tmp_path / "run").glob("*.safetensors"))
-    assert not (tmp_path / "run" / "summary.json").exists()
+    printed = fork_server.train(tmp_path / "run", *RARE, f"model.path={model}", status=2)
+    assert f"error: model.path = {model}: {part}: {name} is not finite in 1 of " in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_is_undisturbed(tmp_path: Path, fork_server: ForkServer) -> None:

@@ -65,11 +65,11 @@ class Loss(NamedTuple):
 
     @staticmethod
     def over(losses: "Sequence[Loss]", total: float) -> dict[str, Tensor]:
-        """The metrics of one optimiser step from those of its forward passes, by name.
+        """The metrics of one optimiser step from those of its forward passes, by name; bad_losses is a count of passes.
 
         total: how many passes the loss is a mean over; more than there are where passes of weight 0 were left out.
         """
-        metrics = {}
+        metrics = {"bad_losses": torch.stack([~loss.loss.detach().isfinite() for loss in losses]).sum()}
         for name in Loss._fields:
             values = torch.stack([getattr(loss, name).detach() for loss in losses])
             if name == "ratio_min":
