@@ -83,7 +83,7 @@ class FolderLog(Callback):
         folder = trainer.config.output
         folder.mkdir(parents=True, exist_ok=True)
         corrected = not has_trained(folder) and changes_of_run(trainer.config)
-        write_atomically(RunFolder(folder).config, dump_config(trainer.config))
+        write_atomically(RunFolder(folder).config, dump_config(trainer.config, folder))
         trainer.objects.write_prompts(trainer.config, trainer.parts.prompts, trainer.parts.held_out)
         write_inputs(folder, trainer.parts.inputs)
         for change in trainer.parts.changes:

@@ -33,7 +33,8 @@ def saved_config(run: Path, base: bool, overrides: Sequence[str] = ()) -> Config
             f"{run}: holds no trained weights, as the run has saved no checkpoint yet; take --base for the model that it "
             "started from"
         )
-    return _moved(load_config(folder.config, overrides), run)
+    # Where it is now: it may have been moved.
+    return replace(load_config(folder.config, overrides), output=run.absolute())
 
 
 def saved_model(config: Config, run: Path, base: bool) -> Model:
@@ -42,12 +43,3 @@ def saved_model(config: Config, run: Path, base: bool) -> Model:
     if not base:
         model.load_trained(run)
     return model
-
-
-def _moved(config: Config, run: Path) -> Config:
-    """Names the files in a run's own folder where they are now: the folder may have been moved."""
-    before, now = RunFolder(config.output), RunFolder(run)
-    prompts = config.prompts
-    if prompts.eval == before.given_prompts("eval"):
-        prompts = replace(prompts, eval=now.given_prompts("eval"))
-    return replace(config, output=run, prompts=prompts)

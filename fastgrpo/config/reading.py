@@ -16,6 +16,7 @@ number or a list, a free mapping of names (prompts.weights, reward.settings), an
 other keys belong to that kind (rollout.window).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,23 @@ def _say_where_rewards_are(data: dict[str, Any], folder: Path) -> None:
             section.setdefault("folder", str(folder.resolve()))
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML, with what it extends and with every path absolute; it reads back to an equal one."""
-    return yaml12.dump(schema.plain(config))
+def dump_config(config: Config, folder: Path | None = None) -> str:
+    """The configuration as YAML, with what it extends and with every path absolute; it reads back to an equal one.
+
+    folder: where the file will lie. Paths in it are written relative to it, so that it can be moved.
+    """
+    data = schema.plain(config)
+    return yaml12.dump(data if folder is None else _relative(data, str(folder.resolve())))
+
+
+def _relative(data: Any, folder: str) -> Any:
+    """Strings that are paths in a folder as they are written in it."""
+    if isinstance(data, dict):
+        return {key: _relative(value, folder) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_relative(value, folder) for value in data]
+    inside = isinstance(data, str) and (data == folder or data.startswith(folder + os.sep))
+    return f"./{data[len(folder) + 1 :]}" if inside else data
 
 
 def differences(before: Config, after: Config, but: Sequence[str] = ()) -> list[str]:

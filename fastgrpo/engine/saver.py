@@ -71,7 +71,7 @@ class Saver:
         Raises GivenUp where that is not so at the deadline, and OSError where the system refuses to write.
         """
         if not self.wait(deadline):
-            raise GivenUp("the one before was still being written")
+            raise GivenUp("a checkpoint that was begun is not complete in time")
         if not is_complete(self.root, snapshot.iteration):
             self._write(snapshot, deadline)
 

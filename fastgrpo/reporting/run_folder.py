@@ -1,6 +1,6 @@
 """The folder of a run: what its files are called and how they are read. Reading needs no torch.
 
-config.yaml                         the whole configuration, every path absolute
+config.yaml                         the whole configuration; paths in the folder are relative to it, all others absolute
 prompts_{train,eval}.jsonl          only where prompts were given to the trainer as objects
 inputs.json                         hashes of prompts, weights and code: see `fastgrpo.inputs`
 metrics.jsonl   tensorboard/        a line an iteration

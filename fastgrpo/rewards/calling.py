@@ -81,7 +81,8 @@ def checked(
     """What a reward answered as scores (B,) float32 on the CPU, a copy, or `BadScores` with the prompt and the value."""
     numbers = _numbers(answer, name, prompts)
     if numbers.shape != (len(prompts),):
-        raise BadScores(f"reward {name!r} returned shape {tuple(numbers.shape)} for {len(prompts)} images, not (B,)")
+        shape = f"shape {tuple(numbers.shape)} for {len(prompts)} images, not (B,)"
+        raise BadScores(f"reward {name!r} returned {shape} ({named(prompts)})")
     scores = numbers.detach().to("cpu", torch.float32, copy=True)
     # As float32, like the scores: 0.1 is less than the float32 nearest to it.
     bottom, top = torch.tensor([low, high], dtype=torch.float32)
