@@ -21,7 +21,7 @@ from fastgrpo.files import write_atomically
 from fastgrpo.inputs import write_inputs
 from fastgrpo.parts import Objects, Parts
 from fastgrpo.reporting.report import write_report
-from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.reporting.run_folder import RunFolder, missing_iterations, readable_lines
 from fastgrpo.reporting.runlog import RunLog
 from fastgrpo.validation import changes_of_run, has_trained
 
@@ -36,8 +36,10 @@ class Run(Protocol):
     objects: Objects  # what was handed in
     parts: Parts  # what it is made of
     iteration: int  # iterations done
-    saved: int  # the iteration of the last checkpoint
     rollout_form: str  # how rollouts are run, for people to read
+
+    @property
+    def saved(self) -> int: ...  # the iteration of the last checkpoint
 
 
 class Callback:
@@ -57,6 +59,9 @@ class Callback:
 
     def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         """After a checkpoint and the averaged weights were written into the run's folder."""
+
+    def on_stop(self, trainer: Run, error: BaseException) -> None:
+        """Where a run ends early, after its state was saved; the error's notes say what was. Only this rank may be there."""
 
     def on_end(self, trainer: Run, summary: dict) -> None:
         """After the last iteration, its evaluation and its checkpoint; the summary is empty on all ranks but 0."""
@@ -79,6 +84,9 @@ class FolderLog(Callback):
         write_inputs(folder, trainer.parts.inputs)
         for change in trainer.parts.changes:
             print(change, flush=True)
+        missing = missing_iterations(readable_lines(RunFolder(folder).metrics)[0], trainer.iteration)
+        if missing:
+            print(f"warning: {RunFolder(folder).metrics} has no line of {missing}: their numbers are lost", flush=True)
         # The first evaluation of a run that trained nothing is not that of the corrected one.
         self.log = RunLog(folder, -1 if corrected else trainer.iteration)
         print(f"rollout: {trainer.rollout_form}", flush=True)
@@ -95,7 +103,13 @@ class FolderLog(Callback):
 
     def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         if self.log:
-            write_report(folder)
+            with self.log.may_fail("the report"):
+                write_report(folder)
+
+    def on_stop(self, trainer: Run, error: BaseException) -> None:
+        if self.log:
+            self.log.close()
+            write_report(trainer.config.output)
 
     def on_end(self, trainer: Run, summary: dict) -> None:
         if self.log:

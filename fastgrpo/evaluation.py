@@ -19,6 +19,7 @@ from fastgrpo.finite import NotFinite
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import EVALUATION, SAMPLE, noise_address
 from fastgrpo.rewards import RewardSum, RewardUnavailable
+from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.generate import generate
 
 
@@ -30,6 +31,7 @@ class Evaluator:
     embeddings: Embeddings
     prompts: PromptSet
     reward: RewardSum
+    scorer: Scorer
     num_steps: int
     guidance_scale: float
     batch_size: int
@@ -53,7 +55,7 @@ class Evaluator:
                 sample_id = torch.arange(start, start + self.batch_size) % images
                 scores.append(self._scores(policy, order[sample_id.numpy()], sample_id))
                 progress()
-        every = self.ranks.gather(torch.cat(scores).to(self.model.device))[:images].cpu()
+        every = self.reward.settled(self.ranks.gather(torch.cat(scores).to(self.model.device))[:images].cpu())
         tags = np.array([self.prompts.metadata[i].get("tag", "all") for i in order])
         return {**self._means(every, tags), "images": images, "seconds": round(time.perf_counter() - began, 2)}
 
@@ -86,7 +88,7 @@ class Evaluator:
     def _scores(self, policy: Policy, order: np.ndarray, sample_id: Tensor) -> Tensor:
         metadata = [self.prompts.metadata[i] for i in order]
         images = self._draw(policy, metadata, sample_id, EVALUATION)
-        return self.reward(images, [record["prompt"] for record in metadata], metadata)
+        return self.scorer.scores([self.scorer.submit(self.reward, images, [one["prompt"] for one in metadata], metadata)])
 
     def samples(self, policy: Policy, count: int) -> tuple[Tensor, list[dict]]:
         """Images (count, 3, H, W) uint8, or videos (count, T, 3, H, W), to look at, and their records."""

@@ -8,6 +8,7 @@ What is written lies under another name beside the final one until all of it is 
 What the system refuses is an OSError with the path, whichever library was writing.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,14 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
 
 
+def json_value(text: str | bytes) -> Any:
+    """The value of a text of JSON. ValueError for what is none: also bytes that are not UTF-8, and nesting without end."""
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("objects and lists in one another deeper than Python reads") from None
+
+
 def _with_nulls(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -36,6 +45,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces the file by `text` in UTF-8."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def inside(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder or below it, wherever links lead."""
+    return file.resolve().is_relative_to(folder.resolve())
 
 
 @contextmanager
@@ -85,6 +99,12 @@ def _refusal(path: Path) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, at about the speed of a good disk."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def move_into_place(partial: Path, final: Path) -> None:

@@ -20,7 +20,7 @@ from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet
 from fastgrpo.engine.checkpoint import latest_checkpoint
-from fastgrpo.files import json_text, write_atomically
+from fastgrpo.files import json_text, json_value, write_atomically
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import reward_version, weights_of
 from fastgrpo.version import __version__
@@ -57,7 +57,7 @@ def changes(folder: Path, inputs: Inputs) -> list[str]:
     if latest_checkpoint(RunFolder(folder).checkpoints) is None or not file.is_file():
         return []
     try:
-        before: Inputs = dict(json.loads(file.read_text(encoding="utf-8")))
+        before: Inputs = dict(json_value(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); remove it to go on without knowing what changed") from None
     changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]

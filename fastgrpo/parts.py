@@ -69,6 +69,9 @@ class Objects:
             prompts = replace(prompts, train=RunFolder(config.output).given_prompts("train"))
         if self.held_out is not None:
             prompts = replace(prompts, eval=RunFolder(config.output).given_prompts("eval"))
+        if self.prompts is not None or self.held_out is not None:
+            # The files that are written of them name their images by whole paths.
+            prompts = replace(prompts, images_outside=True)
         return replace(config, reward=reward, prompts=prompts)
 
     def write_prompts(self, config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
@@ -108,8 +111,9 @@ class Parts:
                 f"objective.offline: {config.model.name} reads input images or makes videos; train it on rollouts"
             )
         given = (IMAGE_FIELD,) if image_conditioned else ()
-        prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given)
-        held_out = _prompts(objects.held_out, config.prompts.eval, given)
+        outside = config.prompts.images_outside
+        prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given, outside)
+        held_out = _prompts(objects.held_out, config.prompts.eval, given, outside)
         check_held_out(prompts, held_out)
         check_tags(held_out)
         scored = (() if image_fields else prompts.judged, held_out.judged)
@@ -151,8 +155,10 @@ def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, Rewa
         print(cut_line(cut, sum(len(prompts) for prompts, _ in scored), max_text_tokens), file=sys.stderr)
 
 
-def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str]) -> PromptSet:
-    return load_prompts(path, image_fields) if given is None else given_prompts(given, image_fields)
+def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str], outside: bool) -> PromptSet:
+    if given is not None:
+        return given_prompts(given, image_fields)
+    return load_prompts(path, image_fields, images_outside=outside)
 
 
 def _rewards(
@@ -163,6 +169,6 @@ def _rewards(
     section = config.reward
     train, held_out = load_rewards(
         section.train, section.eval, device=device, settings=section.settings, frames=section.frames, given=given,
-        folder=section.folder, prompts=prompts,
+        not_finite=section.not_finite, folder=section.folder, prompts=prompts,
     )  # fmt: skip
     return train, held_out

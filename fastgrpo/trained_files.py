@@ -8,7 +8,6 @@ files, and writes them again where one is missing or does not fit: a kill betwee
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgrpo.files import json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.files import file_hash, json_text, json_value, move_into_place, write_atomically, writing_to
 from fastgrpo.policy import Model
 from fastgrpo.reporting.run_folder import RunFolder
 
@@ -45,12 +44,21 @@ def write_trained(model: Model, folder: Path, iteration: int, weights: Mapping[s
 
 def keep_trained(model: Model, folder: Path, iteration: int, weights: Mapping[str, Tensor]) -> None:
     """Writes them again if what lies in the folder is not the whole of these weights."""
-    record = _record(folder)
-    if record.get("iteration") == iteration and record.get("weights") == weights_hash(weights):
-        files = record.get("files")
-        if isinstance(files, dict) and files and all(_hash(folder / name) == one for name, one in files.items()):
-            return
+    if _record(folder).get("weights") == weights_hash(weights) and not faults_of_trained(folder, iteration):
+        return
     write_trained(model, folder, iteration, weights)
+
+
+def faults_of_trained(folder: Path, iteration: int | None) -> list[str]:
+    """What is wrong with the trained weights in a folder: nothing, or a line for each. iteration: that they should be of."""
+    record = _record(folder)
+    files = record.get("files")
+    if not isinstance(files, dict) or not files:
+        return [f"{RunFolder(folder).trained_record.name} does not say what they are"]
+    faults = [f"{name} is not what was written" for name, one in files.items() if _hash(folder / name) != one]
+    if iteration is not None and record.get("iteration") != iteration:
+        faults.append(f"they are of iteration {record.get('iteration')}, the last checkpoint is of {iteration}")
+    return faults
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -64,7 +72,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads(RunFolder(folder).trained_record.read_text(encoding="utf-8"))
+        record = json_value(RunFolder(folder).trained_record.read_bytes())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -77,7 +85,4 @@ def _hashes(folder: Path) -> dict[str, str | None]:
 
 def _hash(file: Path) -> str | None:
     """None where there is no such file."""
-    if not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return file_hash(file) if file.is_file() else None

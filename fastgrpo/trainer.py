@@ -9,10 +9,12 @@ Every rank runs the same lines on its share of the samples. A sample is numbered
 group, whatever the number of ranks, and its noise and its place in the batch follow from that number alone.
 """
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from fastgrpo.config.keys import Config
 from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.data.images import image_records, load_targets
 from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
-from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.endings import Ending, ending_of, is_broken_link, said, tells
+from fastgrpo.engine.board import Board
 from fastgrpo.engine.lock import held
 from fastgrpo.engine.options import EngineOptions
-from fastgrpo.engine.ranks import Ranks, is_shared, start
+from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
-from fastgrpo.finite import NotFinite, at, check_finite
+from fastgrpo.finite import at, check_finite
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
 from fastgrpo.learning.ema import Ema, warmed_up
 from fastgrpo.learning.objectives import weighting
@@ -43,13 +46,16 @@ from fastgrpo.parts import Objects, Parts, Prompts
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
-from fastgrpo.reporting.run_folder import RunFolder, read_lines
+from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
 from fastgrpo.rewards import Reward, RewardUnavailable
+from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_schedule
-from fastgrpo.stopping import Stopped, StopSignals
-from fastgrpo.trained_files import keep_trained, write_trained
+from fastgrpo.saving import EMA, Saving
+from fastgrpo.stopping import LostRank, Stopped, Watch
 from fastgrpo.validation import check_folder, check_ranks
+
+HEARSAY = 3.0  # seconds in which the board tells of a rank to which the link broke
 
 
 class Trainer:
@@ -102,78 +108,127 @@ class Trainer:
         self.updater = Updater(config, self.model, self.engine)
         self.embeddings = Embeddings(self.model, config.prompts.cache)
         self._embed()
+        self.watch = Watch(config.checkpoint.grace, self._end_in_its_place)
+        self.scorer = Scorer(config.reward.timeout, check=lambda: self._stop_if_asked(within=True))
         self.evaluator = Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
-            num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
+            scorer=self.scorer, num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
             batch_size=config.evaluation.batch_size, seed=config.seed, ranks=self.ranks,
         )  # fmt: skip
         self.run_rollout, self.rollout_form = captured_or_eager(config.rollout.cuda_graph, self.model.device)
-        self.scorer = ThreadPoolExecutor(1, "reward")
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
-        self.saved = 0  # iteration of the last checkpoint
-        self.signals = StopSignals()
-        self._steps_done = 0  # the engine's steps when the last iteration was done
+        averages = {EMA: self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
+        self.saving = Saving(self.config, self.ranks, self.engine, self.model, averages)
+        self._is_ending = threading.Lock()
 
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
 
-        Whatever ends it before, the last whole iteration is saved if the weights are still that iteration's: an error of a
-        reward or of a callback, RewardUnavailable when a reward is gone and did not come back, Stopped by SIGTERM or Ctrl-C.
-        NotFinite, where a number is not, saves nothing. ConfigError: another process has the folder.
+        Whatever ends it before, and on whichever rank, the state after the last whole iteration is saved first, and the
+        error's notes say so: see `fastgrpo.endings`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. Where
+        this thread does not end the run within half of `checkpoint.grace`, another saves the state and ends the process.
+        ConfigError: another process has the folder.
         """
         with self._folder():
             self.resume()
             for callback in self.callbacks:
                 callback.on_start(self)
-            try:
-                with self.signals:
+            self.board = Board(self.ranks, self.config.engine.lost_after, self.watch.note)
+            with self.watch, self.board:
+                try:
                     self._train()
-            except Exception as error:
-                self._end_early(error)
-                raise
-            summary = self._summary() if self.ranks.rank == 0 else {}
-            for callback in self.callbacks:
-                callback.on_end(self, summary)
+                    summary = self._summary() if self.ranks.rank == 0 else {}
+                    for callback in self.callbacks:
+                        callback.on_end(self, summary)
+                except BaseException as error:
+                    cause = self._cause_of(error)
+                    self._end(cause)
+                    if cause is error:
+                        raise
+                    raise cause from error
         return summary
+
+    @property
+    def saved(self) -> int:
+        """The iteration of the last checkpoint, 0 if there is none."""
+        return self.saving.saved
 
     @contextmanager
     def _folder(self) -> Iterator[None]:
         """Inside, the run's folder belongs to this run; refused on every rank if it is another's."""
         check_folder(self.config)
-        with ExitStack() as lock:
+        with ExitStack() as self._lock:
             with self.ranks.together(ValueError):
                 if self.ranks.rank == 0:
-                    lock.enter_context(held(self.config.output))
+                    self._lock.enter_context(held(self.config.output))
             yield
 
-    def _end_early(self, error: Exception) -> None:
-        """Saves what can be saved after an error; it says so in the error's notes. Collective if all ranks raised it."""
-        self.scorer.shutdown(wait=False, cancel_futures=True)
-        everywhere = self.ranks.world_size == 1 or isinstance(error, Stopped) or is_shared(error)
-        whole = self.engine.steps_begun == self._steps_done and not isinstance(error, NotFinite)
-        if everywhere and whole and self.iteration > self.saved:
-            try:
-                self.save()
-            except Exception as second:
-                error.add_note(f"the state after iteration {self.iteration} could not be saved: {second}")
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """What an error comes from: where the talk with the other ranks broke off, of what happened to them."""
+        if isinstance(error, SystemExit):
+            return RuntimeError(f"sys.exit({error.code!r}) was called in a run that is not finished")
+        if not is_broken_link(error):
+            return error
+        self.watch.wait(HEARSAY)
+        return self.watch.cause or LostRank(f"the link to another rank broke: {str(error).splitlines()[0]}")
+
+    def _end(self, error: BaseException) -> None:
+        """Saves what is in memory; says so in the error's notes, to the other ranks and to the callbacks."""
+        with self._is_ending:  # the other thread would end the process inside
+            self.watch.ending()
+            self._save_last(error)
+            for callback in self.callbacks:
+                with suppress(Exception):  # it is this error that is to be seen
+                    callback.on_stop(self, error)
+
+    def _end_in_its_place(self, cause: Exception) -> None:
+        """The same in another thread, where that of the run waits for what may never come; then ends the process."""
+        with self._is_ending:
+            self._save_last(cause)
+            ending = ending_of(cause) or Ending(1, f"error: {cause}")
+            with suppress(Exception):
+                if tells(cause, self.ranks.rank):
+                    print(said(ending, cause), file=sys.stderr, flush=True)
+                self._lock.close()
+            os._exit(ending.status)
+
+    def _save_last(self, error: BaseException) -> None:
+        self.scorer.close()
+        ending = ending_of(error)
+        if ending is None:
+            self.board.post(f"error: on rank {self.ranks.rank}: {type(error).__name__}: {error}", 1)
+        else:
+            self.board.post(f"{ending.words} (on rank {self.ranks.rank})", ending.status)
+        self.board.leave()
+        # A second before the end, to say what was saved. Without a signal the other ranks have as long as a silent one has.
+        asked, grace, lost_after = isinstance(error, Stopped), self.config.checkpoint.grace, self.config.engine.lost_after
+        deadline = self.watch.came + grace - 1 if asked else time.monotonic() + lost_after
+        try:
+            self.saving.last(deadline)
+        except Exception as second:
+            error.add_note(f"the state after iteration {self.iteration} could not be saved: {second}")
         error.add_note(f"the state after iteration {self.saved} is saved" if self.saved else "nothing is saved yet")
 
     def _stop_if_asked(self, within: bool = False) -> None:
-        """Raises Stopped on every rank if a signal came to one of them. Collective, if not `within` a phase.
+        """Raises on every rank what came to one of them and ends the run. Collective, if not `within` a phase.
 
-        Within a phase a rank cannot wait for the others: there only a single process stops.
+        Within a phase a rank cannot wait for the others: there a signal stops only a single process. When another rank is
+        gone no rank can go on, wherever it is.
         """
-        if self.ranks.world_size > 1:
+        if self.ranks.world_size > 1 and (self.watch.cause is None or self.watch.number):
             if within:
                 return
-            noted = torch.tensor([self.signals.received], device=self.ranks.device)
-            self.signals.received = int(self.ranks.all_reduce(noted, "max"))
-        self.signals.check()
+            noted = torch.tensor([self.watch.number], device=self.ranks.device)
+            number = int(self.ranks.all_reduce(noted, "max"))
+            if number:
+                self.watch.note(Stopped(number))
+        self.watch.check()
 
     def _train(self) -> None:
         config = self.config
         for iteration in sorted({0, self.iteration}):  # the base, and one before which the run was stopped
-            self._evaluate_if_due(iteration)
+            if self._evaluate_if_due(iteration):
+                self.begin_to_save()
         bar = tqdm(
             range(self.iteration + 1, config.iterations + 1), desc="training", initial=self.iteration,
             total=config.iterations, disable=self.ranks.rank != 0, dynamic_ncols=True,
@@ -182,9 +237,13 @@ class Trainer:
             with at(f"iteration {iteration}"):
                 bar.set_postfix_str(progress(self.iterate(iteration)))
             self._stop_if_asked()
-            self._evaluate_if_due(iteration)
-            if iteration == config.iterations or iteration % config.checkpoint.every == 0:
+            best = self._evaluate_if_due(iteration)
+            if iteration == config.iterations:
                 self.save()
+            elif iteration % config.checkpoint.every == 0 or best or self.saving.owed:
+                self.begin_to_save()
+            elif self.saving.settle():
+                self._tell_of_checkpoint()
 
     def _summary(self) -> dict:
         return run_summary(
@@ -217,14 +276,15 @@ class Trainer:
             "seconds": clock.seconds,
         }
         self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
-        self._steps_done = self.engine.steps_begun
         for callback in self.callbacks:
             callback.on_iteration(self, metrics)
+        if self.config.checkpoint.in_memory:  # last: an iteration of which something is missing is done anew
+            self.saving.keep(self.iteration, self.seconds)
         return metrics
 
     def close(self) -> None:
         """Frees the engine and the model; the trainer is of no use afterwards."""
-        self.scorer.shutdown(wait=False, cancel_futures=True)
+        self.scorer.close()
         self.engine.close()
 
     def _sample(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
@@ -245,12 +305,13 @@ class Trainer:
                 check_finite("log-probability", batch.trajectory.log_prob)
                 images = self.model.decode(batch.trajectory.final, draft=True)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
-            waiting.append(self.scorer.submit(self.reward, images, [record["prompt"] for record in records], records))
+            prompts = [record["prompt"] for record in records]
+            waiting.append(self.scorer.submit(self.reward, images, prompts, records))
             batches.append(batch)
             self._stop_if_asked(within=True)
         with clock("reward"), self.ranks.together(RewardUnavailable, Exception):
-            scores = torch.cat([score.result() for score in waiting])
-        return batches, self.ranks.gather(scores.to(self.model.device))
+            scores = self.scorer.scores(waiting)
+        return batches, self.reward.settled(self.ranks.gather(scores.to(self.model.device)))
 
     def _rollout(self, iteration: int, sample_id: Tensor, records: list[dict], schedule: Schedule) -> Batch:
         guidance_scale = self.config.rollout.guidance_scale
@@ -329,16 +390,17 @@ class Trainer:
             callback.on_evaluation(self, row, samples)
         return row
 
-    def _evaluate_if_due(self, iteration: int) -> None:
-        """The evaluation that belongs to an iteration, unless the run has it already."""
+    def _evaluate_if_due(self, iteration: int) -> bool:
+        """The evaluation that belongs to an iteration, unless the run has it already; whether it is the best, to be kept."""
         settings, last = self.config.evaluation, iteration == self.config.iterations
         if not (iteration == 0 or last or (settings.every and iteration % settings.every == 0)):
-            return
+            return False
         # Rank 0 looks for all: the others could see the file appear.
         rows = read_lines(RunFolder(self.config.output).evaluations)
         if self.ranks.broadcast_object(iteration not in {row["iteration"] for row in rows}):
             with at(f"evaluation after iteration {iteration}"):
-                self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between)
+                rows.append(self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between))
+        return self.config.checkpoint.keep_best and self.ranks.broadcast_object(best_iteration(rows) == iteration)
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
@@ -346,42 +408,33 @@ class Trainer:
         with self.model.reference() if base and self.model.has_lora else self.engine.swapped(self.ema.weights):
             yield
 
-    @property
-    def _averages(self) -> dict[str, Ema]:
-        """The averages of weights, by the names under which a checkpoint holds them."""
-        return {"ema": self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
-
     def resume(self) -> int:
-        """Go on from the last checkpoint in the run's folder, if there is one; returns the iterations done. Collective."""
-        loaded = load_checkpoint(self.engine, RunFolder(self.config.output).checkpoints)
-        if loaded is not None:
-            self.iteration, state = loaded
-            self.saved, self.seconds = self.iteration, state["seconds"]
-            for name, average in self._averages.items():
-                average.load_state_dict(state[name])
-            if self.ranks.rank == 0:
-                keep_trained(self.model, self.config.output, self.iteration, self._trained_weights())
+        """Go on from the last whole checkpoint in the run's folder, if any; returns the iterations done. Collective."""
+        self.iteration, self.seconds = self.saving.resume()
         return self.iteration
 
-    def _trained_weights(self) -> dict[str, Tensor]:
-        """The averaged weights, by the names of the transformer's parameters."""
-        return {name.removeprefix("transformer."): value for name, value in self.ema.weights.items()}
+    def begin_to_save(self) -> None:
+        """Begin a checkpoint of the last iteration, which is written beside what comes next. Collective."""
+        if self.saving.settle(wait=True):
+            self._tell_of_checkpoint()
+        if self.saving.newest is None or self.saving.newest.iteration != self.iteration:
+            self.saving.keep(self.iteration, self.seconds)
+        self.saving.begin()
 
     def save(self) -> Path:
-        """Write a checkpoint, and the averaged weights into the run's folder, which is returned. Collective."""
-        for name, weights in self.ema.weights.items():  # the same on every rank
-            check_finite(f"average of {name}", weights)
-        # Prompts and noise follow from the iteration, so there is no other position or random state to keep.
-        state = {"seconds": self.seconds, **{name: average.state_dict() for name, average in self._averages.items()}}
-        folder, keep = self.config.output, self.config.checkpoint.keep
-        save_checkpoint(self.engine, RunFolder(folder).checkpoints, self.iteration, state, keep=keep)
-        self.saved = self.iteration
-        if self.ranks.rank == 0:
-            write_trained(self.model, folder, self.iteration, self._trained_weights())
-        self.ranks.barrier()  # a rank that ends now would have the launcher end them all
+        """Write a checkpoint, and the averaged weights into the run's folder, which is returned. Collective.
+
+        OSError where the system refuses to write.
+        """
+        self.begin_to_save()
+        if not self.saving.settle(wait=True):
+            raise self.saving.failure
+        self._tell_of_checkpoint()
+        return self.config.output
+
+    def _tell_of_checkpoint(self) -> None:
         for callback in self.callbacks:
-            callback.on_checkpoint(self, folder)
-        return folder
+            callback.on_checkpoint(self, self.config.output)
 
     def _embed(self) -> None:
         """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""

@@ -1,6 +1,8 @@
 """The console script.
 
 fastgrpo train --config configs/tiny_shapes.yaml                     train a model in one process
+fastgrpo resume runs/tiny_shapes                                     go on with a run that was stopped
+fastgrpo verify runs/tiny_shapes                                     whether all in its folder is what was written
 fastgrpo plan --config configs/sd3_compressibility.yaml              what a run will need, before a machine is rented
 fastgrpo bench --config configs/sd3_compressibility.yaml --random-weights     what this machine does with it
 fastgrpo eval runs/tiny_shapes                                       the trained model on the held-out prompts
@@ -24,6 +26,8 @@ from fastgrpo.commands.errors import shown
 # most of them import torch.
 COMMANDS = {
     "train": ("train", "train a model"),
+    "resume": ("resume", "go on with a run that was stopped, wherever its folder is"),
+    "verify": ("verify", "whether all in a run's folder is what was written"),
     "plan": ("plan", "parameters, memory, FLOPs and expected speed of a run"),
     "bench": ("bench", "images a second, MFU and memory on this machine, measured"),
     "eval": ("evaluate", "accuracy of a run on its held-out prompts"),

@@ -9,6 +9,7 @@ import json
 
 from fastgrpo.commands.arguments import check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
+from fastgrpo.commands.trust import add_trust, trusted
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
@@ -21,9 +22,13 @@ from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
+from fastgrpo.rewards.scorer import Scorer
 
 # The keys that --set may change: those of the trained model and of what it is drawn and scored with.
-READ = ("model", "prompts.eval", "reward.eval", "reward.settings", "reward.frames", "reward.folder", "evaluation", "seed")
+READ = (
+    "model", "prompts.eval", "prompts.images_outside", "reward.eval", "reward.settings", "reward.frames", "reward.folder",
+    "evaluation", "seed",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=path, action="append", help="another prompt file than the run's own; may be given more than once"
     )
+    add_trust(parser)
     parser.add_argument("--reward", action="append", help="another reward than the run's own; may be given more than once")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a line of JSON for each prompt file (the default)")
@@ -48,9 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_set(arguments.set, READ, "eval")
     reward_override = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
     config = saved_config(arguments.run, arguments.base, [*arguments.set, *reward_override])
+    config = trusted(config, arguments.run, trust=arguments.trust, named=arguments.reward or (), overrides=arguments.set)
     settings, reward = config.evaluation, config.reward
     fields = (IMAGE_FIELD,) if model_class(config.model.name).image_conditioned else ()
-    files = {file: load_prompts(file, fields) for file in arguments.prompts or [config.prompts.eval]}
+    files = {
+        file: load_prompts(file, fields, images_outside=config.prompts.images_outside)
+        for file in arguments.prompts or [config.prompts.eval]
+    }
     (rewards,) = load_rewards(
         reward.eval, device=DEVICE, settings=reward.settings, frames=reward.frames, folder=reward.folder
     )
@@ -63,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     for file, prompts in files.items():
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
+            scorer=Scorer(config.reward.timeout),
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,

@@ -4,20 +4,22 @@
     fastgrpo train --config configs/tiny_shapes.yaml                     one process
     ... --set rollout.num_steps=8 --set seed=1                           change keys of the configuration
 
-A run that was stopped goes on from its last checkpoint when the same command is given again.
+A run that was stopped goes on from its last checkpoint when the same command is given again, or `fastgrpo resume`.
 """
 
 import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
-from fastgrpo.commands import UNAVAILABLE, print_anything
+from fastgrpo.commands import print_anything
 from fastgrpo.commands.arguments import add_set, path
 from fastgrpo.commands.errors import shown
+from fastgrpo.config.keys import Config
 from fastgrpo.config.reference import describe
 from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.validation import ConfigError, check_folder, load_config
+from fastgrpo.validation import check_folder, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,56 +39,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains to the end and prints the result."""
     overrides = [*arguments.set, *(["model.random_weights=true"] if arguments.random_weights else [])]
-    config = load_config(arguments.config, overrides)
+    return train(load_config(arguments.config, overrides))
+
+
+def train(config: Config) -> int:
+    """Trains to the end and prints the result; returns the exit status: see `fastgrpo.endings`."""
     check_folder(config)
     # After the configuration is known to be good: these take seconds to load.
+    from fastgrpo.endings import ending_of, said, tells
     from fastgrpo.engine.ranks import finish, start
-    from fastgrpo.finite import NotFinite
-    from fastgrpo.rewards import RewardUnavailable
-    from fastgrpo.stopping import Stopped
+    from fastgrpo.rewards.calling import BadScores, RewardError
     from fastgrpo.trainer import Trainer
 
-    summary: dict = {}
+    rank = 0
     try:
         ranks = start()
+        rank = ranks.rank
         trainer = Trainer(config, ranks=ranks)
-    except RewardUnavailable as error:
-        return report_stop(error, "nothing was begun")
-    except KeyboardInterrupt:
-        print("stopped: nothing was begun", file=sys.stderr)
+        summary = trainer.run()
+    except KeyboardInterrupt:  # before the run began, which then heeds it itself
+        print("stopped by SIGINT; nothing was begun", file=sys.stderr)
         return 128 + signal.SIGINT
-    try:
-        summary, status = trainer.run(), 0
-    except RewardUnavailable as error:
-        status = report_stop(error, f"the state after iteration {trainer.saved} is saved")
-    except Stopped as error:
-        status = 128 + error.number
-        print(f"stopped {error}: {notes(error)}; the same command goes on", file=sys.stderr)
-    except ConfigError as error:
-        status = 2
-        print(f"error: {error}", file=sys.stderr)
-    except (NotFinite, OSError) as error:
-        # Its own ranks may be waiting for it: it ends without them.
-        print(f"error: {error}; {notes(error)}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        ending = ending_of(error)
+        if ending is None:
+            raise
+        if tells(error, rank):
+            if isinstance(error, RewardError) and not isinstance(error, BadScores) and error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)  # of the reward's own code, which only it explains
+            print(said(ending, error), file=sys.stderr)
+        # Without leaving the group: other ranks may be lost, or waiting for this one.
+        return ending.status
     if summary:
         print(summary_table(summary))
         print(f"report: {RunFolder(config.output).report}")
     trainer.close()
     del trainer
     finish()
-    return status
-
-
-def notes(error: BaseException) -> str:
-    """What a run that ended early says of its state."""
-    return "; ".join(getattr(error, "__notes__", ["nothing was begun"]))
-
-
-def report_stop(error: Exception, state: str) -> int:
-    """Says why a run stopped that can go on; returns the exit status for that."""
-    print(f"stopped: {error}\n{state}; when the reward is there again, the same command goes on", file=sys.stderr)
-    return UNAVAILABLE
+    return 0
 
 
 def summary_table(summary: dict) -> str:

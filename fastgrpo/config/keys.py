@@ -84,6 +84,9 @@ class PromptsConfig:
     """Prompts to train on: a .txt with one a line, or a .jsonl with "prompt" and whatever the reward reads in each line."""
     eval: Path
     """Prompts to evaluate on. None of them may be among the training prompts."""
+    images_outside: bool = False
+    """Take images that lie outside of the folder of the prompt file that names them: by an absolute path, by .., or by a
+    link. Left out: such a line is refused, as a prompt file from somebody else could name any file of this machine."""
     weights: dict[str, Annotated[float, AtLeast(0), AtMost(1_000_000)]] = field(default_factory=dict)
     """How often prompts of each category ("tag") are drawn, relative to the other categories, for example
     {counting: 2, position: 1}. Left out: every prompt equally often."""
@@ -109,6 +112,10 @@ class RewardConfig:
     folder: Path | None = None
     """Where a reward of your own is looked for, after the installed packages and the working directory. Left out: where the
     configuration is, if that names a reward of your own."""
+    timeout: Annotated[float, Above(0), AtMost(1_000_000)] = 1200.0
+    """Seconds that a batch's scores are waited for; then the run saves its state and stops."""
+    not_finite: Literal["error", "worst"] = "error"
+    """A score that is not finite stops the run (error), or counts as the worst score of the iteration (worst)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +298,8 @@ class EngineConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Stage of DeepSpeed's ZeRO. With LoRA the sharded state is small, so 1 is nearly always the right choice."""
+    lost_after: Annotated[float, AtLeast(5), AtMost(1_000_000)] = 120.0
+    """Seconds without a sign of life after which a rank counts as lost, and the others end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +331,14 @@ class CheckpointConfig:
     """Number of iterations between checkpoints. There is one after the last iteration whatever stands here."""
     keep: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 2
     """Number of checkpoints that are kept; older ones are removed."""
+    keep_best: bool = False
+    """Keep the checkpoint of the best evaluation too, and its weights in the folder best/ of the run's."""
+    in_memory: bool = True
+    """Keep a copy of the state in host memory after every iteration, which is saved whatever ends the run. Without it an
+    ending leaves the last checkpoint."""
+    grace: Annotated[float, AtLeast(1), AtMost(1_000_000)] = 20.0
+    """Seconds from SIGTERM or Ctrl-C to the end of the process, by which the state is saved. Kubernetes, Slurm, torchrun and
+    deepspeed kill after 30."""
 
 
 @dataclass(frozen=True, kw_only=True)

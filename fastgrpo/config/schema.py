@@ -10,6 +10,7 @@ A field's bounds stand beside its type: `every: Annotated[int, AtLeast(1), AtMos
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from typing import Annotated, Any, Literal
 
 from fastgrpo.config import yaml12
 from fastgrpo.config.bounds import Bound
+
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of Linux
 
 
 class ConfigError(ValueError):
@@ -64,13 +67,21 @@ def absolute_paths(data: Any, folder: Path) -> Any:
 
 
 def to_path(text: str) -> Path:
-    """A path as it is typed, `~` and `~user` being home folders; environment variables are left as they are."""
+    """A path as it is typed, `~` and `~user` being home folders; environment variables are left as they are.
+
+    Raises ConfigError for what no file system can have as a path: later it would be an error of whatever looks there first.
+    """
     if not text:
-        raise ConfigError("a path is empty; leave the key out, or name a file or a folder")
+        raise ConfigError("a path is empty; leave it out, or name a file or a folder")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{text}: {error}; write the whole path") from None
+        path = Path(text).expanduser()
+        encoded = os.fsencode(path)
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise ConfigError(f"{text!r} is no path: {error}; write the whole path") from None
+    if b"\0" in encoded or len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        limits = f"has no NUL, at most {LONGEST_PATH} bytes, and {LONGEST_NAME} between two slashes"
+        raise ConfigError(f"{text!r} is no path, which {limits}; name a file or a folder")
+    return path
 
 
 def apply_override(data: dict, override: str, option: str = "--set") -> None:
@@ -146,7 +157,10 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if hint is float and type(value) in (int, float):
         return _finite(value, path)
     if hint is Path and isinstance(value, str):
-        return to_path(value)
+        try:
+            return to_path(value)
+        except ConfigError as error:
+            refuse(path, value, str(error))
     if type(value) is not hint:
         way_out = f"; {WAYS_OUT[hint]}" if hint in WAYS_OUT else ""
         refuse(path, value, f"expected {type_name(hint)}, found {type(value).__name__}{way_out}")

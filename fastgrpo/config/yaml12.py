@@ -5,7 +5,8 @@
     0.001, 1e-3, .5, .inf  are numbers; 1_000, 12:30 and 2026-01-01 are text
 
 PyYAML reads version 1.1, in which 012 is ten, 12:30 is 750, `no` is false and 1e-3 is text. Here it only parses. A key that
-is given twice in one mapping is refused, as one of the two values would be lost.
+is given twice in one mapping is refused, as one of the two values would be lost. So is a text that a few lines of aliases
+make endless, or larger and deeper than any configuration.
 """
 
 import re
@@ -15,6 +16,9 @@ import yaml
 
 TAG = "tag:yaml.org,2002:"
 MERGE = TAG + "merge"
+MAX_DEPTH = 100  # of lists and mappings in one another: reading, copying and writing them is recursive
+MAX_VALUES = 100_000  # with those that an alias repeats
+MAX_DIGITS = 1000  # of a whole number: Python prints no more than 4300
 NULL = re.compile(r"(?:~|null|Null|NULL|)")
 BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
 INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)")
@@ -32,6 +36,29 @@ SCALARS = (
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: ClassVar[dict] = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0  # lists and mappings around the node that is being read
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # of each whole node the values in it, and their depth
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Looked at here, where an alias is still one, and before what is too deep is read."""
+        event = self.peek_event()
+        if self._depth > MAX_DEPTH:
+            raise _error(f"lists and mappings in one another more than {MAX_DEPTH} deep; flatten them", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent) and node not in self._sizes:
+            raise _error(f"the alias *{event.anchor} stands inside of what it names, which has no end; write it out", event)
+        inner = [self._sizes[one] for one in _parts(node)]
+        values, depth = 1 + sum(size for size, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            raise _error(f"aliases make it more than {MAX_VALUES} values or {MAX_DEPTH} deep; use fewer", event)
+        self._sizes[node] = values, depth
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Looked at here, because what `<<` merges in later may be given again."""
@@ -52,6 +79,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         text = _written(node, INT)
+        if len(text) > MAX_DIGITS:
+            raise _error(f"a whole number of more than {MAX_DIGITS} digits; write a smaller one, or a text in quotes", node)
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
     def construct_float(self, node: yaml.ScalarNode) -> float:
@@ -61,6 +90,13 @@ class _Loader(yaml.SafeLoader):
         raise _error(f"{node.tag.replace(TAG, '!!')} is no type of YAML's core schema", node)
 
 
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes directly in a list or a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        return [one for pair in node.value for one in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
 def _written(node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
     """A scalar's text, which an explicit tag, say `!!int 1_000`, may have given a type that it does not have."""
     if not form.fullmatch(node.value):
@@ -68,8 +104,9 @@ def _written(node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
     return node.value
 
 
-def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    """place: a node or an event, which says in which line it begins."""
+    return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -10,14 +10,19 @@ from pathlib import Path
 
 from PIL import Image
 
+from fastgrpo.files import inside
 from fastgrpo.text_files import read_text
 
 LOG = logging.getLogger(__name__)
+ALLOW_OUTSIDE = "put a copy beside the others, or set prompts.images_outside: true where that is meant"
 SHOWN = 5  # names of files in a message
 
 
-def captioned_images(folder: Path) -> list[tuple[Path, str]]:
-    """The images with their captions, in the order of their paths. ValueError: no images, or one without a caption."""
+def captioned_images(folder: Path, links_out: bool = False) -> list[tuple[Path, str]]:
+    """The images with their captions, in the order of their paths. ValueError: no images, or one without a caption.
+
+    links_out: read captions that are links to files outside of the folder. Whose pictures are read sees to theirs.
+    """
     images, captions, left_out = _sorted_out(folder)
     if not images:
         kinds = ".png, .jpg, .webp and whatever else Pillow reads"
@@ -26,6 +31,9 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     if without:
         more = f"; {len(without)} images have none: {_names(without, folder)}" if len(without) > 1 else ""
         raise ValueError(f"{without[0]}: has no caption; write it to {without[0].stem}.txt beside it{more}")
+    for caption in (captions[_stem(file)] for file in images):
+        if not links_out and not inside(caption, folder):
+            raise ValueError(f"{caption}: leads out of {folder}, to {caption.resolve()}; {ALLOW_OUTSIDE}")
     read = [(file, _caption(captions[_stem(file)])) for file in images]
     used = {_stem(file) for file in images}
     left_out["captions without an image"] = [file for stem, file in captions.items() if stem not in used]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fastgrpo.data.pictures import load_picture
@@ -16,6 +16,7 @@ from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.files import atomic_file
 from fastgrpo.policy import Model
 from fastgrpo.records import Prompted, concatenate
+from fastgrpo.tensor_files import read_tensors
 
 IN_MEMORY = 1024  # prompts whose embeddings are kept in memory: 3 GB for SD3
 IN_BYTES = 4 * 2**30  # that they may take, where a prompt's are larger
@@ -33,6 +34,7 @@ class Embeddings:
         self._model, self._folder = model, folder
         self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()  # the one asked for last comes last
         self._bytes = 0  # that they take
+        self._form: list[tuple] = []  # dtype and shape of each tensor, of the first one; of all others too
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
@@ -54,12 +56,23 @@ class Embeddings:
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
         if prompt not in self.in_memory:
-            self.in_memory[prompt] = self._read(prompt)
+            self.in_memory[prompt] = self._like_others(prompt, self._read(prompt))
             self._bytes += _size(self.in_memory[prompt])
             while len(self.in_memory) > IN_MEMORY or (self._bytes > IN_BYTES and len(self.in_memory) > 1):
                 self._bytes -= _size(self.in_memory.popitem(last=False)[1])
         self.in_memory.move_to_end(prompt)
         return self.in_memory[prompt]
+
+    def _like_others(self, prompt: str | ImagePrompt, conditioning: tuple) -> tuple:
+        """The conditioning, which must be of one form with all others: ValueError, with the file if it is of one."""
+        form = [(tensor.dtype, tensor.shape) for tensor in conditioning]
+        self._form = self._form or form
+        if form != self._form:
+            place = prompt if self._folder is None else self._file(self._folder, prompt)
+            raise ValueError(
+                f"{place}: holds {form} and other prompts {self._form}; remove such files, and they are made again"
+            )
+        return conditioning
 
     def _read(self, prompt: str | ImagePrompt) -> tuple:
         if self._folder is None:
@@ -67,7 +80,14 @@ class Embeddings:
         path = self._file(self._folder, prompt)
         if not path.exists():
             self._write(path, self._model.encode([prompt]))
-        return self._model.Conditioning(**load_file(path, device=str(self._model.device)))
+        tensors = read_tensors(path, self._model.device)[0]
+        fields = set(self._model.Conditioning._fields)
+        if tensors.keys() != fields or any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(
+                f"{path}: holds {shapes} and not one prompt's {sorted(fields)}; remove it, and it is made again"
+            )
+        return self._model.Conditioning(**tensors)
 
     def _file(self, folder: Path, prompt: str | ImagePrompt) -> Path:
         text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+MAX_BYTES = 2**29  # of a file: 89 million pixels, Pillow's limit, of 16-bit RGB without compression
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -22,10 +23,13 @@ def load_picture(path: Path) -> Image.Image:
     """The picture in a file, in RGB with 8 bits a channel.
 
     Raises ValueError, with the file's name, where there is no file, or one that is cut or damaged, too large, or whose
-    pixels have no known white. `PIL.Image.MAX_IMAGE_PIXELS` is the limit.
+    pixels have no known white. `PIL.Image.MAX_IMAGE_PIXELS` and `MAX_BYTES` are the limits, looked at before anything is
+    unpacked.
     """
     if not os.path.isfile(path):  # which is false of names too long for the system, where Path.is_file raises
         raise ValueError(f"{path}: no such file")
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise ValueError(f"{path}: has {size} bytes, more than {MAX_BYTES} (MAX_BYTES of {__name__}); save it smaller")
     limit = Image.MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgrpo.data.captions import captioned_images
+from fastgrpo.data.captions import ALLOW_OUTSIDE, captioned_images
 from fastgrpo.data.json_records import NotJSON, check_record, is_json, parse_json
 from fastgrpo.data.pictures import load_picture
-from fastgrpo.files import write_atomically
+from fastgrpo.files import inside, write_atomically
 from fastgrpo.normal_form import compared
 from fastgrpo.records import numpy_generator
 from fastgrpo.text_files import numbered_lines, read_text
@@ -59,14 +59,15 @@ class PromptSet:
         return list(zip(self.places or map(repr, self.prompts), self.metadata, strict=True))
 
 
-def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
+def load_prompts(path: Path, image_fields: Sequence[str] = (), images_outside: bool = False) -> PromptSet:
     """Read a .txt or .jsonl file, or a folder of captioned images; what is no prompt is refused with its line's number.
 
     image_fields: fields that every line must have, each the path of an image, relative to the folder of the prompt file.
     Each image is opened once, so that one that cannot be read is found before training.
+    images_outside: take images that are not in that folder, see `prompts.images_outside`.
     """
     if path.is_dir():
-        return _checked(_in_folder(path, image_fields), path, image_fields)
+        return _checked(_in_folder(path, image_fields, images_outside), path, image_fields, images_outside)
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt file")
     lines = [(f"{path}:{number}", line) for number, line in numbered_lines(path) if line.strip()]
@@ -74,17 +75,21 @@ def load_prompts(path: Path, image_fields: Sequence[str] = ()) -> PromptSet:
         raise ValueError(f"{path}: holds no prompts")
     if _is_plain(path):
         return _checked([(place, {"prompt": line.strip()}) for place, line in lines], path.parent, image_fields)
-    return _checked([(place, _parse(line, place, path)) for place, line in lines], path.parent, image_fields)
+    records = [(place, _parse(line, place, path)) for place, line in lines]
+    return _checked(records, path.parent, image_fields, images_outside)
 
 
 def given_prompts(prompts: Sequence[str | dict], image_fields: Sequence[str] = ()) -> PromptSet:
-    """Prompts from a program instead of a file, each a text or a record, under the same rules; images from this folder."""
+    """Prompts from a program instead of a file, each a text or a record, under the same rules.
+
+    Images are relative to this folder, and may lie anywhere.
+    """
     # A text or a mapping would pass as a list, of its letters or its keys.
     records = [] if isinstance(prompts, str | Mapping) else list(prompts)
     if not records:
         raise ValueError("no prompts were given: hand in a list with at least one")
     records = [{"prompt": one} if isinstance(one, str) else one for one in records]
-    return _checked([(f"prompt {number}", record) for number, record in enumerate(records)], Path.cwd(), image_fields)
+    return _checked([(f"prompt {number}", record) for number, record in enumerate(records)], Path.cwd(), image_fields, True)
 
 
 def write_prompts(path: Path, records: Iterable[dict]) -> None:
@@ -113,31 +118,36 @@ def _parse(line: str, place: str, path: Path) -> Any:
     return record
 
 
-def _in_folder(folder: Path, image_fields: Sequence[str]) -> list[tuple[str, dict]]:
+def _in_folder(folder: Path, image_fields: Sequence[str], images_outside: bool) -> list[tuple[str, dict]]:
     if len(image_fields) != 1:
         raise ValueError(f"{folder}: is a folder, which holds one image a prompt; give a .txt or .jsonl file")
-    return [(str(file), {"prompt": text, image_fields[0]: str(file.resolve())}) for file, text in captioned_images(folder)]
+    found = captioned_images(folder, links_out=images_outside)
+    return [(str(file), {"prompt": text, image_fields[0]: str(file.absolute())}) for file, text in found]
 
 
-def _checked(entries: Iterable[tuple[str, Any]], folder: Path, image_fields: Sequence[str]) -> PromptSet:
+def _checked(
+    entries: Iterable[tuple[str, Any]], folder: Path, image_fields: Sequence[str], images_outside: bool = False
+) -> PromptSet:
     """The prompts of records with their places, once each is a record and its images, relative to `folder`, are readable."""
     places, records = [], []
     for place, record in entries:
         try:
             check_record(record)
-            records.append({**record, **{field: _image(record, field, folder) for field in image_fields}})
+            records.append({**record, **{field: _image(record, field, folder, images_outside) for field in image_fields}})
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         places.append(place)
     return PromptSet([record["prompt"] for record in records], records, places)
 
 
-def _image(record: dict, field: str, folder: Path) -> str:
+def _image(record: dict, field: str, folder: Path, outside: bool) -> str:
     """The absolute path of a record's image, which is checked to be one."""
     if not isinstance(record.get(field), str):
         raise ValueError(f'every prompt needs an image here: give "{field}", a file, in a .jsonl')
     try:
         file = (folder / os.path.expanduser(record[field])).resolve()
+        if not outside and not inside(file, folder):
+            raise ValueError(f"leads out of {folder}, to {file}; {ALLOW_OUTSIDE}")
         load_picture(file)
     except (ValueError, RuntimeError) as error:  # of a name that no file has, or of links in a circle
         raise ValueError(f"{field} = {record[field][:200]!r}: {error}") from None

@@ -1,78 +1,194 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, and that are what was saved.
 
-    checkpoints/00012/COMPLETE      JSON: iteration, world size, each file with its size
-                      state.pt      what is the same on all ranks: the average, the place in the prompts, ...
-                      engine/       the engine's own files, a part from each rank
-    checkpoints/00013.partial/      being written, or left over from a crash
+    checkpoints/00012/COMPLETE                 JSON: iteration, world size, each file with its size and SHA-256
+                      rank_00000.safetensors   each rank's part of weights and optimiser: `fastgrpo.engine.shards`
+                      averages.safetensors     what is the same on all ranks, from rank 0: averages of the weights,
+                      state.json               and numbers
+    checkpoints/00013.partial/                 being written, or left over from a crash
+    checkpoints/00011.damaged/                 set aside: its content is not what was saved
 
-All ranks write into `00012.partial` and wait for each other; then rank 0 lists the files in COMPLETE, flushes everything to
-the disk and renames the folder, in this order. So a crash at any point leaves a folder that is never loaded, and that the
-next save removes. The ranks load what rank 0 found, so they cannot disagree. Nodes must share the folder.
+Each rank writes its part into `00012.partial` and then a record of it, whenever it can: no rank waits for another in a
+collective, so a part can also be saved by a thread, or by a rank that ends alone. When all records are there, rank 0 joins
+them in COMPLETE, flushes everything to the disk and renames the folder, in this order. So a crash at any point leaves a
+folder that is never loaded, and that the next start removes. Nodes must share the folder.
+
+Any number of ranks can load what any other number saved. Nothing in the files is code.
 """
 
+import functools
 import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastgrpo.engine.ranks import Ranks
-from fastgrpo.files import flush, move_into_place, writing_to
+from fastgrpo.engine.shards import SavedShards, Shard, write_shard
+from fastgrpo.files import file_hash, flush, json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.finite import check_finite
 
 MARKER = "COMPLETE"
-STATE = "state.pt"
-ENGINE = "engine"
+AVERAGES, STATE = "averages.safetensors", "state.json"
+FORMAT = 2
+LOOK = 0.05  # seconds between two looks for the parts of other ranks
 
 
-class SavedEngine(Protocol):
-    """The part of `fastgrpo.engine.zero.Engine` that checkpoints use."""
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of the state after an iteration, on the host; nothing changes it any more."""
 
-    ranks: Ranks
+    iteration: int
+    shard: Shard
+    averages: Mapping[str, Tensor]  # rank 0's alone, as the state below: both are the same on every rank
+    state: Mapping[str, Any]  # numbers, strings, lists and dicts, as JSON knows them
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> Any: ...
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as `load` found it. Its tensors are on the CPU."""
+
+    iteration: int
+    shards: SavedShards
+    averages: dict[str, Tensor]
+    state: dict[str, Any]
 
 
-def save_checkpoint(engine: SavedEngine, root: Path, iteration: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Saves the engine and rank 0's `state`, then removes all complete checkpoints but the last `keep`. Collective.
+class GivenUp(Exception):
+    """A checkpoint was not completed, because the part of another rank did not come."""
 
-    `state` may hold tensors, numbers, strings, lists and dicts only, so that reading it runs no code: else TypeError.
-    Returns the checkpoint's folder. Where the system refuses to write, for example because the disk is full, an OSError
-    names that folder, nothing of it is left, and the older checkpoints are as they were.
+
+def write_part(snapshot: Snapshot, root: Path, ranks: Ranks) -> None:
+    """Writes this rank's part of a checkpoint, and when all of it is on the disk a record of it.
+
+    OSError names the folder. NotFinite: weights that are none are never written.
     """
-    if keep < 1:
-        raise ValueError(f"keep {keep} must be at least 1")
-    final = root / f"{iteration:05d}"
-    partial = final.with_suffix(".partial")
-    try:
-        with writing_to(final):
-            _write(engine, partial, final, iteration, state)
-    except OSError:
-        if engine.ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if engine.ranks.rank == 0:
-        for old in complete_checkpoints(root)[:-keep]:
-            _remove(old)
-    engine.ranks.barrier()
+    for name, tensor in (*snapshot.shard.tensors.items(), *snapshot.averages.items()):
+        check_finite(f"saved {name}", tensor)
+    folder = _partial(root, snapshot.iteration)
+    with writing_to(_final(root, snapshot.iteration)):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{_name(ranks.rank)}.safetensors"]
+        write_shard(snapshot.shard, files[0])
+        if ranks.rank == 0:
+            files += [folder / AVERAGES, folder / STATE]
+            save_file(dict(snapshot.averages), files[1])
+            files[2].write_text(json_text(snapshot.state), encoding="utf-8")
+        for file in files:
+            flush(file)
+        record = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in files}
+        write_atomically(folder / f"{_name(ranks.rank)}.json", json_text(record))
+
+
+def complete(root: Path, iteration: int, ranks: Ranks, give_up: Callable[[], bool]) -> Path:
+    """Rank 0 completes a checkpoint of which it has written its own part; returns its folder.
+
+    It waits for the parts of the other ranks until `give_up` says otherwise: then GivenUp names what is missing.
+    """
+    partial, final = _partial(root, iteration), _final(root, iteration)
+    records = [partial / f"{_name(rank)}.json" for rank in range(ranks.world_size)]
+    while missing := [record.stem for record in records if not record.is_file()]:
+        if give_up():
+            raise GivenUp(f"the part of {' and '.join(missing)} of the state after iteration {iteration} did not come")
+        time.sleep(LOOK)
+    with writing_to(final):
+        files: dict[str, Any] = {}
+        for record in records:
+            files |= json.loads(record.read_text(encoding="utf-8"))
+        marker = {"format": FORMAT, "iteration": iteration, "world_size": ranks.world_size, "files": files}
+        (partial / MARKER).write_text(json_text(marker, indent=1), encoding="utf-8")
+        for record in records:
+            record.unlink()
+        if final.exists():  # of a run that went on from an older one; it goes when this one is safe
+            flush(partial)
+            _remove(final)
+        move_into_place(partial, final)
     return final
 
 
-def _write(engine: SavedEngine, partial: Path, final: Path, iteration: int, state: dict[str, Any]) -> None:
-    """Writes into `partial`, and renames it to `final` when it is whole. Collective."""
-    if engine.ranks.rank == 0:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final.parent)
-        partial.mkdir()
-        _save_state(state, partial / STATE)
-    engine.ranks.barrier()  # the folder is there, and nobody writes into a leftover
-    engine.save(partial / ENGINE)
-    engine.ranks.barrier()  # every part is written
-    if engine.ranks.rank == 0:
-        _complete(partial, final, iteration, engine.ranks.world_size)
+def discard(root: Path, iteration: int) -> None:
+    """Removes what there is of a checkpoint that cannot be completed, which makes room on a full disk."""
+    shutil.rmtree(_partial(root, iteration), ignore_errors=True)
+
+
+def prune(root: Path, keep: int, but: Iterable[int] = ()) -> None:
+    """Removes all complete checkpoints but the last `keep`, and those of the iterations `but`."""
+    for old in complete_checkpoints(root)[:-keep]:
+        if int(old.name) not in but:
+            _remove(old)
+
+
+def load(root: Path, ranks: Ranks) -> Saved | None:
+    """The latest checkpoint that is whole, None if there is none at all. Collective.
+
+    A newer one whose content is not what was saved is set aside under a name that says so, and said. ValueError where
+    there are checkpoints and none is whole: a run that began afresh beside them would write over what is left of it.
+    """
+    _once(ranks, functools.partial(_remove_leftovers, root))
+    # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
+    while folder := ranks.broadcast_object(latest_checkpoint(root) if ranks.rank == 0 else None):
+        try:
+            with ranks.together(Damaged):
+                check_files(folder, share=(ranks.rank, ranks.world_size))
+                saved = _read(folder)
+            return saved
+        except Damaged as damage:
+            _once(ranks, functools.partial(_set_aside, folder, str(damage)))
+    damaged = ranks.broadcast_object(sorted(root.glob("*.damaged*")) if ranks.rank == 0 else None)
+    if damaged:
+        raise ValueError(
+            f"{root} holds no checkpoint that is whole, only {', '.join(path.name for path in damaged)}; restore one, or "
+            "remove them to start this run afresh"
+        )
+    return None
+
+
+class Damaged(ValueError):
+    """The content of a checkpoint is not what was saved."""
+
+
+def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Compares a checkpoint with its marker, reading every file whole. Raises Damaged.
+
+    share: (i, n) for the i-th n-th of the files.
+    """
+    marker = read_marker(folder)
+    i, n = share
+    for name, saved in sorted(marker["files"].items())[i::n]:
+        file = folder / name
+        if not file.is_file():
+            raise Damaged(f"{file} is missing")
+        if file.stat().st_size != saved["bytes"]:
+            raise Damaged(f"{file} has {file.stat().st_size} bytes, it was saved with {saved['bytes']}")
+        if file_hash(file) != saved["sha256"]:
+            raise Damaged(f"{file} has another content than was saved")
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What COMPLETE says; Damaged where it cannot be true."""
+    file = folder / MARKER
+    try:
+        marker = json.loads(file.read_text(encoding="utf-8"))
+        if "format" not in marker and "files" in marker:
+            raise ValueError(
+                f"{folder} was written by an earlier release, whose checkpoints this one cannot read; finish that run with "
+                "it, or choose another folder with --set output=..."
+            )
+        names = {f"{_name(rank)}.safetensors" for rank in range(marker["world_size"])} | {AVERAGES, STATE}
+        good = marker["format"] == FORMAT and marker["iteration"] == int(folder.name) and marker["files"].keys() == names
+        good = good and all(type(f["bytes"]) is int and isinstance(f["sha256"], str) for f in marker["files"].values())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise Damaged(f"{file} does not describe this checkpoint")
+    return marker
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -83,67 +199,52 @@ def latest_checkpoint(root: Path) -> Path | None:
     return next(reversed(complete_checkpoints(root)), None)
 
 
-def load_checkpoint(engine: SavedEngine, root: Path) -> tuple[int, dict[str, Any]] | None:
-    """Loads the latest checkpoint and returns its iteration and state, or None if there is none. Collective.
-
-    The state's tensors are on the CPU. A complete checkpoint that was damaged later raises ValueError or FileNotFoundError.
-    """
-    # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
-    folder = engine.ranks.broadcast_object(latest_checkpoint(root) if engine.ranks.rank == 0 else None)
-    if folder is None:
-        return None
-    iteration = check_files(folder)
-    engine.load(folder / ENGINE)
-    return iteration, torch.load(folder / STATE, map_location="cpu", weights_only=True)
-
-
-def check_files(folder: Path) -> int:
-    """Compares the sizes of the files with the marker's; returns the iteration of a checkpoint that is whole."""
-    way_out = f"restore it, or remove {folder} to go on from an older checkpoint"
-    marker = folder / MARKER
-    try:
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        iteration, files = record["iteration"], record["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{marker} cannot be read; {way_out}") from error
-    for name, size in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing from a complete checkpoint; {way_out}")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, it was saved with {size}; {way_out}")
-    return iteration
-
-
-def _save_state(state: dict[str, Any], file: Path) -> None:
-    torch.save(state, file)
-    # Checked now, rather than when a run has to go on from it.
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    if unsafe:
-        names = ", ".join(unsafe)
-        raise TypeError(f"the state holds {names}; use tensors, numbers, strings, lists and dicts only")
-
-
-def _complete(partial: Path, final: Path, iteration: int, world_size: int) -> None:
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    record = {
-        "iteration": iteration,
-        "world_size": world_size,
-        "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
-    }
-    (partial / MARKER).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    if final.exists():  # of a run that went on from an older one; it goes when this one is safe
-        flush(partial)
-        _remove(final)
-    move_into_place(partial, final)
-
-
 def complete_checkpoints(root: Path) -> list[Path]:
     """The folders of the complete checkpoints, in rising order of iteration."""
     if not root.is_dir():
         return []
     folders = (path for path in root.iterdir() if re.fullmatch(r"\d{5,}", path.name))
     return sorted((path for path in folders if (path / MARKER).is_file()), key=lambda path: int(path.name))
+
+
+def is_complete(root: Path, iteration: int) -> bool:
+    return (_final(root, iteration) / MARKER).is_file()
+
+
+def _read(folder: Path) -> Saved:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        averages = load_file(folder / AVERAGES)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Damaged(f"{folder} cannot be read: {error}") from None
+    return Saved(int(folder.name), SavedShards(sorted(folder.glob("rank_*.safetensors"))), averages, state)
+
+
+def _once(ranks: Ranks, act: Callable[[], None]) -> None:
+    """Rank 0 acts, and the others wait for it."""
+    with ranks.together(OSError):
+        if ranks.rank == 0:
+            act()
+
+
+def _set_aside(folder: Path, damage: str) -> None:
+    number, aside = 1, folder.with_suffix(".damaged")
+    while aside.exists():
+        number, aside = number + 1, folder.with_suffix(f".damaged{number + 1}")
+    os.replace(folder, aside)
+    print(f"warning: a damaged checkpoint was set aside as {aside}: {damage}", flush=True)
+
+
+def _final(root: Path, iteration: int) -> Path:
+    return root / f"{iteration:05d}"
+
+
+def _partial(root: Path, iteration: int) -> Path:
+    return _final(root, iteration).with_suffix(".partial")
+
+
+def _name(rank: int) -> str:
+    return f"rank_{rank:05d}"
 
 
 def _remove(folder: Path) -> None:
@@ -154,6 +255,6 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_leftovers(root: Path) -> None:
-    for path in root.iterdir():
+    for path in root.iterdir() if root.is_dir() else ():
         if re.fullmatch(r"\d{5,}\.(partial|removed)", path.name):
             shutil.rmtree(path)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastgrpo.config.schema import ConfigError
-from fastgrpo.files import writing_to
+from fastgrpo.files import json_value, writing_to
+from fastgrpo.processes import started
 
 LOCK = "lock.json"
 BEAT, DEAD = 20.0, 120.0  # seconds
@@ -50,7 +51,7 @@ def held(folder: Path) -> Iterator[None]:
 def _take(file: Path) -> dict[str, Any]:
     """Writes this process into the file; returns what it wrote."""
     own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    own |= {"started": _started(os.getpid()), "machine": _machine()}
+    own |= {"started": started(os.getpid()), "machine": _machine()}
     with _opened(file) as opened:
         owner = _content(opened)
         if owner and not _gone(owner, _seconds_since(file)):
@@ -82,7 +83,7 @@ def _opened(file: Path) -> Iterator[IO[str]]:
 def _content(opened: IO[str]) -> dict[str, Any]:
     """Who holds the folder; empty for nobody."""
     try:
-        owner = json.load(opened)
+        owner = json_value(opened.read())
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -92,7 +93,7 @@ def _gone(owner: dict[str, Any], silent: float) -> bool:
     """Whether the owner is no more; `silent`: seconds since its last sign of life."""
     if owner.get("host") == socket.gethostname() and owner.get("machine") == _machine():
         process = owner.get("process")
-        return not isinstance(process, int) or _started(process) != owner.get("started")
+        return not isinstance(process, int) or started(process) != owner.get("started")
     return silent > DEAD
 
 
@@ -102,22 +103,6 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
-
-
-def _started(process: int) -> str | None:
-    """When a process of this machine began, in ticks since its start; None if there is none of that number."""
-    try:
-        # After the name, which may hold anything, in brackets: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    try:  # a system without /proc
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "running"
 
 
 def _seconds_since(file: Path) -> float:

@@ -28,7 +28,6 @@ A method marked collective must be called by all ranks.
 
 import gc
 import io
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -37,11 +36,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.fragments import fragments_of, load_policy, make_state, steps_of, to_host, views_of
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, load_deepspeed
+from fastgrpo.engine.shards import SavedShards, Shard, write_shard
 from fastgrpo.finite import NotFinite
 
 State = dict[str, Tensor]
+SHARD = "rank_{:05d}.safetensors"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in DeepSpeed's moving loss scale
 SCALE_AT_MINIMUM = "loss scale already at minimum"
 PolicyType = TypeVar("PolicyType", bound=nn.Module)
 
@@ -65,10 +68,11 @@ class Engine(Generic[PolicyType]):
         parameters = list(self._trained.values())
         # Stage 3 has shards of one dtype.
         kept = [(p, p.data) for p in _kept_in_float32(policy)] if self.zero_stage < 3 else []
+        self._adamw = options.optimizer(parameters)
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self.deepspeed, *_ = load_deepspeed().initialize(
                 model=policy,
-                optimizer=options.optimizer(parameters),
+                optimizer=self._adamw,
                 model_parameters=parameters,
                 config=options.deepspeed_config(parameters),
             )
@@ -189,55 +193,69 @@ class Engine(Generic[PolicyType]):
             return nullcontext()
         return load_deepspeed().zero.GatheredParameters(list(self._trained.values()), modifier_rank=modifier_rank)
 
-    def save(self, folder: Path, client_state: dict[str, Any] | None = None) -> None:
-        """Writes the trained weights and the optimiser's state, from which `load` goes on bit by bit. Collective.
+    @torch.no_grad()
+    def state(self) -> Shard:
+        """Copies what this rank has of the masters and of AdamW's state, from which `load_state` goes on, to the CPU.
 
-        Every rank writes its part into `folder`, which all nodes must share. A crash can leave it unfinished;
-        `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
+        Between two updates, at any time, also before the first. The device's memory is not used for it.
+        """
+        # In stage 0 all ranks hold the same.
+        views = self._views() if self.zero_stage > 0 or self.ranks.rank == 0 else {}
+        starts = {key: start for key, (start, _) in views.items()}
+        numbers = {
+            "shapes": self._shapes,
+            "optimizer_steps": steps_of(self._adamw),
+            "steps": self.deepspeed.global_steps,
+            "skipped_steps": self.deepspeed.skipped_steps,
+            "loss_scaler": scaler_state(self._loss_scaler),
+        }
+        return Shard(to_host({key: view for key, (_, view) in views.items()}), starts, numbers)
+
+    @torch.no_grad()
+    def load_state(self, saved: SavedShards) -> None:
+        """Makes a new engine go on from what the ranks of another one had in `state`.
+
+        It may have had another world size, ZeRO stage or dtype: masters and moments are the same bit for bit. Everything is
+        written in place, and frozen weights stay as they are. ValueError where the trained weights are others.
+        """
+        check_shapes("the saved state", saved.numbers["shapes"], self._shapes)
+        if self.steps_begun > 0:
+            raise ValueError("this engine has made updates already; load a state into a new one")
+        make_state(self._adamw, self.deepspeed, saved.numbers["optimizer_steps"])
+        views = self._views()
+        for key, (start, view) in views.items():
+            view.copy_(saved.read(key, start, view.numel()).view(view.shape))
+        load_policy(self._trained, views, saved)
+        self.deepspeed.global_steps = saved.numbers["steps"]
+        self.deepspeed.skipped_steps = saved.numbers["skipped_steps"]
+        load_scaler_state(self._loss_scaler, saved.numbers["loss_scaler"])
+
+    def _views(self) -> dict[str, tuple[int, Tensor]]:
+        return views_of(fragments_of(self._trained, self.deepspeed, self.ranks.rank), self._adamw)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed's; None where it has none."""
+        return getattr(self.deepspeed.optimizer, "loss_scaler", None)
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's `state` into `folder`, which all nodes must share. Collective.
+
+        A crash can leave it unfinished; `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        if self.ranks.rank == 0:
-            (folder / "engine.json").write_text(json.dumps(self._identity()), encoding="utf-8")
-        state = {"client": client_state or {}}
-        self.deepspeed.save_checkpoint(str(folder), "deepspeed", state, save_latest=False, exclude_frozen_parameters=True)
+        write_shard(self.state(), folder / SHARD.format(self.ranks.rank))
         self.ranks.barrier()
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Loads what `save` wrote into a new engine with the same options; returns the client state. Collective.
-
-        ValueError where the world size, the stage, the dtype or the trained weights are others. It unpickles DeepSpeed's
-        files: load only what you trust.
-        """
-        saved, own = json.loads((folder / "engine.json").read_text(encoding="utf-8")), self._identity()
-        for key, fix in (
-            ("world_size", "start that many processes"),
-            ("zero_stage", "set that stage"),
-            ("dtype", "set that dtype"),
-        ):
-            if saved[key] != own[key]:
-                raise ValueError(f"{folder} has {key} {saved[key]}, this run has {own[key]}; {fix}")
-        check_shapes(str(folder), saved["trained"], own["trained"])
-        with redirect_stdout(io.StringIO()):  # it prints its keys
-            # Not strict, because the frozen weights are not in it; the trained ones were just checked.
-            loaded, state = self.deepspeed.load_checkpoint(str(folder), "deepspeed", load_module_strict=False)
-        if loaded is None:
-            raise FileNotFoundError(f"{folder} holds no checkpoint of DeepSpeed")
-        return state["client"]
-
-    def _identity(self) -> dict[str, Any]:
-        """The properties that must be the same for the split state of the optimiser to fit."""
-        return {
-            "world_size": self.ranks.world_size,
-            "zero_stage": self.zero_stage,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "trained": self._shapes,
-        }
+    def load(self, folder: Path) -> None:
+        """Loads what the ranks wrote with `save` into a new engine, as `load_state` does."""
+        self.load_state(SavedShards(sorted(folder.glob("rank_*.safetensors"))))
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""
         self.deepspeed.destroy()
         self._trained.clear()
-        del self.deepspeed
+        del self.deepspeed, self._adamw
         gc.collect()
 
 
@@ -249,6 +267,18 @@ def _kept_in_float32(policy: nn.Module) -> list[nn.Parameter]:
         if p.dtype == torch.float32 and not p.requires_grad
         and any(part in name for part in network._keep_in_fp32_modules)
     ]  # fmt: skip
+
+
+def scaler_state(scaler: Any) -> dict[str, float]:
+    """What DeepSpeed's loss scale goes on from; empty unless it moves, which it does for float16 only."""
+    return {key: getattr(scaler, key) for key in SCALER} if getattr(scaler, "dynamic", False) else {}
+
+
+def load_scaler_state(scaler: Any, state: dict[str, float]) -> None:
+    """Sets it; without one, as that of another dtype, the scale starts afresh."""
+    if getattr(scaler, "dynamic", False):
+        for key, value in state.items():
+            setattr(scaler, key, value)
 
 
 def check_shapes(what: str, theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:

@@ -4,12 +4,13 @@ Every file that will be read is looked at, though no weights are: that it is the
 its size and its head; a file of JSON is parsed.
 """
 
-import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastgrpo.files import json_value
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors", ".bin")
@@ -108,7 +109,7 @@ def _check_safetensors(file: Path, head: bytes, size: int, name: str) -> None:
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
     try:
         with file.open("rb") as opened:
-            header = json.loads(opened.read(8 + min(length, size))[8:])
+            header = json_value(opened.read(8 + min(length, size))[8:])
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{name} is no file of safetensors, or the beginning of one: {CUT}") from None
@@ -119,7 +120,7 @@ def _check_safetensors(file: Path, head: bytes, size: int, name: str) -> None:
 
 def _read_json(file: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = json_value(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{name} is not JSON ({error}): {CUT}") from None
     return content if isinstance(content, dict) else {}

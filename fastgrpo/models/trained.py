@@ -14,11 +14,12 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.models.loading import LoadedPipeline
 from fastgrpo.models.lora import lora_config
+from fastgrpo.models.lora_file import read_lora
+from fastgrpo.tensor_files import read_tensors
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
@@ -106,14 +107,29 @@ class Trainable(LoadedPipeline):
         sort_metadata(folder / LORA)
 
     def load_trained(self, folder: Path) -> None:
-        """Read the weights that `save_trained` wrote."""
+        """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
         if not (folder / FULL).is_dir():
-            self.pipeline.load_lora_weights(folder)
+            weights, settings = read_lora(folder / LORA, self.transformer)
+            self.transformer.load_lora_adapter(weights, prefix="transformer", metadata=settings)
             return
         state: dict[str, Tensor] = {}
         for file in sorted((folder / FULL).glob("*.safetensors")):
-            state |= load_file(file, device=str(self.device))
+            state |= read_tensors(file, self.device)[0]
+        check_state(folder / FULL, state, self.transformer)
         self.transformer.load_state_dict(state)
+
+
+def check_state(folder: Path, state: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Refuse weights that are not all of the network's and nothing else: ValueError."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    read = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    other = [name for name in {**own, **read} if own.get(name) != read.get(name)]
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"{folder}: {name} is {read.get(name, 'missing')} there and {own.get(name, 'missing')} in "
+            f"{type(network).__name__}, and {len(other) - 1} more; take the folder that a run of this model wrote"
+        )
 
 
 def sort_metadata(file: Path) -> None:

@@ -1,7 +1,7 @@
 """The report's charts: scores and rewards over the iterations, the health of the training, and where the time went."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastgrpo.reporting.charts import Line, Point, bar_chart, color_class, legend, line_chart, short
@@ -9,6 +9,8 @@ from fastgrpo.reporting.markup import bar, cards, duration, html_table, note, nu
 from fastgrpo.reporting.saved_run import SavedRun, is_number, phase_seconds
 
 MAX_BARS = 60
+MAX_NAMES = 40  # rewards, categories and phases that are shown
+MAX_POINTS = 800  # of a line, which is 420 pixels wide
 NOTHING_RECORDED = "No training iteration has been recorded."
 
 
@@ -19,11 +21,10 @@ def training(run: SavedRun) -> str:
         "Reward of the training images": _curve(run.metrics, "reward"),
     }
     # With several rewards the curve above is their weighted sum, and each has its own besides.
-    rows = (row for row in run.metrics if isinstance(row.get("rewards"), dict))
-    apart = [{"iteration": row["iteration"], **row["rewards"]} for row in rows]
-    names = dict.fromkeys(name for row in apart for name in row if name != "iteration")
-    bodies |= {f"Reward {title(name)}": _curve(apart, name) for name in names}
-    return cards(bodies) or sentence(NOTHING_RECORDED)
+    apart = _by_name((row["iteration"], row["rewards"]) for row in run.metrics if isinstance(row.get("rewards"), dict))
+    bodies |= {f"Reward {title(name)}": _chart(points, name) for name, points in list(apart.items())[:MAX_NAMES]}
+    left_out = f"Rewards that are not shown: {len(apart) - MAX_NAMES}." if len(apart) > MAX_NAMES else ""
+    return cards(bodies) + (note(left_out) if left_out else "") or sentence(NOTHING_RECORDED)
 
 
 def health(run: SavedRun) -> str:
@@ -42,16 +43,25 @@ def time(run: SavedRun) -> str:
     rows = [(row["iteration"], phases) for row in run.metrics if (phases := phase_seconds(row))]
     if not rows:
         return sentence("No training iteration has recorded its times.")
-    names = list(dict.fromkeys(name for _, phases in rows for name in phases))
-    total = {name: sum(phases.get(name, 0.0) for _, phases in rows) for name in names}
+    total = _sums(phases for _, phases in rows)
     size = math.ceil(len(rows) / MAX_BARS)
     bars = []
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        bars.append((part[0][0], [sum(phases.get(name, 0.0) for _, phases in part) / len(part) for name in names]))
+    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        sums = _sums(phases for _, phases in part)
+        bars.append((part[0][0], [sums.get(name, 0.0) / len(part) for name in total]))
     chart = bar_chart(bars, rows[-1][0] + 1, "seconds per iteration")
     chart += note(f"Each bar is the mean of {size} iterations.") if size > 1 else ""
     return cards({"Seconds per iteration": chart, "Share of the time": _time_table(total, len(rows))})
+
+
+def _sums(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By name, over all rows; the first names of many."""
+    total: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in total or len(total) < MAX_NAMES:
+                total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _time_table(total: dict[str, float], iterations: int) -> str:
@@ -69,14 +79,14 @@ def _held_out(run: SavedRun) -> str:
     """The overall score in bold and that of every category; nothing before the second evaluation."""
     if len(run.evaluations) < 2:
         return ""
-    names = list(dict.fromkeys(["overall", *(name for row in run.evaluations for name in row["accuracy"])]))
-    rows = [{"iteration": row["iteration"], **row["accuracy"]} for row in run.evaluations]
-    points = {name: found for name in names if (found := _series(rows, name))}
+    found = _by_name((row["iteration"], row["accuracy"]) for row in run.evaluations)
+    points = {name: found[name] for name in [*dict.fromkeys(["overall", *found])][:MAX_NAMES] if name in found}
     if not points:
         return ""
-    color = {name: color_class(names.index(name)) for name in points}
+    first = 0 if "overall" in points else 1  # the first colour is kept for it
+    color = {name: color_class(i) for i, name in enumerate(points, first)}
     lines = [
-        Line(found, color[name] + (" bold" if name == "overall" else " thin"), dots=True) for name, found in points.items()
+        Line(place, color[name] + (" bold" if name == "overall" else " thin"), dots=True) for name, place in points.items()
     ]
     lines.reverse()  # overall on top
     if run.in_percent():
@@ -87,25 +97,49 @@ def _held_out(run: SavedRun) -> str:
 
 
 def _curve(rows: list[dict[str, Any]], key: str, in_percent: bool = False, zero: bool = False) -> str:
-    """One metric over the iterations: each value in light, the running mean on top; empty without values."""
-    points = _series(rows, key)
+    """One metric over the iterations."""
+    return _chart([(row["iteration"], row[key]) for row in rows if is_number(row.get(key))], key, in_percent, zero)
+
+
+def _chart(points: Sequence[Point], key: str, in_percent: bool = False, zero: bool = False) -> str:
+    """Each value in light, the running mean on top; empty without values."""
     if not points:
         return ""
     window = max(1, len(points) // 20) | 1  # odd, so that it is centred
-    lines = [Line(points, "c0 raw"), Line(_smooth(points, window), "c0", dots=len(points) == 1)]
+    lines = [Line(_thinned(points), "c0 raw"), Line(_smooth(points, window), "c0", dots=len(points) == 1)]
     chart = line_chart(lines, f"{key} over iterations", percent=in_percent, low=0.0 if zero else None)
     text = f"{short(points[-1][1], in_percent)} at iteration {points[-1][0]:g}"
     return chart + note(text + (f"; bold: mean of {window} iterations" if window > 1 else ""))
 
 
-def _series(rows: Iterable[dict[str, Any]], key: str) -> list[Point]:
-    return [(row["iteration"], row[key]) for row in rows if is_number(row.get(key))]
+def _by_name(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, list[Point]]:
+    """The numbers of each name over the iterations; names in the order in which they come up."""
+    points: dict[str, list[Point]] = {}
+    for iteration, values in rows:
+        for name, value in values.items():
+            if is_number(value):
+                points.setdefault(name, []).append((iteration, value))
+    return points
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """Points of which a chart shows no more: of as many neighbours as share a place the lowest and the highest."""
+    size = 2 * math.ceil(len(points) / MAX_POINTS)
+    if size == 2:
+        return list(points)
+    parts = (points[i : i + size] for i in range(0, len(points), size))
+    return [point for part in parts for point in sorted({min(part, key=_height), max(part, key=_height)})]
+
+
+def _height(point: Point) -> float:
+    return point[1]
 
 
 def _smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean over a centred window, cut off at the ends."""
+    """The mean over a centred window, cut off at the ends; at as many places as a chart can show."""
     smooth = []
-    for i, (x, _) in enumerate(points):
+    places = range(0, len(points), math.ceil(len(points) / MAX_POINTS))
+    for i in dict.fromkeys([*places, len(points) - 1]):
         around = points[max(0, i - window // 2) : i + window // 2 + 1]
-        smooth.append((x, sum(y for _, y in around) / len(around)))
+        smooth.append((points[i][0], sum(y for _, y in around) / len(around)))
     return smooth

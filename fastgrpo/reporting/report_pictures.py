@@ -6,8 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from fastgrpo.data.pictures import load_picture
 from fastgrpo.reporting.markup import note, sentence, title
 from fastgrpo.reporting.saved_run import SavedRun
 
@@ -65,8 +64,8 @@ def _strip(run: SavedRun, number: int, labels: dict[int, str]) -> str:
 def _image(path: Path, description: str) -> str:
     """An image inside the page; nothing where it cannot be read: a run may be killed while it writes one."""
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError):
+        picture = load_picture(path)
+    except ValueError:
         return ""
     kind = "pixels" if max(picture.size) < SMALL_IMAGE else "photo"
     shrunk = max(picture.size) > LARGE_IMAGE

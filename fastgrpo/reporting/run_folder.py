@@ -9,6 +9,7 @@ samples/00040.png, samples/00040/   always the same prompts (samples/prompts.jso
 checkpoints/                        see `fastgrpo.engine.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
 transformer/                        or the averaged weights of a whole transformer
+best/                               the weights of the best evaluation, where `checkpoint.keep_best` asks for them
 trained.json                        which iteration's these are, and their hashes: see `fastgrpo.trained_files`
 lock.json                           while a process trains here, who it is: see `fastgrpo.engine.lock`
 summary.json   report.html          at the end
@@ -19,11 +20,14 @@ a row. Whoever goes on with a run reads with `read_lines`, which refuses every o
 what there is of any run, reads with `readable_lines`, which leaves out what it cannot read and says where.
 """
 
-import json
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastgrpo.files import json_value
+
+LAST = 10**9  # iterations of a row: far more than a run may have, and exact in any reader's number
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def best(self) -> Path:
+        """A folder with the trained weights of the best evaluation, where `checkpoint.keep_best` asks for them."""
+        return self.path / "best"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -97,6 +106,26 @@ class RunFolder:
         """The folder of each iteration that has samples, in rising order."""
         folders = (folder for folder in self.samples.glob("*") if folder.is_dir() and folder.name.isdecimal())
         return {int(folder.name): folder for folder in sorted(folders)}
+
+
+def best_iteration(evaluations: list[dict[str, Any]]) -> int | None:
+    """The iteration of the highest overall score after the base, the first of several; None where there is none."""
+    scores: dict[int, float] = {}
+    for row in evaluations:
+        score = row["accuracy"].get("overall") if isinstance(row.get("accuracy"), dict) else None
+        if row["iteration"] > 0 and isinstance(score, int | float):
+            scores[row["iteration"]] = score
+    return max(scores, key=lambda iteration: (scores[iteration], -iteration), default=None)
+
+
+def missing_iterations(metrics: list[dict[str, Any]], done: int) -> str:
+    """The iterations of so many that have no line, in words; empty where all have one."""
+    there = {row["iteration"] for row in metrics}
+    missing = [iteration for iteration in range(1, done + 1) if iteration not in there]
+    if not missing:
+        return ""
+    first = f"iteration{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:5]))}"
+    return f"{first} and {len(missing) - 5} more" if len(missing) > 5 else first
 
 
 def image_of(folder: Path, number: int) -> Path:
@@ -131,10 +160,10 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):
+            row = json_value(line)
+        except ValueError:
             row = None
-        if isinstance(row, dict) and type(row.get("iteration")) is int:
+        if isinstance(row, dict) and type(row.get("iteration")) is int and 0 <= row["iteration"] <= LAST:
             rows.append(row)
         else:
             unreadable.append(number)

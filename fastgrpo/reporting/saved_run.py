@@ -1,14 +1,15 @@
 """What the files of a run say, whatever state the run is in: going on, killed, finished or damaged."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from fastgrpo.config import yaml12
+from fastgrpo.files import json_value
 from fastgrpo.reporting.run_folder import RunFolder, image_of, readable_lines
+
+LARGEST = 1e100  # of a number that a report shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,8 @@ def phase_seconds(row: dict[str, Any]) -> dict[str, float]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value from a file is a number that can be drawn: sums of it stay finite too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _rows_by_iteration(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -106,8 +107,8 @@ def _rows_by_iteration(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_value(path.read_bytes())
+    except (OSError, ValueError):
         return None
 
 

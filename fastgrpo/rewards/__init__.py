@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.settings import settings_from_signature
-from fastgrpo.rewards.calling import Reward, in_percent, score_range, scores_of
+from fastgrpo.rewards.calling import BadScores, Reward, in_percent, score_range, scores_of
 from fastgrpo.rewards.calling import RewardError as RewardError
 from fastgrpo.rewards.calling import RewardUnavailable as RewardUnavailable
 from fastgrpo.rewards.finding import find_attribute
@@ -118,9 +118,9 @@ def reward_name(reward: Reward) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def _seen_by(reward: Reward, name: str, frames: str) -> Reward:
+def _seen_by(reward: Reward, name: str, frames: str, finite: bool = True) -> Reward:
     """The reward as it is given videos: whole, or frame by frame."""
-    return reward if frames == "clip" else _MeanOverFrames(reward, name)
+    return reward if frames == "clip" else _MeanOverFrames(reward, name, finite)
 
 
 def reward_version(name: str, settings: Mapping[str, Any]) -> str:
@@ -135,6 +135,7 @@ class RewardSum:
 
     rewards: dict[str, Reward]
     weights: dict[str, float]
+    worst: bool = False  # a score that is not finite counts as the worst there is, instead of as an error
 
     @property
     def names(self) -> list[str]:
@@ -147,9 +148,20 @@ class RewardSum:
         return [name for name in self.weights if in_percent(self.rewards[name]) and not weighted]
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        """Each reward's scores (B, R) float32, on the CPU."""
-        columns = [scores_of(self.rewards[name], name, images, prompts, metadata) for name in self.weights]
+        """Each reward's scores (B, R) float32, on the CPU. Where they need not be finite: see `settled`."""
+        finite = not self.worst
+        columns = [scores_of(self.rewards[name], name, images, prompts, metadata, finite=finite) for name in self.weights]
         return torch.stack(columns, dim=1)
+
+    def settled(self, scores: Tensor) -> Tensor:
+        """The scores (N, R) of all images that are compared; one that is not finite becomes its reward's lowest."""
+        if not self.worst or scores.isfinite().all():
+            return scores
+        none = [name for name, column in zip(self.names, scores.unbind(1), strict=True) if not column.isfinite().any()]
+        if none:
+            raise BadScores(f"reward {none[0]!r} gave no finite score for any of {len(scores)} images")
+        lowest = scores.masked_fill(~scores.isfinite(), torch.inf).amin(dim=0)
+        return torch.where(scores.isfinite(), scores, lowest)
 
     def check(self, prompts: Judged) -> None:
         """Refuse prompts that one of the rewards cannot score."""
@@ -166,11 +178,14 @@ def load_rewards(
     device: torch.device | str,
     settings: Mapping[str, Mapping[str, Any]],
     frames: str,
+    not_finite: str = "error",
     given: Mapping[str, Reward] | None = None,
     folder: Path | None = None,
     prompts: Sequence[Judged] = (),
 ) -> list[RewardSum]:
     """A `RewardSum` for each of the sums, written as in reward.train; a reward that stands in several is loaded once.
+
+    not_finite: what a score that is not finite counts as, see reward.not_finite.
 
     given: rewards that are there already, by `reward_name`.
     folder: see `find_reward`.
@@ -192,8 +207,9 @@ def load_rewards(
     for name, some in judged:
         if _checks_when_made(found[name]):
             check_prompts(rewards[name], name, some)
-    seen = {name: _seen_by(reward, name, frames) for name, reward in rewards.items()}
-    return [RewardSum(rewards=seen, weights=one) for one in weights]
+    worst = not_finite == "worst"
+    seen = {name: _seen_by(reward, name, frames, finite=not worst) for name, reward in rewards.items()}
+    return [RewardSum(rewards=seen, weights=one, worst=worst) for one in weights]
 
 
 def _checks_when_made(found: Any) -> bool:
@@ -235,8 +251,8 @@ def each_frame(
 class _MeanOverFrames:
     """An image reward that scores a video too, by the mean of its frames' scores."""
 
-    def __init__(self, reward: Reward, name: str) -> None:
-        self.reward, self.name = reward, name
+    def __init__(self, reward: Reward, name: str, finite: bool) -> None:
+        self.reward, self.name, self.finite = reward, name, finite
         self.low, self.high = score_range(reward)
         self.check = getattr(reward, "check", None)
         self.percent = in_percent(reward)
@@ -244,6 +260,7 @@ class _MeanOverFrames:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Any:
         if images.dim() == 4:
             return self.reward(images, prompts, metadata)
-        scores = scores_of(self.reward, self.name, *each_frame(images, prompts, metadata)).view(images.shape[:2])
+        each = scores_of(self.reward, self.name, *each_frame(images, prompts, metadata), finite=self.finite)
+        scores = each.view(images.shape[:2])
         # In double: rounding must not carry a mean out of the range of its scores.
         return scores.double().mean(dim=1).float()

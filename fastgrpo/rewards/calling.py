@@ -31,6 +31,10 @@ class BadScores(RewardError, ValueError):
     """What a reward returned is not one score for each image."""
 
 
+class RewardTimeout(RewardError):
+    """A reward took longer than `reward.timeout`."""
+
+
 class RewardUnavailable(RewardError):
     """The server of a reward is gone and did not come back; when it is there again, the same run can go on."""
 
@@ -46,8 +50,10 @@ def in_percent(reward: Reward) -> bool:
 
 
 @torch.no_grad()
-def scores_of(reward: Reward, name: str, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """A reward's scores (B,) float32, on the CPU.
+def scores_of(
+    reward: Reward, name: str, images: Tensor, prompts: list[str], metadata: list[dict], *, finite: bool = True
+) -> Tensor:
+    """A reward's scores (B,) float32, on the CPU. finite: False lets pass a score that is not finite.
 
     Raises RewardError, with the reward's own exception as its cause if there was one.
     """
@@ -59,11 +65,19 @@ def scores_of(reward: Reward, name: str, images: Tensor, prompts: list[str], met
     except RewardError:
         raise  # it names itself already
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error} ({_named(prompts)})") from error
-    return checked(answer, name, prompts, *score_range(reward))
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error} ({named(prompts)})") from error
+    return checked(answer, name, prompts, *score_range(reward), finite=finite)
 
 
-def checked(answer: Any, name: str, prompts: Sequence[str], low: float = -math.inf, high: float = math.inf) -> Tensor:
+def checked(
+    answer: Any,
+    name: str,
+    prompts: Sequence[str],
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    finite: bool = True,
+) -> Tensor:
     """What a reward answered as scores (B,) float32 on the CPU, a copy, or `BadScores` with the prompt and the value."""
     numbers = _numbers(answer, name, prompts)
     if numbers.shape != (len(prompts),):
@@ -71,7 +85,9 @@ def checked(answer: Any, name: str, prompts: Sequence[str], low: float = -math.i
     scores = numbers.detach().to("cpu", torch.float32, copy=True)
     # As float32, like the scores: 0.1 is less than the float32 nearest to it.
     bottom, top = torch.tensor([low, high], dtype=torch.float32)
-    bad = (~torch.isfinite(scores) | (scores < bottom) | (scores > top)).nonzero().flatten().tolist()
+    not_finite = ~torch.isfinite(scores)
+    bad = (not_finite if finite else torch.zeros_like(not_finite)) | ((scores < bottom) | (scores > top)) & ~not_finite
+    bad = bad.nonzero().flatten().tolist()
     if bad:
         value, where = numbers[bad[0]].item(), f"for the prompt {prompts[bad[0]]!r}"
         fault = "" if not math.isfinite(value) else f", outside of its range [{low:g}, {high:g}]"
@@ -121,7 +137,7 @@ def _refused(answer: Any, name: str, prompts: Sequence[str]) -> BadScores:
     kind = f"{type(answer).__name__} {_shown(answer)}"
     return BadScores(
         f"reward {name!r} returned {kind}: expected a tensor, an array, a list or a tuple with a real number for each of "
-        f"{len(prompts)} images ({_named(prompts)})"
+        f"{len(prompts)} images ({named(prompts)})"
     )
 
 
@@ -130,7 +146,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _named(prompts: Sequence[str]) -> str:
+def named(prompts: Sequence[str]) -> str:
     """The prompts that were scored together, as an error names them."""
     different = list(dict.fromkeys(prompts))
     more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""

@@ -1,5 +1,6 @@
 """The engine against plain torch, in one and in two processes: one launch of `engine_worker.py` runs all."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import engine_worker
-from support.engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, UPDATES
+from support.engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, OTHER_CASES, UPDATES
 from support.helpers import distance, environment
 from torch import nn
 
@@ -18,6 +19,7 @@ from fastgrpo.engine import zero as engine_module
 from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import OneRank
+from fastgrpo.engine.shards import SavedShards
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 
@@ -70,8 +72,23 @@ def resumed(folder: Path, unfinished: Any) -> list[dict[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
+def elsewhere(folder: Path, trained: Any) -> dict[int, list[dict[Any, Any]]]:
+    """What one rank and what four saw that went on from the checkpoint of two, by world size."""
+    seen = {}
+    for world_size in (1, 4):
+        done = launch(world_size, "elsewhere", str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen[world_size] = [torch.load(folder / f"elsewhere-{world_size}-{rank}.pt") for rank in range(world_size)]
+    return seen
+
+
+@pytest.fixture(scope="module")
 def references() -> dict[str, dict[str, Any]]:
     return {name: engine_worker.reference(dtype) for name, dtype in DTYPES.items()}
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rank_*.safetensors"))
 
 
 def relative(ours: list[float], theirs: list[float]) -> float:
@@ -117,9 +134,24 @@ def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> 
 
 
 @pytest.mark.processes
-def test_another_size_or_stage_is_refused(trained: Any, resumed: Any) -> None:
-    assert "has world_size 2, this run has 1; start that many processes" in trained[1][0]["other world size"]
-    assert "has zero_stage 1, this run has 2; set that stage" in resumed[0]["other stage"]
+@pytest.mark.parametrize("stages, dtype", OTHER_CASES)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_goes_on_with_other_ranks_and_stages(
+    world_size: int, stages: tuple[int, int], dtype: str, trained: Any, elsewhere: Any, folder: Path
+) -> None:
+    uninterrupted = trained[2][0][stages[0], dtype]
+    for rank in elsewhere[world_size]:
+        seen = rank[stages, dtype]
+        assert engine_worker.same(seen["state"], uninterrupted["state"])
+        assert seen["in place"] or stages[1] == 3
+        assert relative(seen["more"], uninterrupted["more"]) < TOLERANCE[dtype][0]
+    before = SavedShards(shards_in(engine_worker.saved_by_two(folder, stages[0], dtype)))
+    after = SavedShards(shards_in(folder / f"world{world_size}" / engine_worker.saved_again(stages, dtype)))
+    assert before.numbers == after.numbers and after.numbers["optimizer_steps"] == UPDATES
+    for name, shape in before.numbers["shapes"].items():
+        for key in (f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq")):
+            values = before.read(key, 0, math.prod(shape))
+            assert torch.equal(values, after.read(key, 0, math.prod(shape))) and values.count_nonzero() > 0
 
 
 @pytest.mark.processes

@@ -2,8 +2,9 @@
 
     python tests/support/engine_worker.py train FOLDER     updates, a checkpoint, updates; the last save is killed
     python tests/support/engine_worker.py resume FOLDER    the updates after the checkpoint again, from it
+    python tests/support/engine_worker.py elsewhere FOLDER    the same from two ranks' checkpoint with other ranks and stages
 
-Every rank leaves what it saw in FOLDER/{train,resume}-WORLD-RANK.pt. `reference` is the same in plain torch.
+Every rank leaves what it saw in FOLDER/COMMAND-WORLD-RANK.pt. `reference` is the same in plain torch.
 """
 
 import os
@@ -18,6 +19,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from fastgrpo.engine import shards
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
@@ -27,6 +29,9 @@ from support.helpers import NoSync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(stage, "float32") for stage in (0, 1, 2, 3)] + [(stage, "bfloat16") for stage in (1, 2, 3)]
+# The stages that two ranks saved with and others go on with.
+OTHER_CASES = [((0, 3), "float32"), ((1, 0), "float32"), ((2, 1), "float32"), ((3, 2), "float32"), ((3, 3), "float32")]
+OTHER_CASES += [((1, 3), "bfloat16"), ((2, 1), "bfloat16"), ((3, 2), "bfloat16")]
 BATCH, MICRO_BATCHES, UPDATES, MORE_UPDATES = 4, 2, 5, 3
 MAX_GRAD_NORM = 0.04  # below every norm of this run
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.01}
@@ -295,42 +300,50 @@ def resume(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {**loaded, "more": more, "final": final}
 
 
-def refusal(case: tuple[int, str], ranks: Ranks, folder: Path) -> str:
-    engine, _ = make_engine(case[0], DTYPES[case[1]], ranks)
-    try:
-        engine.load(folder)
-    except ValueError as error:
-        return str(error)
-    finally:
-        engine.close()
-    return "loaded"
+def elsewhere(stages: tuple[int, int], dtype: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Goes on from two ranks of the first stage with any number of ranks of the second, and saves again at once."""
+    engine, policy = make_engine(stages[1], DTYPES[dtype], ranks)
+    addresses = [p.data_ptr() for p in policy.parameters()]
+    engine.load(saved_by_two(folder, stages[0], dtype))
+    engine.save(folder / f"world{ranks.world_size}" / saved_again(stages, dtype))
+    state = engine.trained_state("cpu")
+    in_place = addresses == [p.data_ptr() for p in policy.parameters()]
+    losses, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
+    engine.close()
+    return {"state": state, "in place": in_place, "more": losses}
+
+
+def saved_by_two(folder: Path, stage: int, dtype: str) -> Path:
+    return folder / "world2" / f"{stage}-{dtype}" / f"{UPDATES:05d}" / "engine"
+
+
+def saved_again(stages: tuple[int, int], dtype: str) -> str:
+    return f"{dtype}-from-{stages[0]}-to-{stages[1]}"
 
 
 def die_in_a_save(ranks: Ranks, folder: Path) -> None:
     """The last rank is killed half way through its file."""
     engine, _ = make_engine(1, torch.float32, ranks)
 
-    def half_of_it(state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        Path(file).write_bytes(b"half of it")
+    def half_of_it(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
 
     if engine.ranks.rank == engine.ranks.world_size - 1:
-        torch.save = half_of_it
+        shards.save_file = half_of_it
     save_checkpoint(engine, folder / "1-float32", UPDATES + 1, {})
 
 
 def main() -> None:
     command, folder = sys.argv[1], Path(sys.argv[2])
     ranks = start()
-    run = {"train": train, "resume": resume}[command]
     rank, world_size = ranks.rank, ranks.world_size
     own = folder / f"world{world_size}"
-    results: dict[Any, Any] = {case: run(case, ranks, own) for case in CASES}
-    other = folder / "world2" / "1-float32" / f"{UPDATES:05d}" / "engine"
-    if command == "train" and world_size == 1:
-        results["other world size"] = refusal((1, "float32"), ranks, other)
-    if command == "resume":
-        results["other stage"] = refusal((2, "float32"), ranks, other)
+    if command == "elsewhere":
+        results: dict[Any, Any] = {case: elsewhere(*case, ranks, folder) for case in OTHER_CASES}
+    else:
+        run = {"train": train, "resume": resume}[command]
+        results = {case: run(case, ranks, own) for case in CASES}
     torch.save(results, folder / f"{command}-{world_size}-{rank}.pt")
     if command == "train" and world_size > 1:
         die_in_a_save(ranks, own)
