@@ -195,6 +195,26 @@ def test_many_large_requests_at_once_take_no_more_memory_than_allowed() -> None:
     assert peak - before < 100 << 20
 
 
+def test_what_those_who_left_had_sent_is_forgotten_before_its_turn_comes() -> None:
+    """A client that gives up and comes again must not fill the memory of a server that is busy."""
+    images = torch.zeros(1, 3, 1664, 1664, dtype=torch.uint8)
+    body = pack(images, ["a"], [{"bonus": 0}])
+    held = Held(max_images=1, max_bytes=images.numel(), max_waiting_bytes=20 << 20)
+    with serving(held.service) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(score, url, body)
+        held.began.wait(60)
+        before = resident()
+        for _ in range(16):
+            with connect(url) as connection:
+                connection.sendall(post(len(body)))
+                connection.sendall(body)
+                wait_until(lambda: gauge(url, "waiting_bytes") == 2 * len(body))
+            wait_until(lambda: gauge(url, "waiting_bytes") == len(body))
+        assert resident() - before < 64 << 20
+        held.go_on.set()
+        assert first.result().status_code == 200
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
