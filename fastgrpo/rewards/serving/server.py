@@ -66,7 +66,7 @@ class Connection(H11Protocol):
 def make_server(service: Service, host: str, port: int, tls: Files | None = None) -> uvicorn.Server:
     """The server, to be run. tls: with it, it speaks https only."""
     limits = service.limits
-    certificate, key = check_tls(*tls) if tls else (None, None)
+    certificate, key = tls or (None, None)
     return uvicorn.Server(
         uvicorn.Config(
             application(service), host=host, port=port, log_level="warning", ws="none",
