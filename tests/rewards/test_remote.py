@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trustme
+from cryptography.hazmat.primitives import serialization
 from support.reward_service import CPU, example, fingerprint, remote, service, serving
 from support.sockets import Talk, drip, raw_server
 from support.web import GOOD, HEALTH, Answer, answering, says
@@ -227,11 +228,15 @@ def test_https_with_an_authority_of_ones_own(tls: tuple[str, str, str], monkeypa
             remote(url.replace("https", "http"), token_env="TOKEN")
 
 
-def test_files_of_tls_that_are_none_are_refused_by_name(tls: tuple[str, str, str]) -> None:
+def test_files_of_tls_that_are_none_are_refused_by_name(tls: tuple[str, str, str], tmp_path: Path) -> None:
     certificate, key, authority = tls
     for file in (key, "/no/such/file"):
         with pytest.raises(ValueError, match=rf"^reward\.settings\.remote\.ca_file = '{file}': .*name a PEM file"):
             remote("https://127.0.0.1:9", ca_file=file)
-    for wrong in ((key, certificate), (authority, key), ("/no/such/file", key)):
+    locked = str(tmp_path / "locked.pem")
+    opened = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    Path(locked).write_bytes(opened.private_bytes(pem, form, serialization.BestAvailableEncryption(b"password")))
+    for wrong in ((key, certificate), (authority, key), ("/no/such/file", key), (certificate, locked)):
         with pytest.raises(ValueError, match=f"^--tls-certificate {wrong[0]} --tls-key {wrong[1]}: .*; name the PEM files"):
             server.check_tls(*wrong)
