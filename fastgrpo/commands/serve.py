@@ -19,7 +19,7 @@ from fastgrpo.rewards.serving.limits import Limits
 
 LIMITS = {  # of `Limits`, which has their types and defaults
     "max_images": "most images of a request, and of requests that are scored together",
-    "max_bytes": "most bytes of a request's pixels",
+    "max_bytes": "most bytes of their pixels",
     "max_waiting": "most requests that are read, wait or are scored at a time; others get 503",
     "max_waiting_bytes": "most bytes that these take together",
     "max_connections": "most connections at a time; others are closed",

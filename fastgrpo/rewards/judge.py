@@ -127,7 +127,7 @@ class VLMJudge:
         score: str | None = None,
         low: float | None = None,
         high: float | None = None,
-        timeout: Annotated[float, Above(0)] = 120.0,  # seconds for an answer, all of it; with the default retries 13 minutes
+        timeout: Annotated[float, Above(0)] = 120.0,  # seconds for an answer; by default an image has 16 minutes
         retries: Annotated[int, AtLeast(0)] = 5,  # further tries of an image
         backoff: Annotated[float, AtLeast(0)] = 1.0,  # seconds before the first of them, then twice as long each
         concurrency: Annotated[int, AtLeast(1)] = 32,  # images that are judged at the same time

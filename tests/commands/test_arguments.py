@@ -45,6 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (PLAN, "--mfu"), (PLAN, "--peak"), (PLAN, "--gpus"), (BENCH, "--rounds"), (BENCH, "--batches"),
         (PROMPTS[:-1], "--count"), (SERVE, "--port"), (SERVE, "--max-images"), (SERVE, "--max-bytes"),
+        (SERVE, "--max-waiting"), (SERVE, "--max-connections"), (SERVE, "--body-seconds"), (SERVE, "--shutdown-seconds"),
         (SAMPLE, "--guidance"), (SAMPLE, "--steps"), (SAMPLE, "--images"), (("eval", "run"), "--guidance"),
         (("eval", "run"), "--images"), (BENCH, "--iterations"), (SAMPLE, "--seed"), (("eval", "run"), "--seed"),
         ((*PROMPTS, "1"), "--seed"),

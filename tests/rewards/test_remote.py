@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trustme
+from cryptography.hazmat.primitives import serialization
 from support.reward_service import CPU, example, fingerprint, remote, service, serving
 from support.sockets import Talk, drip, raw_server
 from support.web import GOOD, HEALTH, Answer, answering, says
@@ -26,10 +27,10 @@ ASKED = (IMAGES, ["a", "b"], [{}, {}])
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n"
 
 
-def endless(connection: socket.socket) -> None:
+def talkative(connection: socket.socket) -> None:
     connection.recv(1 << 16)
     connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
-    while True:
+    for _ in range(1000):
         connection.sendall(b" " * (1 << 16))
 
 
@@ -66,7 +67,7 @@ def test_it_holds_for_what_is_sent_too() -> None:
 
 
 def test_an_answer_is_bounded_also_after_it_was_unpacked() -> None:
-    with raw_server(endless) as url, pytest.raises(NoAnswer, match=f"more than {MOST_BYTES} bytes"):
+    with raw_server(talkative) as url, pytest.raises(NoAnswer, match=f"more than {MOST_BYTES} bytes"):
         Client(url, timeout=60).request("GET", url)
     bomb = gzip.compress(bytes(MOST_BYTES + 1))
     assert len(bomb) < 10_000
@@ -227,11 +228,15 @@ def test_https_with_an_authority_of_ones_own(tls: tuple[str, str, str], monkeypa
             remote(url.replace("https", "http"), token_env="TOKEN")
 
 
-def test_files_of_tls_that_are_none_are_refused_by_name(tls: tuple[str, str, str]) -> None:
+def test_files_of_tls_that_are_none_are_refused_by_name(tls: tuple[str, str, str], tmp_path: Path) -> None:
     certificate, key, authority = tls
     for file in (key, "/no/such/file"):
         with pytest.raises(ValueError, match=rf"^reward\.settings\.remote\.ca_file = '{file}': .*name a PEM file"):
             remote("https://127.0.0.1:9", ca_file=file)
-    for wrong in ((key, certificate), (authority, key), ("/no/such/file", key)):
+    locked = str(tmp_path / "locked.pem")
+    opened = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    Path(locked).write_bytes(opened.private_bytes(pem, form, serialization.BestAvailableEncryption(b"password")))
+    for wrong in ((key, certificate), (authority, key), ("/no/such/file", key), (certificate, locked)):
         with pytest.raises(ValueError, match=f"^--tls-certificate {wrong[0]} --tls-key {wrong[1]}: .*; name the PEM files"):
             server.check_tls(*wrong)

@@ -32,8 +32,8 @@ def listening_at(server: subprocess.Popen, port: int) -> httpx2.Client:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_service_that_is_told_to_end_answers_what_waits_and_ends(hangs: bool) -> None:
+@pytest.mark.parametrize(("hangs", "told", "status"), [(False, signal.SIGTERM, -signal.SIGTERM), (True, signal.SIGINT, 0)])
+def test_a_service_that_is_told_to_end_answers_what_waits_and_ends(hangs: bool, told: signal.Signals, status: int) -> None:
     port = free_port()
     options = ("--reward", "support.slow_reward:seconds", "--port", str(port), "--shutdown-seconds", "2")
     command = [sys.executable, "-m", "fastgrpo", "serve-reward", *options]
@@ -45,14 +45,14 @@ def test_a_service_that_is_told_to_end_answers_what_waits_and_ends(hangs: bool) 
             answers = [pool.submit(client.post, "/score", content=pack(IMAGE, [one], [{}])) for one in seconds]
             while "fastgrpo_reward_waiting 2\n" not in client.get("/metrics").text:
                 time.sleep(0.02)
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(told)
             with pytest.raises(httpx2.ConnectError):  # soon; until then it may be asked
                 while True:
                     httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False)
             assert [answer.result().status_code for answer in answers] == ([503, 503] if hangs else [200, 200])
         assert not hangs or "the service ends" in answers[0].result().json()["detail"]
         _, said = server.communicate(timeout=60)
-        assert server.returncode == -signal.SIGTERM and "Traceback" not in said, said
+        assert server.returncode == status and "Traceback" not in said, said
     finally:
         server.kill()
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,8 +16,6 @@ import torch
 from support.reward_service import example, fingerprint, remote, service, serving
 from support.sockets import connect, drip, post, rest
 
-from fastgrpo.commands.cli import main
-from fastgrpo.rewards.serving import server
 from fastgrpo.rewards.serving.limits import Limits
 from fastgrpo.rewards.serving.service import Service
 from fastgrpo.rewards.serving.wire import pack
@@ -195,6 +193,26 @@ def test_many_large_requests_at_once_take_no_more_memory_than_allowed() -> None:
     assert peak - before < 100 << 20
 
 
+def test_what_those_who_left_had_sent_is_forgotten_before_its_turn_comes() -> None:
+    """A client that gives up and comes again must not fill the memory of a server that is busy."""
+    images = torch.zeros(1, 3, 1664, 1664, dtype=torch.uint8)
+    body = pack(images, ["a"], [{"bonus": 0}])
+    held = Held(max_images=1, max_bytes=images.numel(), max_waiting_bytes=20 << 20)
+    with serving(held.service) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(score, url, body)
+        held.began.wait(60)
+        before = resident()
+        for _ in range(16):
+            with connect(url) as connection:
+                connection.sendall(post(len(body)))
+                connection.sendall(body)
+                wait_until(lambda: gauge(url, "waiting_bytes") == 2 * len(body))
+            wait_until(lambda: gauge(url, "waiting_bytes") == len(body))
+        assert resident() - before < 64 << 20
+        held.go_on.set()
+        assert first.result().status_code == 200
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -220,54 +238,3 @@ def test_a_service_whose_scoring_has_ended_says_so() -> None:
 def test_limits_that_no_request_could_keep_are_refused() -> None:
     with pytest.raises(ValueError, match="^max_waiting_bytes = 1000: a request of max_bytes = 65536 can take"):
         Limits(max_bytes=1 << 16, max_waiting_bytes=1000)
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
-    """What `serve-reward` would serve, and where."""
-    calls: list[tuple] = []
-    monkeypatch.setattr(server, "serve", lambda *arguments: calls.append(arguments))
-    monkeypatch.setenv("REWARD_TOKEN", "not-to-be-seen")
-    yield calls
-
-
-COMMAND = ("serve-reward", "--reward", "tiny_shapes")
-
-
-@pytest.mark.parametrize(
-    ("options", "fault"),
-    [
-        (("--host", "0.0.0.0"), "--host 0.0.0.0: other machines can reach the service"),
-        (("--host", "10.0.0.2"), "say --no-token"),
-        (("--host", "::"), "name an environment variable with a token by --token-env"),
-        (("--token-env", "NO_SUCH"), "--token-env = 'NO_SUCH': this environment variable is not set"),
-        (("--token-env", "REWARD_TOKEN", "--no-token"), "not allowed with argument"),
-        (("--tls-key", "key.pem"), "https needs both"),
-        (("--tls-key", "no.pem", "--tls-certificate", "no.pem"), "No such file or directory; name the PEM files"),
-        (("--max-waiting-bytes", "1"), "max_waiting_bytes = 1: a request of max_bytes = 268435456 can take"),
-    ],
-)
-def test_a_service_that_all_could_use_or_nobody_is_refused(
-    options: tuple, fault: str, served: list[tuple], capsys: pytest.CaptureFixture
-) -> None:
-    try:
-        status: object = main((*COMMAND, *options))
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 2 and fault in capsys.readouterr().err and not served
-
-
-@pytest.mark.parametrize(
-    "options", [(), ("--host", "127.0.0.1"), ("--host", "localhost"), ("--host", "0.0.0.0", "--no-token")]
-)
-def test_this_machine_alone_needs_no_token(options: tuple, served: list[tuple]) -> None:
-    assert main((*COMMAND, *options)) == 0 and served[0][0].token is None
-
-
-def test_a_token_and_the_limits_reach_the_service(served: list[tuple]) -> None:
-    options = ("--host", "0.0.0.0", "--token-env", "REWARD_TOKEN", "--max-waiting", "7", "--body-seconds", "0.5")
-    assert main((*COMMAND, *options)) == 0
-    one, host, port, tls = served[0]
-    assert one.token == "not-to-be-seen" and "not-to-be-seen" not in repr(one)
-    assert (host, port, tls) == ("0.0.0.0", 8000, None)
-    assert one.limits == Limits(max_waiting=7, body_seconds=0.5)

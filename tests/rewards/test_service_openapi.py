@@ -1,33 +1,72 @@
-"""What the service's OpenAPI page says is what it does, for requests that a generator of bad input makes of the page."""
+"""What the service's OpenAPI page says is what it does: statuses, kinds and forms of its answers, and who is let in.
+
+schemathesis makes the requests from the page, such as the page allows and such as it forbids.
+"""
+
+from collections import Counter
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from schemathesis.checks import load_all_checks
-from support.reward_service import service, serving
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+from support.reward_service import example, service, serving
+
+from fastgrpo.rewards.serving.wire import pack
 
 TOKEN = {"Authorization": "Bearer secret"}
-OPERATIONS = [("GET", "/health"), ("GET", "/metrics"), ("POST", "/score")]
-# Any text is an octet stream for the page, but hardly any is a request: that the service takes none of them is no fault.
+# The page cannot tell a request from any other bytes: that hardly any bytes are taken is no fault.
 UNFIT = ["positive_data_acceptance"]
 FEW = settings(
     max_examples=20, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
+IMAGES, PROMPTS, RECORDS = example(2, 0)
+REQUESTS = [
+    pack(IMAGES, PROMPTS, RECORDS),
+    pack(IMAGES, PROMPTS, RECORDS, "png"),
+    pack(IMAGES, PROMPTS, [{"bonus": 1e60}] * 2),  # whose score float32 cannot hold
+    pack(*example(17, 0)),  # one image too many
+    pack(*example(1, 0, side=200)),
+]
 
 
-@pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_the_page_keeps_what_it_promises(method: str, path: str) -> None:
-    """Statuses, kinds and forms of the answers, methods that are none, requests without a token, and no failure."""
+def page_of(url: str) -> schemathesis.BaseSchema:
     load_all_checks()
-    unfit = [schemathesis.checks.CHECKS.get_one(name) for name in UNFIT]
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+def check(case: schemathesis.Case) -> int:
+    """The status of the answer, in which the page is held to its word."""
+    return case.call_and_validate(headers=TOKEN, excluded_checks=[CHECKS.get_one(name) for name in UNFIT]).status_code
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+def test_what_can_be_read_is_as_the_page_says(path: str) -> None:
     with serving(service(token="secret")) as url:
-        page = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        assert {(one.ok().method.upper(), one.ok().path) for one in page.get_all_operations()} == set(OPERATIONS)
 
         @seed(0)
         @FEW
-        @given(case=page[path][method].as_strategy())
-        def check(case: schemathesis.Case) -> None:
-            case.call_and_validate(headers=TOKEN, excluded_checks=unfit)
+        @given(case=page_of(url)[path]["GET"].as_strategy())
+        def ask(case: schemathesis.Case) -> None:
+            assert check(case) == 200
 
-        check()
+        ask()
+
+
+def test_requests_for_scores_are_answered_as_the_page_says() -> None:
+    statuses: Counter[int] = Counter()
+    with serving(service(token="secret")) as url:
+        score = page_of(url)["/score"]["POST"]
+
+        @seed(0)
+        @FEW
+        @given(
+            case=score.as_strategy() | score.as_strategy(GenerationMode.NEGATIVE), body=st.none() | st.sampled_from(REQUESTS)
+        )
+        def ask(case: schemathesis.Case, body: bytes | None) -> None:
+            case.body = case.body if body is None else body
+            statuses[check(case)] += 1
+
+        ask()
+    assert statuses.keys() == {200, 400, 401, 413, 422}

@@ -11,6 +11,7 @@ import torch
 
 from fastgrpo.daemon_pool import DaemonPool
 from fastgrpo.rewards.serving.counting import Counts
+from fastgrpo.rewards.serving.limits import Limits
 from fastgrpo.rewards.serving.wire import Request
 
 
@@ -23,13 +24,13 @@ class Waiting:
 
 
 class Batcher:
-    """Scores requests of one shape of image together, up to `max_images`.
+    """Scores requests of one shape of image together, up to `max_images` and `max_bytes`.
 
     When a batch fails, each of its requests is scored again by itself, so that a bad one fails for its sender alone.
     """
 
-    def __init__(self, score: Callable[[Request], list[float]], max_images: int, counts: Counts) -> None:
-        self._score, self._max_images, self._counts = score, max_images, counts
+    def __init__(self, score: Callable[[Request], list[float]], limits: Limits, counts: Counts) -> None:
+        self._score, self._limits, self._counts = score, limits, counts
         self._waiting: deque[Waiting] = deque()
         self._arrived, self._thread = asyncio.Event(), DaemonPool(1, "reward")
 
@@ -56,11 +57,13 @@ class Batcher:
     def _take(self) -> list[Waiting]:
         """From the front, what fits into a batch and has the first one's shape of image."""
         batch = [self._waiting.popleft()]
-        shape, images = batch[0].request.images.shape[1:], len(batch[0].request.prompts)
+        first = batch[0].request.images
+        most = min(self._limits.max_images, self._limits.max_bytes // first[0].nbytes)
+        images = len(first)
         while self._waiting:
-            request = self._waiting[0].request
-            images += len(request.prompts)
-            if images > self._max_images or request.images.shape[1:] != shape:
+            following = self._waiting[0].request.images
+            images += len(following)
+            if images > most or following.shape[1:] != first.shape[1:]:
                 break
             batch.append(self._waiting.popleft())
         return batch

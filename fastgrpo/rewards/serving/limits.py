@@ -31,7 +31,7 @@ class Limits:
     max_images: ImageCount = 64
     """Of a request, and of requests that are scored together."""
     max_bytes: Size = 1 << 28
-    """Of a request's pixels."""
+    """Of a request's pixels, and of requests that are scored together, which are copied for it."""
     max_waiting: Size = 256
     """Requests that are read, wait or are scored at a time."""
     max_waiting_bytes: Size = 1 << 32

@@ -66,7 +66,7 @@ class Connection(H11Protocol):
 def make_server(service: Service, host: str, port: int, tls: Files | None = None) -> uvicorn.Server:
     """The server, to be run. tls: with it, it speaks https only."""
     limits = service.limits
-    certificate, key = check_tls(*tls) if tls else (None, None)
+    certificate, key = tls or (None, None)
     return uvicorn.Server(
         uvicorn.Config(
             application(service), host=host, port=port, log_level="warning", ws="none",
@@ -80,10 +80,13 @@ def make_server(service: Service, host: str, port: int, tls: Files | None = None
 def check_tls(certificate: str, key: str) -> Files:
     """The two files, or a ValueError where they are none or do not belong together."""
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+        # A key with a password is refused by the empty one, where OpenSSL would ask at the terminal and wait.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
     except OSError as error:  # ssl.SSLError is one too
         given = f"--tls-certificate {certificate} --tls-key {key}"
-        raise ValueError(f"{given}: {error.strerror or error}; name the PEM files of a certificate and its key") from None
+        raise ValueError(
+            f"{given}: {error.strerror or error}; name the PEM files of a certificate and of its key, without a password"
+        ) from None
     return certificate, key
 
 

@@ -7,9 +7,9 @@
     GET  /metrics   counters as Prometheus reads them
     GET  /docs      this, as OpenAPI says it
 
-Requests that arrive while a batch is being scored wait, and are then scored together, up to `max_images`; more than the
-limits allow are sent away with 503 and Retry-After. A request whose client has left is not scored. A bad request fails for
-its sender alone (4xx): when a batch fails, each of its requests is scored again by itself.
+Requests that arrive while a batch is being scored wait, and are then scored together, as many as one could hold; more than
+the limits allow are sent away with 503 and Retry-After. A request whose client has left is not scored. A bad request fails
+for its sender alone (4xx): when a batch fails, each of its requests is scored again by itself.
 """
 
 import asyncio
@@ -88,7 +88,7 @@ class Service:
 def application(service: Service) -> fastapi.FastAPI:
     """The web application around a service."""
     room, limits = Room(service.limits), service.limits
-    batcher = Batcher(service.score, limits.max_images, service.counts)
+    batcher = Batcher(service.score, limits, service.counts)
     scoring: list[asyncio.Task] = []
 
     @asynccontextmanager
