@@ -18,7 +18,6 @@ from typing import Any
 from fastgrpo.config.keys import GuardConfig
 from fastgrpo.finite import Diverged
 
-
 HALF = 0.5  # the fall of a held-out score that is warned of whatever the limit
 
 

@@ -64,10 +64,10 @@ def test_an_error_of_a_reward_saves_what_is_done(reward: str, ranks: int, tmp_pa
 def with_nan(folder: Path, part: str, name: str) -> Path:
     """The embedded model with one weight that is no number."""
     shutil.copytree(WEIGHTS, folder)
-    file = folder / part / "diffusion_pytorch_model.safetensors"
+    (file,) = (folder / part).glob("*.safetensors")
     weights = load_file(file)
     weights[name].view(-1)[0] = float("nan")
-    save_file(weights, file)
+    save_file(weights, file, metadata={"format": "pt"})
     return folder
 
 

@@ -1,4 +1,7 @@
-"""Rewards that fail in the third iteration of a run of `support.runs.SMALL`, which asks for 16 images in batches of 4."""
+"""Rewards that fail in the third iteration of a run of `support.runs.SMALL`, which asks for 16 images in batches of 4.
+
+And one that tells no image from another.
+"""
 
 import torch
 from torch import Tensor
@@ -20,3 +23,7 @@ def alone(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
 def on_rank_1(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """Of two ranks, which draw half of the batches each."""
     return score(images, fails=4 if torch.distributed.get_rank() == 1 else 1000)
+
+
+def constant(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    return torch.full((len(images),), 0.5)
