@@ -1,12 +1,15 @@
 """Numbers that are not finite are named, with how many there are and where."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from support.tiny_model import load_tiny_model
 
-from fastgrpo.finite import NotFinite, at, check_finite
+from fastgrpo.finite import NotFinite, at, check_finite, first_not_finite
 from fastgrpo.models.adapter import to_pixels
+from fastgrpo.trained_files import write_trained
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -31,3 +34,25 @@ def test_a_pixel_that_is_no_number_is_not_black(dtype: torch.dtype) -> None:
 
 def test_tensors_without_numbers_pass() -> None:
     assert to_pixels(torch.zeros(1, 3, 2, 2, device="meta")).dtype == torch.uint8
+
+
+def test_a_lora_that_is_not_finite_is_neither_written_nor_read(tmp_path: Path) -> None:
+    model = load_tiny_model()
+    model.add_lora(rank=2, alpha=2)
+    trained = {name: p.detach().clone() for name, p in model.transformer.named_parameters() if p.requires_grad}
+    name = next(iter(trained))
+    trained[name].view(-1)[0] = math.nan
+    with pytest.raises(NotFinite, match=f"^the average of {name} is not finite in 1 of "):
+        write_trained(model, tmp_path, 1, trained)
+    assert not list(tmp_path.iterdir())
+    model.save_trained(tmp_path, trained)
+    with pytest.raises(ValueError, match=r": the trained transformer: .*lora_A.* is not finite in 1 of .*Get it again"):
+        load_tiny_model().load_trained(tmp_path)
+
+
+def test_the_first_of_many_tensors_is_named() -> None:
+    tensors = {"a": torch.zeros(3), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor([math.nan])}
+    assert (
+        first_not_finite(tensors) == "b" and first_not_finite({"a": tensors["a"]}) is None and first_not_finite({}) is None
+    )
+    assert first_not_finite({"m": torch.zeros(2, device="meta"), "c": tensors["c"]}) == "c"

@@ -94,7 +94,7 @@ class LoadedPipeline:
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """The transformer, the autoencoder and the text encoders, by the names of the pipeline's parts."""
-        parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config}
+        parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config if not name.startswith("_")}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     def check_numbers(self, where: str) -> None:

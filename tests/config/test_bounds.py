@@ -63,6 +63,8 @@ ACCEPTED = {
     "engine.zero_stage": [0],
     "evaluation.every": [0],
     "evaluation.samples": [0],
+    "guard.max_kl": [10**30, 1e300],  # no limit
+    "guard.max_drift": [10**30, 1e300],  # no limit
 }
 
 

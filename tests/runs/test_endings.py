@@ -158,10 +158,10 @@ def test_a_disk_that_stays_full_is_named_and_the_older_checkpoint_is_whole(tmp_p
 def with_nan(folder: Path, part: str, name: str) -> Path:
     """The embedded model with one weight that is no number."""
     shutil.copytree(WEIGHTS, folder)
-    file = folder / part / "diffusion_pytorch_model.safetensors"
+    (file,) = (folder / part).glob("*.safetensors")
     weights = load_file(file)
     weights[name].view(-1)[0] = float("nan")
-    save_file(weights, file)
+    save_file(weights, file, metadata={"format": "pt"})
     return folder
 
 
