@@ -155,6 +155,15 @@ def test_goes_on_with_other_ranks_and_stages(
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("stage, dtype", CASES)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_state_from_before_the_first_update(world_size: int, stage: int, dtype: str, elsewhere: Any) -> None:
+    for rank in elsewhere[world_size]:
+        checks = rank[stage, dtype]
+        assert len(checks) > 60 and not [name for name, passed in checks.items() if not passed]
+
+
+@pytest.mark.processes
 def test_a_rank_killed_in_a_save(unfinished: Any, resumed: Any, folder: Path) -> None:
     killed, complete = f"{UPDATES + 1:05d}", f"{UPDATES:05d}"
     assert unfinished["names"] == [complete, f"{killed}.partial"] and unfinished["latest"].name == complete

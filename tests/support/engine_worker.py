@@ -23,6 +23,7 @@ from fastgrpo.engine import shards
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.engine.shards import SavedShards
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 from support.helpers import NoSync
@@ -38,8 +39,8 @@ ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.01}
 LEARNING_RATE, ADAM_EPS = 2e-3, 1e-4  # an eps that does not hide the scale of the gradient
 
 
-def make_policy() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
+def make_policy(seed: int = 0) -> SD3Transformer2DModel:
+    torch.manual_seed(seed)
     policy = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
@@ -106,8 +107,11 @@ def reference(dtype: torch.dtype) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "state": masters, "start": start}
 
 
-def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, SD3Transformer2DModel]:
-    policy = make_policy().to(ranks.device)
+def make_engine(
+    stage: int, dtype: torch.dtype, ranks: Ranks, *, seed: int = 0, split: bool = True
+) -> tuple[Engine, SD3Transformer2DModel]:
+    """split: whether stage 3 splits weights that are as small as these."""
+    policy = make_policy(seed).to(ranks.device)
     if ranks.rank != 0:  # rank 0's weights count
         with torch.no_grad():
             for p in policy.parameters():
@@ -115,8 +119,7 @@ def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, S
     options = EngineOptions(
         zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
         max_grad_norm=MAX_GRAD_NORM, micro_batch_size=BATCH // ranks.world_size,
-        # The tiny model would not be split at all.
-        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else {},
+        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 and split else {},
     )  # fmt: skip
     return Engine(policy, ranks, options), policy
 
@@ -313,6 +316,49 @@ def elsewhere(stages: tuple[int, int], dtype: str, ranks: Ranks, folder: Path) -
     return {"state": state, "in place": in_place, "more": losses}
 
 
+def before_an_update(stage: int, dtype: str, ranks: Ranks, folder: Path) -> dict[str, bool]:
+    """A state without moments, loaded into an engine with other weights that has computed with them."""
+    engine, _ = make_engine(stage, DTYPES[dtype], ranks)
+    place = folder / f"fresh{ranks.world_size}" / f"{stage}-{dtype}"
+    engine.save(place)
+    wanted = engine.trained_state("cpu")
+    for _ in range(ranks.rank):
+        engine.state()  # which would hang if it were collective
+    engine.close()
+    engine, policy = make_engine(stage, DTYPES[dtype], ranks, seed=1, split=False)
+    before = held_weights(engine)
+    velocity(engine, make_batch(0, 0), engine.dtype)
+    saved = SavedShards(sorted(place.iterdir()))
+    checks = {"no moments": {name.split("/")[0] for name in saved.names} == {"master"}}
+    numbers, saved.numbers = saved.numbers, {**saved.numbers, "shapes": {}}
+    checks["other weights are refused"] = "use the same model and adapter" in refusal(engine, saved)
+    saved.numbers = numbers
+    checks["and nothing was written"] = same(before, held_weights(engine))
+    engine.load_state(saved)
+    checks["masters"] = same(engine.trained_state("cpu"), wanted)
+    for name, now in held_weights(engine).items():
+        trained = name in wanted
+        checks[name] = torch.equal(now, wanted[name].to(now.dtype)) if trained else torch.equal(now, before[name])
+    run_updates(engine, range(1))
+    checks["not into an engine in use"] = "load a state into a new one" in refusal(engine, saved)
+    engine.close()
+    return checks
+
+
+def held_weights(engine: Engine) -> dict[str, Tensor]:
+    """What the policy computes with. Collective in stage 3."""
+    with engine.rollout_policy() as policy:
+        return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def refusal(engine: Engine, saved: SavedShards) -> str:
+    try:
+        engine.load_state(saved)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
 def saved_by_two(folder: Path, stage: int, dtype: str) -> Path:
     return folder / "world2" / f"{stage}-{dtype}" / f"{UPDATES:05d}" / "engine"
 
@@ -341,6 +387,7 @@ def main() -> None:
     own = folder / f"world{world_size}"
     if command == "elsewhere":
         results: dict[Any, Any] = {case: elsewhere(*case, ranks, folder) for case in OTHER_CASES}
+        results |= {case: before_an_update(*case, ranks, folder) for case in CASES}
     else:
         run = {"train": train, "resume": resume}[command]
         results = {case: run(case, ranks, own) for case in CASES}
