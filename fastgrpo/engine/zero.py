@@ -43,7 +43,7 @@ from fastgrpo.engine.shards import SavedShards, Shard, write_shard
 from fastgrpo.finite import NotFinite
 
 State = dict[str, Tensor]
-SHARD = "rank_{:05d}.safetensors"
+SHARD = "rank_{}.safetensors"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in DeepSpeed's moving loss scale
 SCALE_AT_MINIMUM = "loss scale already at minimum"
 PolicyType = TypeVar("PolicyType", bound=nn.Module)
@@ -243,12 +243,17 @@ class Engine(Generic[PolicyType]):
         A crash can leave it unfinished; `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(self.state(), folder / SHARD.format(self.ranks.rank))
+        write_shard(self.state(), folder / SHARD.format(f"{self.ranks.rank:05d}"))
         self.ranks.barrier()
 
     def load(self, folder: Path) -> None:
         """Loads what the ranks wrote with `save` into a new engine, as `load_state` does."""
-        self.load_state(SavedShards(sorted(folder.glob("rank_*.safetensors"))))
+        files = sorted(folder.glob(SHARD.format("*")))
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} holds no {SHARD.format('*')}; checkpoints of fastgrpo 0.1.0 are of another form"
+            )
+        self.load_state(SavedShards(files))
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""

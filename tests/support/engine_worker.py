@@ -2,7 +2,7 @@
 
     python tests/support/engine_worker.py train FOLDER     updates, a checkpoint, updates; the last save is killed
     python tests/support/engine_worker.py resume FOLDER    the updates after the checkpoint again, from it
-    python tests/support/engine_worker.py elsewhere FOLDER    the same from two ranks' checkpoint with other ranks and stages
+    python tests/support/engine_worker.py elsewhere FOLDER    the same by other ranks and stages; one rank does it in train
 
 Every rank leaves what it saw in FOLDER/COMMAND-WORLD-RANK.pt. `reference` is the same in plain torch.
 """
@@ -30,9 +30,11 @@ from support.helpers import NoSync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(stage, "float32") for stage in (0, 1, 2, 3)] + [(stage, "bfloat16") for stage in (1, 2, 3)]
-# The stages that two ranks saved with and others go on with.
-OTHER_CASES = [((0, 3), "float32"), ((1, 0), "float32"), ((2, 1), "float32"), ((3, 2), "float32"), ((3, 3), "float32")]
-OTHER_CASES += [((1, 3), "bfloat16"), ((2, 1), "bfloat16"), ((3, 2), "bfloat16")]
+# How many ranks go on from the checkpoint of two, and the stages from which and with which they do.
+ELSEWHERE = [(1, (0, 2), "float32"), (1, (1, 0), "float32"), (1, (3, 3), "float32"), (1, (2, 1), "bfloat16")]
+ELSEWHERE += [(4, (0, 3), "float32"), (4, (2, 2), "float32"), (4, (3, 1), "bfloat16")]
+# How many ranks save and load a state without moments.
+FRESH = [(1, 0, "float32"), (1, 1, "bfloat16"), (1, 2, "float32"), (1, 3, "float32"), (4, 0, "float32"), (4, 3, "bfloat16")]
 BATCH, MICRO_BATCHES, UPDATES, MORE_UPDATES = 4, 2, 5, 3
 MAX_GRAD_NORM = 0.04  # below every norm of this run
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.01}
@@ -385,12 +387,11 @@ def main() -> None:
     ranks = start()
     rank, world_size = ranks.rank, ranks.world_size
     own = folder / f"world{world_size}"
-    if command == "elsewhere":
-        results: dict[Any, Any] = {case: elsewhere(*case, ranks, folder) for case in OTHER_CASES}
-        results |= {case: before_an_update(*case, ranks, folder) for case in CASES}
-    else:
-        run = {"train": train, "resume": resume}[command]
-        results = {case: run(case, ranks, own) for case in CASES}
+    runs = {"train": train, "resume": resume}
+    results: dict[Any, Any] = {case: runs[command](case, ranks, own) for case in CASES if command in runs}
+    if world_size != 2:
+        results |= {case: elsewhere(*case[1:], ranks, folder) for case in ELSEWHERE if case[0] == world_size}
+        results |= {case: before_an_update(*case[1:], ranks, folder) for case in FRESH if case[0] == world_size}
     torch.save(results, folder / f"{command}-{world_size}-{rank}.pt")
     if command == "train" and world_size > 1:
         die_in_a_save(ranks, own)
