@@ -6,9 +6,10 @@
                   these one behind the other
 
 Beside each tensor that AdamW steps, its state holds the two moments in that tensor's shape, from the first step on.
+`deepspeed` is DeepSpeed's engine, whose `basic_optimizer` is AdamW.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Fragment:
 
 
 def fragments_of(trained: Mapping[str, Any], deepspeed: Any, rank: int) -> Iterator[Fragment]:
-    """The stretches that this rank steps; `deepspeed` is DeepSpeed's engine."""
+    """The stretches that this rank steps."""
     optimizer, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
     for name, p in trained.items():
         if stage == 0:
@@ -55,24 +56,25 @@ def fragments_of(trained: Mapping[str, Any], deepspeed: Any, rank: int) -> Itera
                 yield Fragment(name, rank * size, count, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def views_of(fragments: Iterator[Fragment], adamw: torch.optim.Optimizer) -> dict[str, tuple[int, Tensor]]:
+def views_of(fragments: Iterable[Fragment], deepspeed: Any) -> dict[str, tuple[int, Tensor]]:
     """Key of a shard -> start and view of the stretch of a master or, from the first step on, of a moment."""
     views = {}
     for one in fragments:
-        state = adamw.state.get(one.stepped, {})
+        state = deepspeed.basic_optimizer.state.get(one.stepped, {})
         for kind, tensor in {MASTER: one.stepped, **state}.items():
             if kind in (MASTER, *MOMENTS):
                 views[f"{kind}/{one.name}"] = one.start, one.of(tensor)
     return views
 
 
-def steps_of(adamw: torch.optim.Optimizer) -> int:
+def steps_of(deepspeed: Any) -> int:
     """How often AdamW has stepped."""
-    return max((int(state["step"]) for state in adamw.state.values()), default=0)
+    return max((int(state["step"]) for state in deepspeed.basic_optimizer.state.values()), default=0)
 
 
-def make_state(adamw: torch.optim.Optimizer, deepspeed: Any, steps: int) -> None:
+def make_state(deepspeed: Any, steps: int) -> None:
     """Gives AdamW the state that it would make itself at its first step, as after `steps` of them, with moments of 0."""
+    adamw = deepspeed.basic_optimizer
     stepped = [tensor for group in adamw.param_groups for tensor in group["params"]]
     if deepspeed.zero_optimization_stage() == 3:  # which shows AdamW one of its tensors at a time
         stepped = deepspeed.optimizer.fp32_partitioned_groups_flat

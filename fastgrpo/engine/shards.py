@@ -64,6 +64,11 @@ class SavedShards:
             stretches.sort(key=lambda stretch: stretch[:2])
         self._files = ", ".join(map(str, files))
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors of which there is a stretch."""
+        return sorted(self._stretches)
+
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Elements from `start` on of a flattened tensor, (count,) float32 on the CPU, from the stretches that cover them.
 

@@ -43,7 +43,7 @@ from fastgrpo.engine.shards import SavedShards, Shard, write_shard
 from fastgrpo.finite import NotFinite
 
 State = dict[str, Tensor]
-SHARD = "rank_{:05d}.safetensors"
+SHARD = "rank_{}.safetensors"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in DeepSpeed's moving loss scale
 SCALE_AT_MINIMUM = "loss scale already at minimum"
 PolicyType = TypeVar("PolicyType", bound=nn.Module)
@@ -68,11 +68,10 @@ class Engine(Generic[PolicyType]):
         parameters = list(self._trained.values())
         # Stage 3 has shards of one dtype.
         kept = [(p, p.data) for p in _kept_in_float32(policy)] if self.zero_stage < 3 else []
-        self._adamw = options.optimizer(parameters)
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self.deepspeed, *_ = load_deepspeed().initialize(
                 model=policy,
-                optimizer=self._adamw,
+                optimizer=options.optimizer(parameters),
                 model_parameters=parameters,
                 config=options.deepspeed_config(parameters),
             )
@@ -204,7 +203,7 @@ class Engine(Generic[PolicyType]):
         starts = {key: start for key, (start, _) in views.items()}
         numbers = {
             "shapes": self._shapes,
-            "optimizer_steps": steps_of(self._adamw),
+            "optimizer_steps": steps_of(self.deepspeed),
             "steps": self.deepspeed.global_steps,
             "skipped_steps": self.deepspeed.skipped_steps,
             "loss_scaler": scaler_state(self._loss_scaler),
@@ -221,7 +220,7 @@ class Engine(Generic[PolicyType]):
         check_shapes("the saved state", saved.numbers["shapes"], self._shapes)
         if self.steps_begun > 0:
             raise ValueError("this engine has made updates already; load a state into a new one")
-        make_state(self._adamw, self.deepspeed, saved.numbers["optimizer_steps"])
+        make_state(self.deepspeed, saved.numbers["optimizer_steps"])
         views = self._views()
         for key, (start, view) in views.items():
             view.copy_(saved.read(key, start, view.numel()).view(view.shape))
@@ -231,7 +230,7 @@ class Engine(Generic[PolicyType]):
         load_scaler_state(self._loss_scaler, saved.numbers["loss_scaler"])
 
     def _views(self) -> dict[str, tuple[int, Tensor]]:
-        return views_of(fragments_of(self._trained, self.deepspeed, self.ranks.rank), self._adamw)
+        return views_of(fragments_of(self._trained, self.deepspeed, self.ranks.rank), self.deepspeed)
 
     @property
     def _loss_scaler(self) -> Any:
@@ -244,18 +243,23 @@ class Engine(Generic[PolicyType]):
         A crash can leave it unfinished; `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(self.state(), folder / SHARD.format(self.ranks.rank))
+        write_shard(self.state(), folder / SHARD.format(f"{self.ranks.rank:05d}"))
         self.ranks.barrier()
 
     def load(self, folder: Path) -> None:
         """Loads what the ranks wrote with `save` into a new engine, as `load_state` does."""
-        self.load_state(SavedShards(sorted(folder.glob("rank_*.safetensors"))))
+        files = sorted(folder.glob(SHARD.format("*")))
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} holds no {SHARD.format('*')}; checkpoints of fastgrpo 0.1.0 are of another form"
+            )
+        self.load_state(SavedShards(files))
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""
         self.deepspeed.destroy()
         self._trained.clear()
-        del self.deepspeed, self._adamw
+        del self.deepspeed
         gc.collect()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import engine_worker
-from support.engine_worker import CASES, DTYPES, MAX_GRAD_NORM, MORE_UPDATES, OTHER_CASES, UPDATES
+from support.engine_worker import CASES, DTYPES, ELSEWHERE, FRESH, MAX_GRAD_NORM, MORE_UPDATES, UPDATES
 from support.helpers import distance, environment
 from torch import nn
 
@@ -74,12 +74,9 @@ def resumed(folder: Path, unfinished: Any) -> list[dict[Any, Any]]:
 @pytest.fixture(scope="module")
 def elsewhere(folder: Path, trained: Any) -> dict[int, list[dict[Any, Any]]]:
     """What one rank and what four saw that went on from the checkpoint of two, by world size."""
-    seen = {}
-    for world_size in (1, 4):
-        done = launch(world_size, "elsewhere", str(folder))
-        assert done.returncode == 0, done.stderr[-3000:]
-        seen[world_size] = [torch.load(folder / f"elsewhere-{world_size}-{rank}.pt") for rank in range(world_size)]
-    return seen
+    done = launch(4, "elsewhere", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {1: trained[1], 4: [torch.load(folder / f"elsewhere-4-{rank}.pt") for rank in range(4)]}
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +131,13 @@ def test_goes_on_exactly(stage: int, dtype: str, trained: Any, resumed: Any) -> 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("stages, dtype", OTHER_CASES)
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size, stages, dtype", ELSEWHERE)
 def test_goes_on_with_other_ranks_and_stages(
     world_size: int, stages: tuple[int, int], dtype: str, trained: Any, elsewhere: Any, folder: Path
 ) -> None:
     uninterrupted = trained[2][0][stages[0], dtype]
     for rank in elsewhere[world_size]:
-        seen = rank[stages, dtype]
+        seen = rank[world_size, stages, dtype]
         assert engine_worker.same(seen["state"], uninterrupted["state"])
         assert seen["in place"] or stages[1] == 3
         assert relative(seen["more"], uninterrupted["more"]) < TOLERANCE[dtype][0]
@@ -152,6 +148,14 @@ def test_goes_on_with_other_ranks_and_stages(
         for key in (f"{kind}/{name}" for kind in ("master", "exp_avg", "exp_avg_sq")):
             values = before.read(key, 0, math.prod(shape))
             assert torch.equal(values, after.read(key, 0, math.prod(shape))) and values.count_nonzero() > 0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("world_size, stage, dtype", FRESH)
+def test_a_state_from_before_the_first_update(world_size: int, stage: int, dtype: str, elsewhere: Any) -> None:
+    for rank in elsewhere[world_size]:
+        checks = rank[world_size, stage, dtype]
+        assert len(checks) > 60 and not [name for name, passed in checks.items() if not passed]
 
 
 @pytest.mark.processes

@@ -2,7 +2,7 @@
 
     python tests/support/engine_worker.py train FOLDER     updates, a checkpoint, updates; the last save is killed
     python tests/support/engine_worker.py resume FOLDER    the updates after the checkpoint again, from it
-    python tests/support/engine_worker.py elsewhere FOLDER    the same from two ranks' checkpoint with other ranks and stages
+    python tests/support/engine_worker.py elsewhere FOLDER    the same by other ranks and stages; one rank does it in train
 
 Every rank leaves what it saw in FOLDER/COMMAND-WORLD-RANK.pt. `reference` is the same in plain torch.
 """
@@ -23,23 +23,26 @@ from fastgrpo.engine import shards
 from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
+from fastgrpo.engine.shards import SavedShards
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 from support.helpers import NoSync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(stage, "float32") for stage in (0, 1, 2, 3)] + [(stage, "bfloat16") for stage in (1, 2, 3)]
-# The stages that two ranks saved with and others go on with.
-OTHER_CASES = [((0, 3), "float32"), ((1, 0), "float32"), ((2, 1), "float32"), ((3, 2), "float32"), ((3, 3), "float32")]
-OTHER_CASES += [((1, 3), "bfloat16"), ((2, 1), "bfloat16"), ((3, 2), "bfloat16")]
+# How many ranks go on from the checkpoint of two, and the stages from which and with which they do.
+ELSEWHERE = [(1, (0, 2), "float32"), (1, (1, 0), "float32"), (1, (3, 3), "float32"), (1, (2, 1), "bfloat16")]
+ELSEWHERE += [(4, (0, 3), "float32"), (4, (2, 2), "float32"), (4, (3, 1), "bfloat16")]
+# How many ranks save and load a state without moments.
+FRESH = [(1, 0, "float32"), (1, 1, "bfloat16"), (1, 2, "float32"), (1, 3, "float32"), (4, 0, "float32"), (4, 3, "bfloat16")]
 BATCH, MICRO_BATCHES, UPDATES, MORE_UPDATES = 4, 2, 5, 3
 MAX_GRAD_NORM = 0.04  # below every norm of this run
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.01}
 LEARNING_RATE, ADAM_EPS = 2e-3, 1e-4  # an eps that does not hide the scale of the gradient
 
 
-def make_policy() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
+def make_policy(seed: int = 0) -> SD3Transformer2DModel:
+    torch.manual_seed(seed)
     policy = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
@@ -106,8 +109,11 @@ def reference(dtype: torch.dtype) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "state": masters, "start": start}
 
 
-def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, SD3Transformer2DModel]:
-    policy = make_policy().to(ranks.device)
+def make_engine(
+    stage: int, dtype: torch.dtype, ranks: Ranks, *, seed: int = 0, split: bool = True
+) -> tuple[Engine, SD3Transformer2DModel]:
+    """split: whether stage 3 splits weights that are as small as these."""
+    policy = make_policy(seed).to(ranks.device)
     if ranks.rank != 0:  # rank 0's weights count
         with torch.no_grad():
             for p in policy.parameters():
@@ -115,8 +121,7 @@ def make_engine(stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[Engine, S
     options = EngineOptions(
         zero_stage=stage, dtype=dtype, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, **ADAM,
         max_grad_norm=MAX_GRAD_NORM, micro_batch_size=BATCH // ranks.world_size,
-        # The tiny model would not be split at all.
-        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else {},
+        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 and split else {},
     )  # fmt: skip
     return Engine(policy, ranks, options), policy
 
@@ -313,6 +318,54 @@ def elsewhere(stages: tuple[int, int], dtype: str, ranks: Ranks, folder: Path) -
     return {"state": state, "in place": in_place, "more": losses}
 
 
+def before_an_update(stage: int, dtype: str, ranks: Ranks, folder: Path) -> dict[str, bool]:
+    """A state without moments, loaded into an engine with other weights that has computed with them."""
+    engine, _ = make_engine(stage, DTYPES[dtype], ranks)
+    place = folder / f"fresh{ranks.world_size}" / f"{stage}-{dtype}"
+    engine.save(place)
+    wanted = engine.trained_state("cpu")
+    for _ in range(ranks.rank):
+        engine.state()  # which would hang if it were collective
+    engine.close()
+    engine, policy = make_engine(stage, DTYPES[dtype], ranks, seed=1, split=False)
+    before = held_weights(engine)
+    saved = SavedShards(sorted(place.iterdir()))
+    checks = {"no moments": {name.split("/")[0] for name in saved.names} == {"master"}}
+    numbers, saved.numbers = saved.numbers, {**saved.numbers, "shapes": {}}
+    checks["other weights are refused"] = "use the same model and adapter" in refusal(engine, saved)
+    saved.numbers = numbers
+    checks["and nothing was written"] = same(before, held_weights(engine))
+    with torch.no_grad():
+        for _ in range(2):  # from the second pass on stage 3 keeps small weights gathered
+            velocity(engine, make_batch(0, 0), engine.dtype)
+    gathered = [p.numel() > 0 for p in policy.parameters()]
+    engine.load_state(saved)
+    loaded = {name: p.detach().clone() for name, p in policy.named_parameters()}  # not gathered anew
+    checks["the weights are gathered"] = all(gathered)
+    checks["masters"] = same(engine.trained_state("cpu"), wanted)
+    for name, now in loaded.items():
+        trained = name in wanted
+        checks[name] = torch.equal(now, wanted[name].to(now.dtype)) if trained else torch.equal(now, before[name])
+    run_updates(engine, range(1))
+    checks["not into an engine in use"] = "load a state into a new one" in refusal(engine, saved)
+    engine.close()
+    return checks
+
+
+def held_weights(engine: Engine) -> dict[str, Tensor]:
+    """What the policy computes with. Collective in stage 3."""
+    with engine.rollout_policy() as policy:
+        return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def refusal(engine: Engine, saved: SavedShards) -> str:
+    try:
+        engine.load_state(saved)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
 def saved_by_two(folder: Path, stage: int, dtype: str) -> Path:
     return folder / "world2" / f"{stage}-{dtype}" / f"{UPDATES:05d}" / "engine"
 
@@ -339,11 +392,11 @@ def main() -> None:
     ranks = start()
     rank, world_size = ranks.rank, ranks.world_size
     own = folder / f"world{world_size}"
-    if command == "elsewhere":
-        results: dict[Any, Any] = {case: elsewhere(*case, ranks, folder) for case in OTHER_CASES}
-    else:
-        run = {"train": train, "resume": resume}[command]
-        results = {case: run(case, ranks, own) for case in CASES}
+    runs = {"train": train, "resume": resume}
+    results: dict[Any, Any] = {case: runs[command](case, ranks, own) for case in CASES if command in runs}
+    if world_size != 2:
+        results |= {case: elsewhere(*case[1:], ranks, folder) for case in ELSEWHERE if case[0] == world_size}
+        results |= {case: before_an_update(*case[1:], ranks, folder) for case in FRESH if case[0] == world_size}
     torch.save(results, folder / f"{command}-{world_size}-{rank}.pt")
     if command == "train" and world_size > 1:
         die_in_a_save(ranks, own)
