@@ -30,7 +30,6 @@ import gc
 import io
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -39,11 +38,10 @@ from torch import Tensor, nn
 from fastgrpo.engine.fragments import fragments_of, load_policy, make_state, steps_of, to_host, views_of
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, load_deepspeed
-from fastgrpo.engine.shards import SavedShards, Shard, write_shard
+from fastgrpo.engine.shards import SavedShards, Shard
 from fastgrpo.finite import NotFinite
 
 State = dict[str, Tensor]
-SHARD = "rank_{}.safetensors"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in DeepSpeed's moving loss scale
 SCALE_AT_MINIMUM = "loss scale already at minimum"
 PolicyType = TypeVar("PolicyType", bound=nn.Module)
@@ -236,24 +234,6 @@ class Engine(Generic[PolicyType]):
     def _loss_scaler(self) -> Any:
         """DeepSpeed's; None where it has none."""
         return getattr(self.deepspeed.optimizer, "loss_scaler", None)
-
-    def save(self, folder: Path) -> None:
-        """Writes this rank's `state` into `folder`, which all nodes must share. Collective.
-
-        A crash can leave it unfinished; `fastgrpo.engine.checkpoint` makes sure that such a folder is never loaded.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        write_shard(self.state(), folder / SHARD.format(f"{self.ranks.rank:05d}"))
-        self.ranks.barrier()
-
-    def load(self, folder: Path) -> None:
-        """Loads what the ranks wrote with `save` into a new engine, as `load_state` does."""
-        files = sorted(folder.glob(SHARD.format("*")))
-        if not files:
-            raise FileNotFoundError(
-                f"{folder} holds no {SHARD.format('*')}; checkpoints of fastgrpo 0.1.0 are of another form"
-            )
-        self.load_state(SavedShards(files))
 
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""

@@ -20,10 +20,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastgrpo.engine import shards
-from fastgrpo.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastgrpo.engine.checkpoint import Saved, Snapshot, complete, load, write_part
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, finish, start
-from fastgrpo.engine.shards import SavedShards
+from fastgrpo.engine.shards import SavedShards, write_shard
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.ema import Ema, warmed_up
 from support.helpers import NoSync
@@ -272,6 +272,31 @@ def raised_together(ranks: Ranks) -> str:
     return "nothing"
 
 
+def save(engine: Engine, root: Path, iteration: int, ema: Ema) -> None:
+    """A whole checkpoint. Collective."""
+    first = engine.ranks.rank == 0
+    averages, state = (ema.weights, {"updates": ema.updates}) if first else ({}, {})
+    write_part(Snapshot(iteration, engine.state(), averages, state), root, engine.ranks)
+    if first:
+        complete(root, iteration, engine.ranks, give_up=lambda: False)
+    engine.ranks.barrier()
+
+
+def go_on(engine: Engine, root: Path) -> Saved:
+    """From the last checkpoint. Collective."""
+    saved = load(root, engine.ranks)
+    assert saved is not None
+    engine.load_state(saved.shards)
+    return saved
+
+
+def save_shard(engine: Engine, folder: Path) -> None:
+    """This rank's file alone. Collective."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shard(engine.state(), folder / f"rank_{engine.ranks.rank:05d}.safetensors")
+    engine.ranks.barrier()
+
+
 def train(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     engine, policy = make_engine(case[0], DTYPES[case[1]], ranks)
     addresses = [p.data_ptr() for p in policy.parameters()]
@@ -282,7 +307,7 @@ def train(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     state = engine.trained_state("cpu")
     ema = Ema(engine.trained_state(), warmed_up(0.9))
     ema.update({name: tensor + 1 for name, tensor in engine.trained_state().items()})
-    save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", UPDATES, {"ema": ema.state_dict(), "seed": 1})
+    save(engine, folder / f"{case[0]}-{case[1]}", UPDATES, ema)
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
     final = engine.trained_state("cpu")
     checks |= check_no_host(engine) | check_not_finite(engine) | check_collectives(ranks) | check_accumulation(engine)
@@ -294,13 +319,13 @@ def train(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
 def resume(case: tuple[int, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     engine, _ = make_engine(case[0], DTYPES[case[1]], ranks)
     ema = Ema(engine.trained_state(), warmed_up(0.9))
-    iteration, state = load_checkpoint(engine, folder / f"{case[0]}-{case[1]}")
-    ema.load_state_dict(state["ema"])
-    loaded = {"iteration": iteration, "seed": state["seed"], "ema": ema.weights}
+    saved = go_on(engine, folder / f"{case[0]}-{case[1]}")
+    ema.load_state_dict({"updates": saved.state["updates"], "weights": saved.averages})
+    loaded = {"iteration": saved.iteration, "ema": ema.weights}
     loaded["state"] = engine.trained_state("cpu")
     more, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
     final = engine.trained_state("cpu")
-    save_checkpoint(engine, folder / f"{case[0]}-{case[1]}", iteration + 1, state)
+    save(engine, folder / f"{case[0]}-{case[1]}", saved.iteration + 1, ema)
     engine.close()
     return {**loaded, "more": more, "final": final}
 
@@ -309,8 +334,8 @@ def elsewhere(stages: tuple[int, int], dtype: str, ranks: Ranks, folder: Path) -
     """Goes on from two ranks of the first stage with any number of ranks of the second, and saves again at once."""
     engine, policy = make_engine(stages[1], DTYPES[dtype], ranks)
     addresses = [p.data_ptr() for p in policy.parameters()]
-    engine.load(saved_by_two(folder, stages[0], dtype))
-    engine.save(folder / f"world{ranks.world_size}" / saved_again(stages, dtype))
+    engine.load_state(SavedShards(sorted(saved_by_two(folder, stages[0], dtype).glob("rank_*.safetensors"))))
+    save_shard(engine, folder / f"world{ranks.world_size}" / saved_again(stages, dtype))
     state = engine.trained_state("cpu")
     in_place = addresses == [p.data_ptr() for p in policy.parameters()]
     losses, _ = run_updates(engine, range(UPDATES, UPDATES + MORE_UPDATES))
@@ -322,7 +347,7 @@ def before_an_update(stage: int, dtype: str, ranks: Ranks, folder: Path) -> dict
     """A state without moments, loaded into an engine with other weights that has computed with them."""
     engine, _ = make_engine(stage, DTYPES[dtype], ranks)
     place = folder / f"fresh{ranks.world_size}" / f"{stage}-{dtype}"
-    engine.save(place)
+    save_shard(engine, place)
     wanted = engine.trained_state("cpu")
     for _ in range(ranks.rank):
         engine.state()  # which would hang if it were collective
@@ -367,7 +392,7 @@ def refusal(engine: Engine, saved: SavedShards) -> str:
 
 
 def saved_by_two(folder: Path, stage: int, dtype: str) -> Path:
-    return folder / "world2" / f"{stage}-{dtype}" / f"{UPDATES:05d}" / "engine"
+    return folder / "world2" / f"{stage}-{dtype}" / f"{UPDATES:05d}"
 
 
 def saved_again(stages: tuple[int, int], dtype: str) -> str:
@@ -384,7 +409,7 @@ def die_in_a_save(ranks: Ranks, folder: Path) -> None:
 
     if engine.ranks.rank == engine.ranks.world_size - 1:
         shards.save_file = half_of_it
-    save_checkpoint(engine, folder / "1-float32", UPDATES + 1, {})
+    save(engine, folder / "1-float32", UPDATES + 1, Ema({}, warmed_up(0.9)))
 
 
 def main() -> None:
