@@ -27,7 +27,11 @@ def make_client(
     token: the bearer's. timeout: seconds without a sign of the server. connect: seconds to reach it, if not those.
     connections: at once, at most.
     direct: past the proxy that the environment names; to this machine itself it always goes directly.
+
+    Raises ValueError for a token that no header can carry: what is raised when it is sent would show it.
     """
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(f"the token for {url} has spaces, line ends or letters beyond ASCII, which no header can carry")
     return httpx2.Client(
         headers={"Authorization": f"Bearer {token}"} if token else {},
         timeout=httpx2.Timeout(timeout, connect=timeout if connect is None else connect),

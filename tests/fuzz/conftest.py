@@ -11,5 +11,5 @@ from hypothesis import HealthCheck, settings
 # A time limit for an input would fail on a busy machine; what hangs is ended in `support.fuzzing`.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=40, derandomize=True, **COMMON)
-settings.register_profile("long", max_examples=1200, print_blob=True, **COMMON)
+settings.register_profile("long", max_examples=800, print_blob=True, **COMMON)
 settings.load_profile("short")  # hypothesis loads what --hypothesis-profile names afterwards
