@@ -13,7 +13,11 @@ from fastgrpo.commands.cli import main
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.validation import dump_config, load_config
 
-CODE = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nscore = lambda images, prompts, metadata: images\n"
+CODE = """
+from pathlib import Path
+Path(__file__).with_suffix(".ran").touch()
+score = lambda images, prompts, metadata: images
+"""
 SERVER = {"urls": ["http://10.0.0.9:8000"], "token_env": "SECRET"}
 
 

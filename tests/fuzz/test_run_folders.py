@@ -92,7 +92,7 @@ MODEL: Any = SimpleNamespace(save_trained=stand_in)
 def check(folder: Path, name: str) -> None:
     """The report shows what there is of any run; whoever goes on with it, or evaluates it, is refused by the file's name."""
     write_report(folder)
-    works_or_is_refused(lambda: saved_config(folder, base=False), folder / "config.yaml")
+    works_or_is_refused(lambda: saved_config(folder, base=False))
     works_or_is_refused(lambda: has_trained(folder))
     for file in (RunFolder(folder).metrics, RunFolder(folder).evaluations):
         works_or_is_refused(lambda file=file: read_lines(file), file)
