@@ -362,7 +362,9 @@ def test_odd_numbers_and_names_of_rows_are_left_out(run: Path) -> None:
     rows += [metrics_row(1) | {"iteration": 10**400}, metrics_row(-1)]
     rows += [metrics_row(100, kl=10**400, reward=-1e308, grad_norm=1e300)]
     write_lines(run / "metrics.jsonl", rows)
-    (run / "summary.json").write_text(json.dumps({"images": 10**400, "train_seconds": 10**400, "final_accuracy": 1e308}))
+    (run / "summary.json").write_text(
+        json.dumps({"images": 10**400, "train_seconds": 10**400, "final_accuracy": 1e308, "base": -1})
+    )
     page = Page(write_report(run))
     assert "Unreadable lines left out: 2." in page.source and "Rewards that are not shown: 59." in page.source
     assert "nan" not in page.source and "inf," not in page.source
