@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = [
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "benchmarks/README.md",
     "kernels/README.md",
     "benchmarks/results/**/README.md",

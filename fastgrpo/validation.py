@@ -47,6 +47,8 @@ def check_folder(config: Config) -> None:
     `fastgrpo.config.resuming` says what may have changed. A run that has trained nothing yet may be corrected.
     """
     folder = config.output
+    if folder.resolve() == folder.resolve().parent:
+        schema.refuse("output", str(folder), "is the root of the file system; name a folder in it")
     _check_writable("output", folder)
     if config.prompts.cache is not None:
         _check_writable("prompts.cache", config.prompts.cache)

@@ -248,3 +248,20 @@ def test_no_test_file_imports_another() -> None:
 def test_kernels_is_no_package() -> None:
     """A top-level import name `kernels` would hide the Hugging Face package that transformers looks for."""
     assert not [path for path in ROOT.rglob("__init__.py") if path.parent.name == "kernels" and ".venv" not in path.parts]
+
+
+def test_no_file_is_read_as_a_pickle() -> None:
+    """Reading one runs what it says. Objects that ranks of one run send each other are another matter."""
+    astray = []
+    for name, path in modules().items():
+        if {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & Imports(path).names:
+            astray.append(f"{name} imports a pickle")
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+                astray.append(f"{name}:{node.lineno} torch.load without weights_only=True")
+            if keywords.get("allow_pickle", "False") != "False" or keywords.get("trust_remote_code", "False") != "False":
+                astray.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    assert not astray

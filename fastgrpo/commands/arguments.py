@@ -61,5 +61,7 @@ def check_file(option: str, file: Path) -> None:
         raise ConfigError(f"{option} {file}: there is no folder {folder}; make it, or name another file")
     if file.is_dir():
         raise ConfigError(f"{option} {file}: is a folder; name a file in it")
+    if file.exists() and not file.is_file():  # a finished file takes the place of what is there, which may be /dev/null
+        raise ConfigError(f"{option} {file}: is a device or a pipe; name a file")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise ConfigError(f"{option} {file}: cannot be written by this user; name another file")

@@ -76,8 +76,10 @@ def to_path(text: str) -> Path:
     try:
         path = Path(text).expanduser()
         encoded = os.fsencode(path)
-    except (RuntimeError, UnicodeEncodeError) as error:
-        raise ConfigError(f"{text!r} is no path: {error}; write the whole path") from None
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: {error}; write the whole path") from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text!r} is no path: {error.reason}; write whole characters") from None
     if b"\0" in encoded or len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
         limits = f"has no NUL, at most {LONGEST_PATH} bytes, and {LONGEST_NAME} between two slashes"
         raise ConfigError(f"{text!r} is no path, which {limits}; name a file or a folder")

@@ -99,6 +99,8 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 def _written(node: yaml.ScalarNode, form: re.Pattern[str]) -> str:
     """A scalar's text, which an explicit tag, say `!!int 1_000`, may have given a type that it does not have."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise _error(f"a {node.id} is no {node.tag.removeprefix(TAG)}", node)
     if not form.fullmatch(node.value):
         raise _error(f"{node.value!r} is no {node.tag.removeprefix(TAG)}", node)
     return node.value

@@ -29,8 +29,8 @@ class SavedRun:
         """Accuracy by category, "overall" first, of the base and of the newest model; empty where not evaluated."""
         base = self.evaluations[0]["accuracy"] if self.evaluations else {}
         newest = self.evaluations[-1]["accuracy"] if len(self.evaluations) > 1 else {}
-        base = _overall_first(self.summary.get("base") or base, self.summary.get("base_accuracy"))
-        newest = _overall_first(self.summary.get("final") or newest, self.summary.get("final_accuracy"))
+        base = _overall_first(_mapping(self.summary.get("base")) or base, self.summary.get("base_accuracy"))
+        newest = _overall_first(_mapping(self.summary.get("final")) or newest, self.summary.get("final_accuracy"))
         return base, newest
 
     def in_percent(self, name: str = "overall") -> bool:
@@ -80,7 +80,7 @@ def read_run(path: Path) -> SavedRun:
         config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else "",
         metrics=metrics,
         evaluations=[row for row in evaluations if isinstance(row.get("accuracy"), dict)],
-        summary=summary if isinstance(summary, dict) else {},
+        summary=_mapping(summary),
         samples=folder.sample_folders(),
         prompts=prompts if isinstance(prompts, list) else [],
         unreadable=bad_metrics + bad_evaluations,
@@ -110,6 +110,11 @@ def _read_json(path: Path) -> Any:
         return json_value(path.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """What a file says where it says a mapping; nothing otherwise."""
+    return value if isinstance(value, dict) else {}
 
 
 def _overall_first(accuracy: dict[str, Any], overall: Any) -> dict[str, float]:

@@ -291,7 +291,7 @@ def save(path: Path, step: int, parameters: list[Tensor], average: list[Tensor],
 
 
 def restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer, schedule) -> int:
-    state = torch.load(path, weights_only=False)
+    state = torch.load(path, weights_only=True)
     with torch.no_grad():
         torch._foreach_copy_(parameters, state["parameters"])
         torch._foreach_copy_(average, state["average"])
@@ -340,7 +340,7 @@ def load_vae(recipe: Recipe, args: argparse.Namespace) -> AutoencoderKL:
         vae = train_vae(recipe, images, args.vae_steps)
         scale = {key: vae.config[key] for key in ("shift_factor", "scaling_factor")}
         torch.save({"weights": vae.state_dict(), "scale": scale}, path)
-    saved = torch.load(path)
+    saved = torch.load(path, weights_only=True)
     vae = make_vae(recipe).eval()
     vae.load_state_dict(saved["weights"])
     vae.register_to_config(**saved["scale"])

@@ -7,9 +7,10 @@ import pytest
 from support.helpers import ROOT
 
 from fastgrpo.commands import saved_model
+from fastgrpo.commands.arguments import check_file
 from fastgrpo.commands.cli import main
 from fastgrpo.config.reading import dump_config
-from fastgrpo.validation import load_config
+from fastgrpo.validation import ConfigError, load_config
 
 CONFIG = str(ROOT / "configs" / "tiny_shapes_grpo.yaml")
 PLAN = ("plan", "--config", CONFIG)
@@ -139,3 +140,8 @@ def test_home_is_known_on_the_command_line(
 def test_shares_are_numbers_that_stand_once(mix: str, message: str, tmp_path: Path, capsys) -> None:
     command = ("make-prompts", "geneval", "--count", "3", "--output", str(tmp_path / "a.jsonl"), "--mix", mix)
     assert message in refused(capsys, *command)
+
+
+def test_a_device_is_not_replaced_by_a_file() -> None:
+    with pytest.raises(ConfigError, match="--output /dev/null: is a device or a pipe; name a file"):
+        check_file("--output", Path("/dev/null"))

@@ -12,7 +12,6 @@ import pytest
 from support.helpers import ROOT, environment
 
 from fastgrpo.commands import UNAVAILABLE, cli, report
-from fastgrpo.config import schema
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.prompts import load_prompts
 from fastgrpo.reporting.run_folder import RunFolder
@@ -94,7 +93,7 @@ def a_users_own_mistake() -> None:
     [
         a_users_own_mistake,
         lambda: score_text("3", percent=False),  # type: ignore[arg-type]  # Python's ValueError, in a line of this package
-        lambda: schema.to_path("\0").stat(),
+        lambda: Path("\0").stat(),
         lambda: json.loads("{"),
         lambda: cli.COMMANDS["none"],
         lambda: RunFolder(Path("none")).config.read_text(),
@@ -128,3 +127,15 @@ def test_a_terminal_without_a_prompts_script_stops_nothing(monkeypatch: pytest.M
     assert cli.main(["report", "nowhere"]) == 0
     terminal.flush()
     assert terminal.buffer.getvalue() == "café \\u732b\n".encode("latin-1")
+
+
+def test_an_error_is_one_line_whatever_it_quotes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A file from elsewhere must not write on the terminal."""
+
+    def refuse(_: object) -> None:
+        raise ConfigError("a\nb \x1b[31m \ud800 é " + "x" * 9000 + " the fix")
+
+    monkeypatch.setattr(report, "run", refuse)
+    assert cli.main(["report", "folder"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(r"error: a\nb \x1b[31m \ud800 é xxx") and shown.endswith(" the fix\n") and len(shown) < 2100

@@ -1,12 +1,13 @@
 """Paths of a configuration: relative to what, from which home, and none lost in a list."""
 
+import json
 from pathlib import Path
 
 import pytest
 from support.helpers import ROOT
 
 from fastgrpo.config import schema
-from fastgrpo.validation import ConfigError, load_config
+from fastgrpo.validation import ConfigError, check_folder, load_config
 
 TINY = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 
@@ -43,3 +44,16 @@ def test_paths_in_lists_are_relative_to_their_file(tmp_path: Path) -> None:
         "files": [f"{tmp_path}/in/a", [f"{tmp_path}/b", "c"], {"d": f"{tmp_path}/in/e"}],
         "number": 3,
     }
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "x" * 256, "a/" * 2500, "half of \ud83d"])
+def test_what_no_file_system_has_as_a_path_is_refused_by_its_key(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(json.dumps({"extends": str(TINY), "prompts": {"train": text}}))
+    with pytest.raises(ConfigError, match=r"^prompts\.train = .*path"):
+        load_config(file)
+
+
+def test_the_root_of_the_file_system_is_no_folder_of_a_run() -> None:
+    with pytest.raises(ConfigError, match=r"output = '/': is the root of the file system; name a folder in it"):
+        check_folder(load_config(TINY, ["output=/"]))

@@ -36,6 +36,9 @@ def test_what_is_written_reads_back_the_same(value: object) -> None:
     assert type(again) is type(value) and again == value
 
 
+LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]" for i in range(12))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,6 +52,12 @@ def test_what_is_written_reads_back_the_same(value: object) -> None:
         ("a: !!timestamp 2026-11-28\n", "!!timestamp is no type of YAML's core schema"),
         ("a: !!python/name:os.system\n", "is no type of YAML's core schema"),
         ("a: [1,\n", "line 2: "),
+        ("a: !!float {b: 1}\n", "line 1: a mapping is no float"),
+        ("a: !!bool [b]\n", "line 1: a sequence is no bool"),
+        ("a:\n- " + "[" * 5000, "line 2: lists and mappings in one another more than 100 deep"),
+        ("a: &a\n- b\n- *a\n", "line 3: the alias *a stands inside of what it names"),
+        (LAUGHS, "line 5: aliases make it more than 100000 values or 100 deep"),
+        ("a: 0x" + "f" * 5000, "line 1: a whole number of more than 1000 digits"),
         ("a: \x01\n", "special characters are not allowed"),
     ],
 )
@@ -97,3 +106,7 @@ def test_what_only_looks_like_the_type_is_refused_with_the_way_out(override: str
 def test_numbers_of_a_configuration_are_as_they_look() -> None:
     config = load_config(TINY, ["iterations=012", "seed=0x10", "update.learning_rate=5E-5"])
     assert (config.iterations, config.seed, config.update.learning_rate) == (12, 16, 5e-5)
+
+
+def test_an_alias_repeats_what_it_names() -> None:
+    assert yaml12.load("a: &x [1, {b: 2}]\nc: [*x, *x]") == {"a": [1, {"b": 2}], "c": [[1, {"b": 2}]] * 2}

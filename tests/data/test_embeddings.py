@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 from support.files import seen_alike
 from support.tiny_model import load_tiny_model
 
@@ -151,3 +152,14 @@ def test_released_encoders_still_encode() -> None:
     before = model.encode(["a red circle"])
     model.release_encoders()
     assert equal(model.encode(["a red circle"]), before)
+
+
+def test_a_damaged_or_foreign_file_is_refused_by_name_with_the_way_out(tiny_model, tmp_path: Path) -> None:
+    Embeddings(tiny_model, tmp_path).prepare(PROMPTS, show=False)
+    file = max(tmp_path.rglob("*.safetensors"))
+    whole = load_file(file)
+    other = {name: torch.cat([tensor, tensor], dim=-1) for name, tensor in whole.items()}
+    for content in (file.read_bytes()[:-1], b"", save({"x": torch.ones(1)}), save(other)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"\.safetensors: .*(get it again|remove )"):
+            Embeddings(tiny_model, tmp_path).prompted(PROMPTS, 1.0)

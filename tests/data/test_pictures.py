@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fastgrpo.data.images import load_targets
-from fastgrpo.data.pictures import load_picture
+from fastgrpo.data.pictures import MAX_BYTES, load_picture
 
 WHITE = [255, 255, 255]
 # EXIF's orientation -> what was done to the pixels (H, W, 3) when they were stored, in the words of its standard: the 0th
@@ -214,3 +214,10 @@ def test_images_to_train_on_are_read_in_the_same_way(tmp_path: Path) -> None:
     rgba[..., 3] = 0
     Image.fromarray(rgba).save(tmp_path / "a.png")
     assert (load_targets([{"target": str(tmp_path / "a.png")}], (8, 8)) == 255).all()
+
+
+def test_a_file_of_too_many_bytes_is_not_opened(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # a file with a hole, which takes no space
+    with pytest.raises(ValueError, match=rf"a\.png: has {MAX_BYTES + 1} bytes, more than {MAX_BYTES}"):
+        load_picture(tmp_path / "a.png")

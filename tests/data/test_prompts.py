@@ -268,3 +268,38 @@ def test_weights_decide_how_often_a_category_comes() -> None:
 def test_weights_that_cannot_be_meant_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompt_probabilities(tagged(rare=2, common=30), weights, groups=4)
+
+
+def test_an_image_outside_of_the_files_folder_is_taken_only_where_that_is_allowed(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "prompts", tmp_path / "secret.png"
+    (folder / "in").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(secret)
+    Image.new("RGB", (8, 8)).save(folder / "in" / "a.png")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "near.png").symlink_to("in/a.png")
+    file = folder / "a.jsonl"
+    for inside in ("in/a.png", "./in/../near.png", str(folder / "in" / "a.png")):
+        file.write_text(json.dumps({"prompt": "a", "image": inside}))
+        assert load_prompts(file, ["image"]).metadata[0]["image"] == str(folder / "in" / "a.png")
+    for outside in ("../secret.png", str(secret), "link.png", "in/../../secret.png"):
+        file.write_text("\n" + json.dumps({"prompt": "a", "image": outside}))
+        with pytest.raises(ValueError, match=r"a\.jsonl:2: image = '.*': leads out of .*prompts\.images_outside: true"):
+            load_prompts(file, ["image"])
+        assert load_prompts(file, ["image"], images_outside=True).metadata[0]["image"] == str(secret)
+
+
+def test_captions_and_images_that_are_links_out_of_their_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "secret").write_text("root:x:0")
+    (folder / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (folder / "a.txt").symlink_to(tmp_path / "secret")
+    for linked in ("a.txt", "a.png"):
+        with pytest.raises(ValueError, match=rf"{linked}.*: leads out of .*prompts\.images_outside: true"):
+            load_prompts(folder, ["target"])
+        assert load_prompts(folder, ["target"], images_outside=True).prompts == ["root:x:0"]
+        (folder / "a.txt").unlink(missing_ok=True)
+        (folder / "a.txt").write_text("root:x:0")
+        (folder / "a.png").unlink()
+        (folder / "a.png").symlink_to(tmp_path / "a.png")

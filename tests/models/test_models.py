@@ -145,9 +145,10 @@ def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, f
     with model.reference():
         assert torch.equal(own_images(name, model, 1.0), before)
     model.save_trained(tmp_path, {n: p.detach().clone() for n, p in trained.items()})
-    fresh = load(name, folders)
-    fresh.pipeline.load_lora_weights(tmp_path)
-    assert torch.equal(own_images(name, fresh, 1.0), after)
+    stock, fresh = load(name, folders), load(name, folders)
+    stock.pipeline.load_lora_weights(tmp_path)
+    fresh.load_trained(tmp_path)
+    assert torch.equal(own_images(name, stock, 1.0), after) and torch.equal(own_images(name, fresh, 1.0), after)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

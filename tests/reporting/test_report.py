@@ -355,3 +355,28 @@ def test_several_rewards_have_a_curve_each(run: Path) -> None:
     page = Page(write_report(run))
     assert "Reward ocr" in page.source and "Reward pick score" in page.source
     assert page.source.count("<polyline") + page.source.count("<path") > 0
+
+
+def test_odd_numbers_and_names_of_rows_are_left_out(run: Path) -> None:
+    rows = [metrics_row(i, rewards={f"name {i}": 1.0}, seconds={f"phase {i}": 1.0}) for i in range(1, 100)]
+    rows += [metrics_row(1) | {"iteration": 10**400}, metrics_row(-1)]
+    rows += [metrics_row(100, kl=10**400, reward=-1e308, grad_norm=1e300)]
+    write_lines(run / "metrics.jsonl", rows)
+    (run / "summary.json").write_text(
+        json.dumps({"images": 10**400, "train_seconds": 10**400, "final_accuracy": 1e308, "base": -1})
+    )
+    page = Page(write_report(run))
+    assert "Unreadable lines left out: 2." in page.source and "Rewards that are not shown: 59." in page.source
+    assert "nan" not in page.source and "inf," not in page.source
+
+
+def test_a_long_run_makes_no_long_page_and_keeps_its_extremes(run: Path) -> None:
+    def written(count: int) -> str:
+        rows = [metrics_row(i, kl=1.0 + (i == 777) * 8) for i in range(1, count + 1)]
+        write_lines(run / "metrics.jsonl", rows)
+        return Page(write_report(run)).source
+
+    short, long = written(2000), written(16000)
+    assert len(long) < 1.5 * len(short)
+    chart = long.split("KL to the base")[1].split("</svg>")[0]
+    assert ">10<" in chart  # the tick above the one high value

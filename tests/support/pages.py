@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support.helpers import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [page for folder in ("benchmarks", "kernels") if (page := ROOT / folder / "README.md").exists()]
 
 
