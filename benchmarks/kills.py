@@ -1,0 +1,280 @@
+"""Runs that are killed and go on, beside one that nothing disturbed: every file has to be the same in the end.
+
+    python benchmarks/kills.py                          50 kills with one process and 50 with two; writes results/kills_DEVICE.json
+    python benchmarks/kills.py --kills 10 --seed 3
+
+A kill is SIGKILL before a random operation on files, which an audit hook counts, or after a random time of the processor.
+With two ranks it comes to one of them, and to the other at the same moment, or the other is left to end by itself. Then
+the same command goes on, and is often killed as well, until it ends. The folder must be that of the undisturbed run, file by
+file and bit by bit but for what the clock says, its report up to date, and `fastgrpo verify` without a fault. Curves for
+TensorBoard are not compared. The exit status is 1 where a run differs.
+
+A run is a fork of this process, which has imported what takes seconds to import.
+"""
+
+import argparse
+import itertools
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from common import ROOT, finish
+from tqdm import tqdm
+
+import fastgrpo.models.sd3  # noqa: F401
+import fastgrpo.trainer  # noqa: F401
+from fastgrpo.commands.cli import main as command
+from fastgrpo.engine.checkpoint import MARKER, STATE
+from fastgrpo.reporting.report import write_report
+from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.verification import verify
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
+CLOCK = ("seconds", "train_seconds", STATE)  # keys of JSON: what the clock says, and the hash of a file that holds it
+AGAIN = 0.4  # how often a run that goes on is killed as well
+TIMEOUT = 300  # seconds of one process
+SETTINGS = [
+    "iterations=6", "checkpoint.every=2", "checkpoint.keep_best=true", "evaluation.every=3", "evaluation.images=10",
+    "evaluation.images_between=10", "evaluation.batch_size=5", "evaluation.samples=3", "evaluation.num_steps=3",
+    "evaluation.guidance_scale=1", "rollout.groups=2", "rollout.group_size=4", "rollout.batch_size=2",
+    "rollout.num_steps=3", "rollout.guidance_scale=1", "rollout.window={kind: random, size: 1}",
+    "model.lora={rank: 4, alpha: 8}", "reward.train=jpeg_compressibility", "reward.eval=jpeg_compressibility",
+    "engine.lost_after=5", "seed=2",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kill:
+    """rank: whom it comes to; alone: whether the others are left to end by themselves."""
+
+    how: str  # "operation" or "moment"
+    at: float  # the number of an operation on files, or seconds of the processor
+    rank: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of a run ended, by rank."""
+
+    statuses: list[int]  # -9 for one that was killed
+    operations: list[int]  # on files, so many
+    seconds: list[float]  # of the processor
+    printed: str
+
+    @property
+    def was_killed(self) -> bool:
+        return -signal.SIGKILL in self.statuses
+
+
+@dataclass
+class Trial:
+    """A run that was killed, perhaps several times, and the differences in its folder when it had ended."""
+
+    ranks: int
+    kills: list[Kill] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def train(folder: Path, ranks: int, kill: Kill | None = None) -> Ended:
+    """`fastgrpo train` into a folder, in forks of this process, with a kill that may come too late."""
+    settings = (part for one in (*SETTINGS, f"output={folder}") for part in ("--set", one))
+    arguments = ["train", "--config", str(ROOT / "configs" / "tiny_shapes_grpo.yaml"), *settings]
+    counts = np.frombuffer(mmap.mmap(-1, 8 * ranks), dtype=np.int64)  # shared with the forks
+    with socket.socket() as probe, tempfile.TemporaryFile() as output:
+        probe.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        probe.close()
+        running = {}
+        for rank in range(ranks):
+            process = os.fork()
+            if process == 0:
+                at = kill.at if kill and kill.how == "operation" and kill.rank == rank else None
+                os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+                _child(arguments, output.fileno(), counts[rank : rank + 1], at)
+            running[rank] = process
+        statuses, seconds = _wait(running, kill)
+        output.seek(0)
+        return Ended(statuses, counts.tolist(), seconds, output.read().decode(errors="replace"))
+
+
+def _child(arguments: list[str], output: int, count: np.ndarray, at: float | None) -> None:
+    """Runs the command in a fork, which ends here; before the operation `at` it is killed."""
+    numbers = itertools.count(1)
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in CHANGES or writes:
+            count[0] = next(numbers)
+            if count[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    status = 1
+    try:
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        signal.alarm(TIMEOUT)  # whose signal ends a process
+        sys.addaudithook(hook)
+        status = command(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # what this process would do at its end is for it alone
+
+
+def _wait(running: dict[int, int], kill: Kill | None) -> tuple[list[int], list[float]]:
+    """For the processes by rank; their statuses and seconds of the processor."""
+    waiting, statuses, seconds = dict(running), [0] * len(running), [0.0] * len(running)
+    victim = psutil.Process(running[kill.rank]) if kill else None
+    while waiting:
+        for rank, process in list(waiting.items()):
+            ended, status, used = os.wait4(process, os.WNOHANG)
+            if ended:
+                del waiting[rank]
+                statuses[rank], seconds[rank] = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+                if kill and rank == kill.rank and not kill.alone and statuses[rank] == -signal.SIGKILL:
+                    for other in waiting.values():
+                        os.kill(other, signal.SIGKILL)
+        if kill and victim and kill.how == "moment" and kill.rank in waiting:
+            used = victim.cpu_times()
+            if used.user + used.system >= kill.at:
+                os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(0.002)
+    return statuses, seconds
+
+
+def differences(folder: Path, undisturbed: Path) -> list[str]:
+    """What the folder of a finished run has otherwise than an undisturbed one's; empty where nothing."""
+    found, expected = contents(folder), contents(undisturbed)
+    lines = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    lines += [f"{name} is left over" for name in found.keys() - expected.keys()]
+    lines += [f"{name} has another content" for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    lines += [f"{finding.what}: {finding.fault}" for finding in verify(folder) if finding.fault]
+    report = RunFolder(folder).report
+    if report.is_file() and report.read_bytes() != write_report(folder).read_bytes():
+        lines.append(f"{report.name} is not up to date")
+    return sorted(lines)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything in the folder of a run by its name; without TensorBoard's, and of the report only that it is there."""
+    run = RunFolder(folder)
+    names = (path for path in folder.rglob("*") if run.tensorboard not in (path, path.parent))
+    return {path.relative_to(folder).as_posix(): None if path == run.report else _content(path) for path in names}
+
+
+def _content(path: Path) -> Any:
+    """Of a folder None; of JSON what it says without the clock; else the bytes."""
+    if path.is_dir():
+        return None
+    if path.suffix == ".jsonl":
+        return [_without_clock(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.suffix == ".json" or path.name == MARKER:
+        return _without_clock(json.loads(path.read_text(encoding="utf-8")))
+    return path.read_bytes()
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_clock(one) for key, one in value.items() if key not in CLOCK}
+    return value
+
+
+def trial(folder: Path, undisturbed: Path, whole: Ended, ranks: int, draw: random.Random) -> Trial:
+    """One run, which is killed at least once, from its beginning to its end.
+
+    whole: the undisturbed run, whose operations and seconds say when a kill can come.
+    """
+    done, ended = Trial(ranks), None
+    while ended is None or ended.was_killed:
+        kill = None
+        if ended is None or draw.random() < AGAIN:
+            how, rank, alone = draw.choice(["operation", "moment"]), draw.randrange(ranks), draw.random() < 0.5
+            last = whole.operations[rank] if how == "operation" else whole.seconds[rank]
+            kill = Kill(how, draw.randint(1, last) if how == "operation" else draw.uniform(0, last), rank, alone)
+        ended = train(folder, ranks, kill)
+        if kill and ended.was_killed:
+            done.kills.append(kill)
+    if any(ended.statuses):
+        done.differences = [f"ended with {ended.statuses}: {ended.printed.strip().splitlines()[-1:]}"]
+    else:
+        done.differences = differences(folder, undisturbed)
+    return done
+
+
+def trials(root: Path, ranks: int, kills: int, seed: int) -> Iterator[Trial]:
+    """Until so many kills came. Raises RuntimeError where two undisturbed runs differ: then kills show nothing."""
+    draw = random.Random(f"{seed} {ranks}")
+    runs = [root / f"undisturbed_{ranks}_{number}" for number in range(2)]
+    whole = [train(run, ranks) for run in runs]
+    found = [line for one in whole for line in ([one.printed] if any(one.statuses) else [])]
+    found = found or differences(runs[1], runs[0])
+    if found:
+        raise RuntimeError(f"undisturbed runs of {ranks} ranks differ: {'; '.join(found)}")
+    number = 0
+    while kills > 0:
+        number += 1
+        folder = root / f"killed_{ranks}_{number}"
+        one = trial(folder, runs[0], whole[0], ranks, draw)
+        if one.kills:
+            kills -= len(one.kills)
+            yield one
+        if not one.differences:
+            shutil.rmtree(folder)
+
+
+def table(done: list[Trial]) -> str:
+    """A line for each way to be killed, then what differed."""
+    lines = [f"{'':30} kills  runs  that differ"]
+    kinds = {(one.ranks, kill.how, kill.alone and one.ranks > 1) for one in done for kill in one.kills}
+    for ranks, how, alone in sorted(kinds):
+        hit = [
+            [kill for kill in one.kills if (kill.how, kill.alone and ranks > 1) == (how, alone)] if one.ranks == ranks else []
+            for one in done
+        ]
+        of = f"{ranks} rank{'s' * (ranks > 1)}, {how}{', one of them' * alone}"
+        differ = sum(bool(kills and one.differences) for kills, one in zip(hit, done, strict=True))
+        lines.append(f"{of:30} {sum(map(len, hit)):5} {sum(map(bool, hit)):5} {differ:12}")
+    lines += [f"{one.ranks} ranks, {one.kills}: {line}" for one in done for line in one.differences]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="for each number of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="where the folders of runs that differ are left, to look at")
+    arguments = parser.parse_args(argv)
+    done: list[Trial] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = arguments.keep or Path(temporary)
+        with tqdm(total=arguments.kills * len(arguments.ranks), desc="kills") as bar:
+            for ranks in arguments.ranks:
+                for one in trials(root, ranks, arguments.kills, arguments.seed):
+                    done.append(one)
+                    bar.update(len(one.kills))
+                    for line in one.differences:
+                        bar.write(f"{one.ranks} ranks, {one.kills}: {line}")
+    print(table(done))
+    differ = sum(bool(one.differences) for one in done)
+    kills = sum(len(one.kills) for one in done)
+    finish("kills", {"seed": arguments.seed, "kills": kills, "runs": len(done), "differ": differ, "trials": list(map(asdict, done))})
+    return int(differ > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
