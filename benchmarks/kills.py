@@ -242,7 +242,9 @@ def table(done: list[Trial]) -> str:
     kinds = {(one.ranks, kill.how, kill.alone and one.ranks > 1) for one in done for kill in one.kills}
     for ranks, how, alone in sorted(kinds):
         hit = [
-            [kill for kill in one.kills if (kill.how, kill.alone and ranks > 1) == (how, alone)] if one.ranks == ranks else []
+            [kill for kill in one.kills if (kill.how, kill.alone and ranks > 1) == (how, alone)]
+            if one.ranks == ranks
+            else []
             for one in done
         ]
         of = f"{ranks} rank{'s' * (ranks > 1)}, {how}{', one of them' * alone}"
@@ -272,7 +274,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table(done))
     differ = sum(bool(one.differences) for one in done)
     kills = sum(len(one.kills) for one in done)
-    finish("kills", {"seed": arguments.seed, "kills": kills, "runs": len(done), "differ": differ, "trials": list(map(asdict, done))})
+    finish(
+        "kills",
+        {"seed": arguments.seed, "kills": kills, "runs": len(done), "differ": differ, "trials": list(map(asdict, done))},
+    )
     return int(differ > 0)
 
 

@@ -34,6 +34,7 @@ from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.files import remove_partial
 from fastgrpo.finite import Diverged, at
 from fastgrpo.guards import Fault, Guards
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
@@ -163,6 +164,8 @@ class Trainer:
             with self.ranks.together(ValueError):
                 if self.ranks.rank == 0:
                     self._lock.enter_context(held(self.config.output))
+                    run = RunFolder(self.config.output)
+                    remove_partial(run.path, run.best, run.samples)
             yield
 
     def _cause_of(self, error: BaseException) -> BaseException:
