@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py                     2,000 iterations; writes results/soak_DEVICE.{json,png}
 
-After every iteration: memory, open descriptors, threads, seconds (of the clock and of the processor) and the size of the run's
-folder, with checkpoints, evaluations and reports as they come. Of each 20 iterations, from one checkpoint to the next, the
-seconds are averaged, of memory, descriptors and threads the highest count. A line is fitted through what follows the
-first quarter: all but the folder have to be flat along it, and the folder has to grow along a line. The exit status is 1
-where one does not.
+After every iteration: memory, open descriptors, threads, seconds (of the clock and of the processor) and the size of the
+run's folder, with checkpoints, evaluations and reports as they come. Of 20 iterations, from one checkpoint to the next,
+the mean of the seconds counts, and the highest of the others. A line is fitted through what follows the first quarter:
+all but the folder have to be flat along it, and the folder has to grow along a line. The exit status is 1 where one does
+not.
 """
 
 import argparse
@@ -70,9 +70,9 @@ class Meter(Callback):
     def on_iteration(self, trainer: Run, metrics: dict) -> None:
         before, self._clocks = self._clocks, (time.perf_counter(), time.process_time())
         seconds, processor = (now - then for now, then in zip(self._clocks, before, strict=True))
-        process, folder = self._process, trainer.config.output
+        process, megabytes = self._process, size(trainer.config.output) / 1e6
         self.rows[metrics["iteration"] - 1] = (
-            process.memory_info().rss / 1e6, process.num_fds(), process.num_threads(), seconds, processor, size(folder) / 1e6,
+            process.memory_info().rss / 1e6, process.num_fds(), process.num_threads(), seconds, processor, megabytes,
         )  # fmt: skip
 
 
