@@ -48,7 +48,7 @@ from fastgrpo.policy import Model, Policy
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
-from fastgrpo.rewards import Reward, RewardUnavailable
+from fastgrpo.rewards import Reward, RewardError, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_schedule
@@ -315,7 +315,7 @@ class Trainer:
             waiting.append(self.scorer.submit(self.reward, images, prompts, records))
             batches.append(batch)
             self._stop_if_asked(within=True)
-        with clock("reward"), self.ranks.together(RewardUnavailable, Exception):
+        with clock("reward"), self.ranks.together(RewardUnavailable, RewardError, Exception):
             scores = self.scorer.scores(waiting)
         return batches, self.reward.settled(self.ranks.gather(scores.to(self.model.device)))
 
