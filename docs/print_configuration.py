@@ -61,9 +61,8 @@ Some keys choose from a table in the code. [Extending](extending.md) shows how t
 RESUMING = """\
 ## What may change when a run goes on
 
-A run that was stopped goes on when its command is given again. These keys may have other values then, because none of the
-run's numbers hang on them. Any other change is refused with the key and both values, unless no iteration was finished yet:
-such a run is begun anew as it is now configured.
+A run that was stopped goes on when its command is given again. These keys may have other values then. Any other change is
+refused with the key and both values, unless no iteration was finished yet: such a run is begun anew as it is now configured.
 
 """
 TABLES = {

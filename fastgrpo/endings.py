@@ -1,20 +1,6 @@
 """How a run ends that does not come to its end: for each kind its exit status, what is said, and what to do.
 
-| status | what ended it                                                                             |
-|--------|-------------------------------------------------------------------------------------------|
-| 0      | nothing: it is finished                                                                     |
-| 1      | a fault of code, with its traceback                                                         |
-| 2      | a configuration, an argument or a file was refused                                         |
-| 65     | numbers: something is not finite, or beyond a limit of the section `guard`                  |
-| 70     | a reward failed, took too long or returned what is no score                               |
-| 71     | out of GPU memory                                                                           |
-| 74     | the disk: full, over the quota, read-only                                                   |
-| 75     | a reward that cannot be reached                                                             |
-| 76     | another rank is lost: its process is gone, or gives no sign of life                         |
-| 130    | Ctrl-C                                                                                      |
-| 143    | SIGTERM, or the launcher is gone                                                            |
-
-The numbers from 64 to 78 are those of sysexits.h.
+The page Reliability of the docs has the table of statuses. Those from 64 to 78 are those of sysexits.h.
 """
 
 import os
@@ -54,9 +40,8 @@ def ending_of(error: BaseException) -> Ending | None:
     if isinstance(error, RewardError):
         return Ending(os.EX_SOFTWARE, f"error: {error}", f"when the reward is mended, {AGAIN}")
     if isinstance(error, Diverged):
-        return Ending(
-            os.EX_DATAERR, f"error: {error}", "a smaller update.learning_rate, in another folder, is the usual way out"
-        )
+        advice = f"{AGAIN}, usually with a smaller one: --set update.learning_rate=..."
+        return Ending(os.EX_DATAERR, f"error: {error}", advice)
     if isinstance(error, torch.OutOfMemoryError):
         advice = f"if another process took the memory, {AGAIN}; else set update.gradient_checkpointing, or smaller batches"
         return Ending(os.EX_OSERR, f"error: {str(error).splitlines()[0]}", advice)

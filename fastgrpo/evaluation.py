@@ -18,7 +18,7 @@ from fastgrpo.engine.ranks import Ranks
 from fastgrpo.finite import NotFinite
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import EVALUATION, SAMPLE, noise_address
-from fastgrpo.rewards import RewardSum, RewardUnavailable
+from fastgrpo.rewards import RewardError, RewardSum, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.generate import generate
 
@@ -50,7 +50,7 @@ class Evaluator:
         # Whole batches only, the same number on every rank: past the end the samples start over, and are not counted.
         share = -(-images // (self.batch_size * self.ranks.world_size)) * self.batch_size  # samples a rank
         first, scores = self.ranks.rank * share, []
-        with self.ranks.together(NotFinite, RewardUnavailable, Exception):
+        with self.ranks.together(NotFinite, RewardUnavailable, RewardError, Exception):
             for start in range(first, first + share, self.batch_size):
                 sample_id = torch.arange(start, start + self.batch_size) % images
                 scores.append(self._scores(policy, order[sample_id.numpy()], sample_id))

@@ -9,9 +9,6 @@ Every rank runs the same lines on its share of the samples. A sample is numbered
 group, whatever the number of ranks, and its noise and its place in the batch follow from that number alone.
 """
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,8 +24,6 @@ from fastgrpo.config.keys import Config
 from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.data.images import image_records, load_targets
 from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
-from fastgrpo.endings import Ending, ending_of, is_broken_link, said, tells
-from fastgrpo.engine.board import Board
 from fastgrpo.engine.lock import held
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
@@ -42,6 +37,7 @@ from fastgrpo.learning.ema import Ema, warmed_up
 from fastgrpo.learning.objectives import weighting
 from fastgrpo.learning.pairs import Pairs, pairs_of_groups
 from fastgrpo.learning.updater import Updater
+from fastgrpo.lifeline import Lifeline
 from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
@@ -49,15 +45,12 @@ from fastgrpo.policy import Model, Policy
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
-from fastgrpo.rewards import Reward, RewardUnavailable
+from fastgrpo.rewards import Reward, RewardError, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.graph import captured_or_eager
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.saving import EMA, Saving
-from fastgrpo.stopping import LostRank, Stopped, Watch
 from fastgrpo.validation import check_folder, check_ranks
-
-HEARSAY = 3.0  # seconds in which the board tells of a rank to which the link broke
 
 
 class Trainer:
@@ -111,8 +104,7 @@ class Trainer:
         self.guards = Guards(config, self.ranks, self._prompts_of, self._tell)
         self.embeddings = Embeddings(self.model, config.prompts.cache)
         self._embed()
-        self.watch = Watch(config.checkpoint.grace, self._end_in_its_place)
-        self.scorer = Scorer(config.reward.timeout, check=lambda: self._stop_if_asked(within=True))
+        self.scorer = Scorer(config.reward.timeout, check=lambda: self.lifeline.stop_if_asked(within=True))
         self.evaluator = Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
             scorer=self.scorer, num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
@@ -122,33 +114,25 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
         averages = {EMA: self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
         self.saving = Saving(self.config, self.ranks, self.engine, self.model, averages)
-        self._is_ending = threading.Lock()
+        self.lifeline = Lifeline(self.config, self.ranks, self.saving)
 
     def run(self) -> dict:
         """Train from the last checkpoint, or from the start, to the end; returns the summary, on rank 0.
 
         Whatever ends it before, and on whichever rank, the state after the last whole iteration is saved first, and the
-        error's notes say so: see `fastgrpo.endings`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. Where
+        error's notes say so: see `fastgrpo.lifeline`. Stopped: by SIGTERM, by Ctrl-C, or because the launcher is gone. Where
         this thread does not end the run within half of `checkpoint.grace`, another saves the state and ends the process.
         Diverged: numbers are not finite, or beyond a limit of `guard`. ConfigError: another process has the folder.
         """
-        with self._folder():
+        with self._folder() as lock:
             self.resume()
             for callback in self.callbacks:
                 callback.on_start(self)
-            self.board = Board(self.ranks, self.config.engine.lost_after, self.watch.note)
-            with self.watch, self.board:
-                try:
-                    self._train()
-                    summary = self._summary() if self.ranks.rank == 0 else {}
-                    for callback in self.callbacks:
-                        callback.on_end(self, summary)
-                except BaseException as error:
-                    cause = self._cause_of(error)
-                    self._end(cause)
-                    if cause is error:
-                        raise
-                    raise cause from error
+            with self.lifeline.watched(release=lock.close, tell=self._tell_of_stop):
+                self._train()
+                summary = self._summary() if self.ranks.rank == 0 else {}
+                for callback in self.callbacks:
+                    callback.on_end(self, summary)
         return summary
 
     @property
@@ -157,77 +141,22 @@ class Trainer:
         return self.saving.saved
 
     @contextmanager
-    def _folder(self) -> Iterator[None]:
+    def _folder(self) -> Iterator[ExitStack]:
         """Inside, the run's folder belongs to this run; refused on every rank if it is another's."""
         check_folder(self.config)
-        with ExitStack() as self._lock:
+        with ExitStack() as lock:
             with self.ranks.together(ValueError):
                 if self.ranks.rank == 0:
-                    self._lock.enter_context(held(self.config.output))
+                    lock.enter_context(held(self.config.output))
                     run = RunFolder(self.config.output)
                     remove_partial(run.path, run.best, run.samples)
-            yield
+            yield lock
 
-    def _cause_of(self, error: BaseException) -> BaseException:
-        """What an error comes from: where the talk with the other ranks broke off, of what happened to them."""
-        if isinstance(error, SystemExit):
-            return RuntimeError(f"sys.exit({error.code!r}) was called in a run that is not finished")
-        if not is_broken_link(error):
-            return error
-        self.watch.wait(HEARSAY)
-        return self.watch.cause or LostRank(f"the link to another rank broke: {str(error).splitlines()[0]}")
-
-    def _end(self, error: BaseException) -> None:
-        """Saves what is in memory; says so in the error's notes, to the other ranks and to the callbacks."""
-        with self._is_ending:  # the other thread would end the process inside
-            self.watch.ending()
-            self._save_last(error)
-            for callback in self.callbacks:
-                with suppress(Exception):  # it is this error that is to be seen
-                    callback.on_stop(self, error)
-
-    def _end_in_its_place(self, cause: Exception) -> None:
-        """The same in another thread, where that of the run waits for what may never come; then ends the process."""
-        with self._is_ending:
-            self._save_last(cause)
-            ending = ending_of(cause) or Ending(1, f"error: {cause}")
-            with suppress(Exception):
-                if tells(cause, self.ranks.rank):
-                    print(said(ending, cause), file=sys.stderr, flush=True)
-                self._lock.close()
-            os._exit(ending.status)
-
-    def _save_last(self, error: BaseException) -> None:
+    def _tell_of_stop(self, error: BaseException) -> None:
         self.scorer.close()
-        ending = ending_of(error)
-        if ending is None:
-            self.board.post(f"error: on rank {self.ranks.rank}: {type(error).__name__}: {error}", 1)
-        else:
-            self.board.post(f"{ending.words} (on rank {self.ranks.rank})", ending.status)
-        self.board.leave()
-        # A second before the end, to say what was saved. Without a signal the other ranks have as long as a silent one has.
-        asked, grace, lost_after = isinstance(error, Stopped), self.config.checkpoint.grace, self.config.engine.lost_after
-        deadline = self.watch.came + grace - 1 if asked else time.monotonic() + lost_after
-        try:
-            self.saving.last(deadline)
-        except Exception as second:
-            error.add_note(f"the state after iteration {self.iteration} could not be saved: {second}")
-        error.add_note(f"the state after iteration {self.saved} is saved" if self.saved else "nothing is saved yet")
-
-    def _stop_if_asked(self, within: bool = False) -> None:
-        """Raises on every rank what came to one of them and ends the run. Collective, if not `within` a phase.
-
-        Within a phase a rank cannot wait for the others: there a signal stops only a single process. When another rank is
-        gone no rank can go on, wherever it is.
-        """
-        if self.ranks.world_size > 1 and (self.watch.cause is None or self.watch.number):
-            if within:
-                return
-            noted = torch.tensor([self.watch.number], device=self.ranks.device)
-            number = int(self.ranks.all_reduce(noted, "max"))
-            if number:
-                self.watch.note(Stopped(number))
-        self.watch.check()
+        for callback in self.callbacks:
+            with suppress(Exception):  # it is this error that is to be seen
+                callback.on_stop(self, error)
 
     def _train(self) -> None:
         config = self.config
@@ -241,7 +170,7 @@ class Trainer:
         for iteration in bar:
             with at(f"iteration {iteration}"):
                 bar.set_postfix_str(progress(self.iterate(iteration)))
-            self._stop_if_asked()
+            self.lifeline.stop_if_asked()
             best = self._evaluate_if_due(iteration)
             if iteration == config.iterations:
                 self.save()
@@ -262,7 +191,7 @@ class Trainer:
         began = time.perf_counter()
         self.guards.begin(self.engine.trained_state)
         batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
-        self._stop_if_asked()
+        self.lifeline.stop_if_asked()
         group_size, rewards = self.config.rollout.group_size, None if scores is None else self.reward.total(scores)
         batches, whole = self.guards.leave_out(iteration, batches, rewards)
         with clock("update"):
@@ -317,8 +246,8 @@ class Trainer:
             prompts = [record["prompt"] for record in records]
             waiting.append(self.scorer.submit(self.reward, images, prompts, records))
             batches.append(batch)
-            self._stop_if_asked(within=True)
-        with clock("reward"), self.ranks.together(RewardUnavailable, Exception):
+            self.lifeline.stop_if_asked(within=True)
+        with clock("reward"), self.ranks.together(RewardUnavailable, RewardError, Exception):
             scores = self.scorer.scores(waiting)
         return batches, self.reward.settled(self.ranks.gather(scores.to(self.model.device)))
 
@@ -391,7 +320,7 @@ class Trainer:
 
         def drawn() -> None:
             bar.update()
-            self._stop_if_asked(within=True)
+            self.lifeline.stop_if_asked(within=True)
 
         with self._averaged(base=iteration == 0), self.engine.rollout_policy() as policy:
             row = {"iteration": iteration, **self.evaluator.accuracy(policy, images, drawn)}

@@ -26,6 +26,7 @@ FLOORS = {
         "fastgrpo.metrics", "fastgrpo.testing", "fastgrpo.trained_files",
     ],
     "what a run is made of": ["fastgrpo.parts", "fastgrpo.saving", "fastgrpo.verification"],
+    "what ends a run": ["fastgrpo.lifeline"],
     "what a run tells": ["fastgrpo.callbacks"],
     "the trainer": ["fastgrpo.trainer"],
     "commands": ["fastgrpo.commands"],

@@ -1,7 +1,8 @@
-"""What may change in a configuration when a run goes on from its last checkpoint: that on which none of its numbers hang.
+"""What may change in a configuration when a run goes on from its last checkpoint.
 
-A run is what it computes. So the places of its files and how often they are written may change, and everything else may
-not. `docs/configuration.md` prints the table.
+A run is what it computes. So the places of its files may change, how often they are written, when it ends and how it is
+split over machines; and the learning rate, with which a run that diverged is brought back. Everything else may not.
+`docs/configuration.md` prints the table.
 """
 
 from fastgrpo.config.keys import Config
@@ -9,6 +10,8 @@ from fastgrpo.config.reading import differences
 
 # Key -> why it may change.
 MAY_CHANGE = {
+    "update.learning_rate": "a run that diverged goes on from before with a smaller one",
+    "update.final_learning_rate": "as update.learning_rate",
     "iterations": "a run may be made longer; a line of learning rates then ends at the new last iteration",
     "output": "the run's folder may be moved or renamed",
     "model.path": "a place: the weights in it count, not where they lie",

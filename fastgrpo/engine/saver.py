@@ -73,7 +73,12 @@ class Saver:
         if not self.wait(deadline):
             raise GivenUp("a checkpoint that was begun is not complete in time")
         if not is_complete(self.root, snapshot.iteration):
-            self._write(snapshot, deadline)
+            try:
+                self._write(snapshot, deadline)
+            except OSError:
+                if self.ranks.rank == 0:
+                    discard(self.root, snapshot.iteration)
+                raise
 
     def _write(self, snapshot: Snapshot, deadline: float | None) -> None:
         def give_up() -> bool:

@@ -55,7 +55,7 @@ def test_the_folder_may_be_moved(run: Path) -> None:
     ("override", "change"),
     [
         ("seed=1", "seed: 0 -> 1"),
-        ("update.learning_rate=1e-6", "update.learning_rate: "),
+        ("update.weight_decay=1e-6", "update.weight_decay: "),
         ("evaluation.images=50", "evaluation.images: "),
         ("evaluation.guidance_scale=3", "evaluation.guidance_scale: "),
         ("model.lora.rank=3", "model.lora.rank: "),

@@ -115,7 +115,7 @@ def killed_at(operation: int, act: Callable[[], Any]) -> bool:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_kill_at_any_file_operation_leaves_the_older_or_the_new_one(first: bool, tmp_path: Path) -> None:
+def test_a_kill_at_any_file_operation_leaves_a_whole_one(first: bool, tmp_path: Path) -> None:
     seen = set()
     for operation in itertools.count():
         root = tmp_path / str(operation)

@@ -93,10 +93,3 @@ def test_what_a_request_cannot_carry_is_found_before() -> None:
     Remote.check(["é"], [{"a": [1, None, {"b": "\U0001f600"}]}])
     with pytest.raises(ValueError, match="surrogates not allowed"):
         VLMJudge.check(["a \udc00"], [{}])
-
-
-@pytest.mark.parametrize("token", ["two words", "line\n", "s\u00e9cret", "sec\0ret"])
-def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token: str) -> None:
-    with pytest.raises(ValueError, match="no header can carry") as refusal:
-        make_client("http://127.0.0.1:9", token=token, timeout=1)
-    assert token not in str(refusal.value)

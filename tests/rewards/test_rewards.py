@@ -15,7 +15,7 @@ from fastgrpo.config.bounds import AtLeast
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.rewards import REWARDS, RewardSum, each_frame, load_reward, load_rewards, reward_version, score_range
 from fastgrpo.rewards.calling import checked
-from fastgrpo.rewards.retry import tries
+from fastgrpo.rewards.retry import Tries
 from fastgrpo.tiny.render import render
 from fastgrpo.tiny.world import sample_scene, split_prompts
 
@@ -210,11 +210,11 @@ def test_pauses_double_differ_and_leave_the_random_numbers_of_the_run_alone(monk
     monkeypatch.setattr(time, "sleep", waits.append)
     random.seed(0)
     expected, before = random.Random(0).random(), len(waits)
-    assert list(tries(3, 1.0)) == [0, 1, 2, 3] and before == 0
+    assert list(Tries(3, 1.0)) == [0, 1, 2, 3] and before == 0
     assert random.random() == expected
     assert all(middle / 2 <= wait <= middle * 3 / 2 for wait, middle in zip(waits, [1, 2, 4], strict=True))
-    assert list(tries(0, 1.0)) == [0] and len(waits) == 3
-    assert max(wait for _ in [*tries(2000, 0.5)] for wait in waits) <= 45  # doubled 2000 times, no float would hold it
+    assert list(Tries(0, 1.0)) == [0] and len(waits) == 3
+    assert max(wait for _ in [*Tries(2000, 0.5)] for wait in waits) <= 45  # doubled 2000 times, no float would hold it
 
 
 def test_each_frame_keeps_its_prompt() -> None:

@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> int:
         if iteration == 3 and self.ranks.rank == self.ranks.world_size - 1:
             EVENTS[kind](self)
         if iteration == 5 and kind == "no room for an iteration":
+            self.saving.saver.wait(None)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return iterate(self, iteration)
 

@@ -168,7 +168,7 @@ def by_engine(kind: str, stage: int, dtype: torch.dtype, ranks: Ranks, folder: P
         ema.update(engine.trained_state())
         losses.append(ranks.all_reduce(loss).item())
     weights = engine.trained_state()
-    engine.save(folder / f"{kind}-{stage}-{dtype}")
+    engine_worker.save_shard(engine, folder / f"{kind}-{stage}-{dtype}")
     engine.close()
     saved = SavedShards(sorted((folder / f"{kind}-{stage}-{dtype}").iterdir()))
     moments = {
