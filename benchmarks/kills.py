@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from common import ROOT, finish
+from common import ROOT, finish, keep
 from tqdm import tqdm
 
 from fastgrpo.commands.cli import main as command
@@ -256,6 +256,11 @@ def table(done: list[Trial]) -> str:
     return "\n".join(lines + [f"{one.ranks} ranks, {one.kills}: {line}" for one in done for line in one.differences])
 
 
+def result(seed: int, done: list[Trial]) -> dict[str, Any]:
+    kills, differ = sum(len(one.kills) for one in done), sum(bool(one.differences) for one in done)
+    return {"seed": seed, "kills": kills, "runs": len(done), "differ": differ, "trials": [asdict(one) for one in done]}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="for each number of ranks")
@@ -271,12 +276,11 @@ def main(argv: list[str] | None = None) -> int:
             for ranks in arguments.ranks:
                 for one in trials(root, ranks, arguments.kills, arguments.seed):
                     done.append(one)
+                    keep("kills", result(arguments.seed, done))
                     bar.update(len(one.kills))
     print(table(done))
-    differ = sum(bool(one.differences) for one in done)
-    result = {"seed": arguments.seed, "kills": sum(len(one.kills) for one in done), "runs": len(done), "differ": differ}
-    finish("kills", {**result, "trials": [asdict(one) for one in done]})
-    return int(differ > 0)
+    finish("kills", result(arguments.seed, done))
+    return int(any(one.differences for one in done))
 
 
 if __name__ == "__main__":
