@@ -4,10 +4,11 @@
     python benchmarks/kills.py --kills 10 --seed 3
 
 A kill is SIGKILL before a random operation on files, which an audit hook counts, or after a random time of the processor.
-With two ranks it comes to one of them, and to the other at the same moment, or the other is left to end by itself. Then
-the same command goes on, and is often killed as well, until it ends. The folder must be that of the undisturbed run, file by
-file and bit by bit but for what the clock says, its report up to date, and `fastgrpo verify` without a fault. Curves for
-TensorBoard are not compared. The exit status is 1 where a run differs.
+With two ranks it comes to one of them, and to the other at the same moment, or the other is left to end by itself, and
+after ten seconds asked to, as a launcher asks. Then the same command goes on, and is often killed as well, until it ends.
+The folder must be that of the undisturbed run, file by file and bit by bit but for what the clock says, its report up to
+date, and `fastgrpo verify` without a fault. Curves for TensorBoard are not compared. The exit status is 1 where a run
+differs.
 
 A run is a fork of this process, which has imported what takes seconds to import.
 """
@@ -16,6 +17,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import mmap
 import os
 import random
@@ -46,6 +48,7 @@ SLOW_TO_IMPORT = ("fastgrpo.trainer", "fastgrpo.models.sd3", "deepspeed.runtime.
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
 CLOCK = ("seconds", "train_seconds", STATE)  # keys of JSON: what the clock says, and the hash of a file that holds it
 AGAIN = 0.4  # how often a run that goes on is killed as well
+PATIENCE = 10  # seconds that a rank is left to end by itself when another was killed
 TIMEOUT = 300  # seconds of one process
 SETTINGS = [
     "iterations=6", "checkpoint.every=2", "checkpoint.keep_best=true", "evaluation.every=3", "evaluation.images=5",
@@ -146,19 +149,22 @@ def _child(arguments: list[str], output: int, count: np.ndarray, kill: Kill) -> 
 def _wait(running: dict[int, int], kill: Kill | None) -> tuple[list[int], list[float]]:
     """For the processes by rank; their statuses and seconds of the processor."""
     waiting, statuses, seconds = dict(running), [0] * len(running), [0.0] * len(running)
-    victim = psutil.Process(running[kill.rank]) if kill else None
+    victim, until = psutil.Process(running[kill.rank]) if kill else None, math.inf
     while waiting:
         for rank, process in list(waiting.items()):
             ended, status, used = os.wait4(process, os.WNOHANG)
             if ended:
                 del waiting[rank]
                 statuses[rank], seconds[rank] = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
-                if kill and rank == kill.rank and not kill.alone and statuses[rank] == -signal.SIGKILL:
-                    for other in waiting.values():
-                        os.kill(other, signal.SIGKILL)
+                if kill and rank == kill.rank and statuses[rank] == -signal.SIGKILL:
+                    until = time.monotonic() + (PATIENCE if kill.alone else 0)
+        if kill and time.monotonic() >= until:  # a rank that waits for another before the run begins waits for long
+            for other in waiting.values():
+                os.kill(other, signal.SIGTERM if kill.alone else signal.SIGKILL)
+            until = math.inf
         if kill and victim and kill.how == "moment" and kill.rank in waiting:
-            used = victim.cpu_times()
-            if used.user + used.system >= kill.at:
+            times = victim.cpu_times()
+            if times.user + times.system >= kill.at:
                 os.kill(victim.pid, signal.SIGKILL)
         time.sleep(0.002)
     return statuses, seconds
