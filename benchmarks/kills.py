@@ -16,7 +16,6 @@ A run is a fork of this process, which has imported what takes seconds to import
 import argparse
 import importlib
 import itertools
-import json
 import math
 import mmap
 import os
@@ -35,18 +34,14 @@ from typing import Any
 import numpy as np
 import psutil
 from common import ROOT, finish, keep
+from run_differences import differences
 from tqdm import tqdm
 
 from fastgrpo.commands.cli import main as command
-from fastgrpo.engine.checkpoint import MARKER, STATE
 from fastgrpo.engine.ranks import load_deepspeed
-from fastgrpo.reporting.report import write_report
-from fastgrpo.reporting.run_folder import RunFolder
-from fastgrpo.verification import verify
 
 SLOW_TO_IMPORT = ("fastgrpo.trainer", "fastgrpo.models.sd3", "deepspeed.runtime.zero.muon.original_muon")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
-CLOCK = ("seconds", "train_seconds", STATE)  # keys of JSON: what the clock says, and the hash of a file that holds it
 AGAIN = 0.4  # how often a run that goes on is killed as well
 PATIENCE = 10  # seconds that a rank is left to end by itself when another was killed
 TIMEOUT = 300  # seconds of one process
@@ -168,43 +163,6 @@ def _wait(running: dict[int, int], kill: Kill | None) -> tuple[list[int], list[f
                 os.kill(victim.pid, signal.SIGKILL)
         time.sleep(0.002)
     return statuses, seconds
-
-
-def differences(folder: Path, undisturbed: Path) -> list[str]:
-    """What the folder of a finished run has otherwise than an undisturbed one's; empty where nothing."""
-    found, expected = contents(folder), contents(undisturbed)
-    lines = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    lines += [f"{name} is left over" for name in found.keys() - expected.keys()]
-    lines += [f"{name} has another content" for name in expected.keys() & found.keys() if expected[name] != found[name]]
-    lines += [f"{finding.what}: {finding.fault}" for finding in verify(folder) if finding.fault]
-    report = RunFolder(folder).report
-    if report.is_file() and report.read_bytes() != write_report(folder).read_bytes():
-        lines.append(f"{report.name} is not up to date")
-    return sorted(lines)
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Everything in the folder of a run by its name; without TensorBoard's, and of the report only that it is there."""
-    run = RunFolder(folder)
-    names = (path for path in folder.rglob("*") if run.tensorboard not in (path, path.parent))
-    return {path.relative_to(folder).as_posix(): None if path == run.report else _content(path) for path in names}
-
-
-def _content(path: Path) -> Any:
-    """Of a folder None; of JSON what it says without the clock; else the bytes."""
-    if path.is_dir():
-        return None
-    if path.suffix == ".jsonl":
-        return [_without_clock(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    if path.suffix == ".json" or path.name == MARKER:
-        return _without_clock(json.loads(path.read_text(encoding="utf-8")))
-    return path.read_bytes()
-
-
-def _without_clock(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_clock(one) for key, one in value.items() if key not in CLOCK}
-    return value
 
 
 def trial(folder: Path, undisturbed: Path, whole: Ended, ranks: int, draw: random.Random) -> Trial:

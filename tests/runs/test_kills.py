@@ -13,7 +13,8 @@ from support.runs import ForkServer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from kills import Kill, Trial, contents, differences, table
+from kills import Kill, Trial, table
+from run_differences import contents, differences
 
 pytestmark = pytest.mark.processes
 

@@ -11,7 +11,8 @@ from support.helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from kills import Kill, differences, train
+from kills import Kill, train
+from run_differences import differences
 
 SETTINGS = ["iterations=3", "checkpoint.every=1", "checkpoint.keep=1", "evaluation.every=0", "checkpoint.keep_best=false"]
 # Each comes to the run that goes on after the one before.
