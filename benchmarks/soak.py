@@ -5,8 +5,8 @@
 After every iteration: memory, open descriptors, threads, seconds (of the clock and of the processor) and the size of the
 run's folder, with checkpoints, evaluations and reports as they come. Of 20 iterations, from one checkpoint to the next,
 the mean of the seconds counts, and the highest of the others. A line is fitted through what follows the first quarter:
-all but the folder have to be flat along it, and the folder has to grow along a line. The exit status is 1 where one does
-not.
+all but the folder have to be flat along it, which is not to rise, and the folder has to grow along a line. The exit status
+is 1 where one does not. On a machine that is shared the seconds of the clock say what its other users do.
 """
 
 import argparse
@@ -107,10 +107,9 @@ def verdict(quantity: Quantity, values: np.ndarray) -> dict[str, Any]:
         off = np.abs(y - (slope * x + level)).max()
         good, said = slope > 0 and off <= quantity.tolerance * rise, "linear"
     else:
-        good, said = abs(rise) <= quantity.tolerance * (y.mean() if quantity.is_share else 1), "flat"
-    return {
-        "mean": float(y.mean()), "slope_per_1000": float(1000 * slope), "verdict": said if good else f"not {said}",
-    }  # fmt: skip
+        good, said = rise <= quantity.tolerance * (y.mean() if quantity.is_share else 1), "flat"
+    slope_per_1000 = round(float(1000 * slope), 9)  # without the rounding errors of a line through equal values
+    return {"mean": float(y.mean()), "slope_per_1000": slope_per_1000, "verdict": said if good else f"not {said}"}
 
 
 def picture(values: dict[str, np.ndarray], verdicts: dict[str, dict]) -> Any:

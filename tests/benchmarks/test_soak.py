@@ -26,7 +26,7 @@ NOISE = np.random.default_rng(0).normal(size=100)
         ("threads", np.full(100, 17.0), "flat"),
         ("processor_seconds", 0.1 + 0.01 * NOISE, "flat"),
         ("processor_seconds", 0.1 + 0.0005 * BLOCKS, "not flat"),
-        ("processor_seconds", 0.2 - 0.001 * BLOCKS, "not flat"),
+        ("processor_seconds", 0.2 - 0.001 * BLOCKS, "flat"),  # what falls takes nothing more
         ("folder", 3 + 0.05 * BLOCKS, "linear"),
         ("folder", 3 + 0.05 * BLOCKS**2, "not linear"),
         ("folder", np.full(100, 3.0), "not linear"),
