@@ -32,7 +32,11 @@ _runs = itertools.count()  # of this process: each has a board of its own, and a
 
 
 class Board:
-    """Of one run. With one rank there is nobody to tell."""
+    """Of one run. With one rank there is nobody to tell.
+
+    Where the environment does not say where the store is, as for a group that was made from a file, ranks hear of each other
+    by the time-out of the group alone.
+    """
 
     def __init__(self, ranks: Ranks, lost_after: float, note: Callable[[Exception], None]) -> None:
         self.ranks, self.lost_after, self._note = ranks, lost_after, note
@@ -40,10 +44,10 @@ class Board:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="board", daemon=True)
         self._store: dist.TCPStore | None = None
-        self._has_posted = False
+        self._is_silent = ranks.world_size == 1 or "MASTER_ADDR" not in os.environ  # there is nobody to tell, or all is said
 
     def __enter__(self) -> "Board":
-        if self.ranks.world_size > 1:
+        if not self._is_silent:
             self._store = self._connect()
             self._thread.start()
         return self
@@ -57,9 +61,9 @@ class Board:
 
     def post(self, words: str, status: int) -> None:
         """Tells the others that this rank ends the run; the first to say so is heard."""
-        if self.ranks.world_size == 1 or self._has_posted:
+        if self._is_silent:
             return
-        self._has_posted = True
+        self._is_silent = True
         said = json.dumps({"rank": self.ranks.rank, "words": words, "status": status})
 
         def post() -> None:
