@@ -39,8 +39,8 @@ def shown(run: Callable[[Arguments], int], arguments: Arguments) -> int:
         return UNAVAILABLE
 
 
-def line(error: BaseException) -> str:
-    """What an error says as one line that a terminal can be given: it may quote a file that somebody else wrote.
+def line(error: object) -> str:
+    """What an error, or a text, says as one line that a terminal can be given: it may quote a file that somebody else wrote.
 
     A line's end or a control character stands as its escape, and of what is very long the middle is left out.
     """
