@@ -29,8 +29,8 @@ def stop_for(seconds: float) -> None:
 
 # What the rank of that number does.
 ACTIONS: dict[str, tuple[int, Callable[[Board], object]]] = {
-    "post": (1, lambda it: it.post("error: reward 'x' failed (on rank 1)", 70)),
-    "post twice": (1, lambda it: (it.post("first", 70), it.post("second", 71))),
+    "post": (1, lambda it: (it.post("error: reward 'x' failed (on rank 1)", 70), it.leave())),
+    "post twice": (1, lambda it: (it.post("first", 70), it.post("second", 71), it.leave())),
     "silence": (1, lambda it: stop_for(4 * LOST_AFTER)),
     "leave": (1, lambda it: it.leave()),
     "store gone": (0, lambda it: os.kill(os.getpid(), signal.SIGKILL)),
@@ -54,9 +54,11 @@ def main(arguments: list[str]) -> int:
         until = time.monotonic() + (2 * LOST_AFTER if nothing else LONG)
         while not heard and time.monotonic() < until:
             time.sleep(0.05)
+        said = [[type(one).__name__, str(one), one.status if isinstance(one, EndedElsewhere) else None] for one in heard]
+        if not kind.startswith("store"):  # which would be gone with rank 0
+            store.set("done", "") if rank else store.wait(["done"])
         began = time.monotonic()
         own.post("a last word", 1)
         seconds = time.monotonic() - began
-    said = [[type(one).__name__, str(one), one.status if isinstance(one, EndedElsewhere) else None] for one in heard]
     print(json.dumps({"rank": rank, "heard": said, "hangs": seconds > LONG / 2}), flush=True)
     os._exit(0)  # a connection to a store that is gone would be closed at leisure
