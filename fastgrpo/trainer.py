@@ -250,9 +250,10 @@ class Trainer:
                 self._tell_of_checkpoint()
 
     def _summary(self) -> dict:
+        images = self.iteration * self.config.rollout.groups * self.config.rollout.group_size
         return run_summary(
-            self.config.output, train_seconds=round(self.seconds, 1), seed=self.config.seed,
-            world_size=self.ranks.world_size, device=device_name(), rollout=self.rollout_form,
+            self.config.output, iterations=self.iteration, images=images, train_seconds=round(self.seconds, 1),
+            seed=self.config.seed, world_size=self.ranks.world_size, device=device_name(), rollout=self.rollout_form,
         )  # fmt: skip
 
     def iterate(self, iteration: int) -> dict:
