@@ -55,7 +55,7 @@ class Saving:
         if self.ranks.rank == 0:
             weights = _trained(saved.averages)
             keep_trained(self.model, self.config.output, self.saved, weights)
-            if self.config.checkpoint.keep_best and self._best() == self.saved:
+            if self.config.checkpoint.keep_best and self._best(self.saved) == self.saved:
                 keep_trained(self.model, self.folder.best, self.saved, weights)
         return self.saved, saved.state["seconds"]
 
@@ -136,13 +136,15 @@ class Saving:
         """On rank 0, after a checkpoint is complete: the averaged weights, and no more checkpoints than are asked for."""
         weights = _trained(snapshot.averages)
         write_trained(self.model, self.config.output, snapshot.iteration, weights)
-        best = self._best() if self.config.checkpoint.keep_best else None
+        best = self._best(snapshot.iteration) if self.config.checkpoint.keep_best else None
         if best == snapshot.iteration:
             write_trained(self.model, self.folder.best, best, weights)
         prune(self.folder.checkpoints, self.config.checkpoint.keep, but=() if best is None else (best,))
 
-    def _best(self) -> int | None:
-        return best_iteration(readable_lines(self.folder.evaluations)[0])
+    def _best(self, until: int) -> int | None:
+        """The iteration of the best evaluation so far: a later one may be on record whose checkpoint is not there yet."""
+        rows, _ = readable_lines(self.folder.evaluations)
+        return best_iteration([row for row in rows if row["iteration"] <= until])
 
 
 def _trained(averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
