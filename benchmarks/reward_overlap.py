@@ -43,7 +43,7 @@ class Slow:
 
 
 class AtOnce:
-    """An executor whose every task is done before the next line."""
+    """A pool whose every call is done before the next line."""
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
         future: Future = Future()
@@ -56,14 +56,14 @@ def measure(trainer: Trainer, slow: Slow, batches: int, rounds: int) -> tuple[fl
     trainer.reward.rewards.update(dict.fromkeys(trainer.reward.names, slow))
     warm = trainer.iterate(1)["seconds"]
     warm = trainer.iterate(2)["seconds"]
-    pause, beside = (warm["rollout"] + warm["decode"]) / batches, trainer.scorer
+    pause, beside = (warm["rollout"] + warm["decode"]) / batches, trainer.scorer.pool
     found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     iteration = 2
     for _ in tqdm(range(rounds), desc="rounds"):
         for form in FORMS:
             iteration += 1
             slow.seconds = 0.0 if form == FORMS[0] else pause
-            trainer.scorer = AtOnce() if form == FORMS[2] else beside
+            trainer.scorer.pool = AtOnce() if form == FORMS[2] else beside
             began = time.perf_counter()
             phases = trainer.iterate(iteration)["seconds"]
             # What was waited for between the phases, as the scores of a form that scores at once, is the reward's too.

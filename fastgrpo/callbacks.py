@@ -90,7 +90,7 @@ class FolderLog(Callback):
         write_inputs(folder, trainer.parts.inputs)
         for change in trainer.parts.changes:
             print(change, flush=True)
-        missing = missing_iterations(readable_lines(RunFolder(folder).metrics)[0], trainer.iteration)
+        missing = missing_iterations(readable_lines(RunFolder(folder).metrics)[0], range(1, trainer.iteration + 1))
         if missing:
             print(f"warning: {RunFolder(folder).metrics} has no line of {missing}: their numbers are lost", flush=True)
         # The first evaluation of a run that trained nothing is not that of the corrected one.

@@ -14,6 +14,7 @@ from fastgrpo.engine.ranks import is_shared
 from fastgrpo.finite import Diverged
 from fastgrpo.rewards.calling import RewardError, RewardUnavailable
 from fastgrpo.stopping import EndedElsewhere, LostRank, Stopped
+from fastgrpo.text_files import one_line
 
 AGAIN = "the same command goes on"
 
@@ -55,7 +56,7 @@ def ending_of(error: BaseException) -> Ending | None:
 def said(ending: Ending, error: BaseException) -> str:
     """One line: what happened, what is saved, what to do."""
     notes = getattr(error, "__notes__", ["nothing was begun"])
-    return "; ".join(part for part in (ending.words, *notes, ending.advice) if part)
+    return one_line("; ".join(part for part in (ending.words, *notes, ending.advice) if part))
 
 
 def tells(error: BaseException, rank: int) -> bool:

@@ -56,17 +56,15 @@ def reward_metrics(
 
 def run_summary(folder: Path, **about: object) -> dict:
     """The first evaluation against the last, from a run's files, and `about` the run."""
-    rows = read_lines(RunFolder(folder).evaluations)
+    # By iteration: one whose line was lost is made again, and stands behind later ones.
+    rows = sorted(read_lines(RunFolder(folder).evaluations), key=lambda row: row["iteration"])
     base, final = rows[0]["accuracy"], rows[-1]["accuracy"]
-    last = read_lines(RunFolder(folder).metrics)[-1]
     return {
         "base_accuracy": base["overall"],
         "final_accuracy": final["overall"],
         "base": {tag: value for tag, value in base.items() if tag != "overall"},
         "final": {tag: value for tag, value in final.items() if tag != "overall"},
         "percent": rows[-1].get("percent", []),
-        "images": last["images"],
-        "iterations": last["iteration"],
         "status": "finished",
         **about,
     }

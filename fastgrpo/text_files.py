@@ -12,6 +12,7 @@ import codecs
 from pathlib import Path
 from typing import NoReturn
 
+HALF = 1000  # characters of a message that are shown of its beginning, and as many of its end, where the fix stands
 MARK = "\ufeff"
 # The marks of UTF-32 come first: that of its little-endian form begins with UTF-16's.
 OTHER_MARKS = {
@@ -59,3 +60,12 @@ def _line_of(text: str, found: str) -> int:
 def _refuse(path: Path, line: int, what: str, encoding: str) -> NoReturn:
     way_out = f"save the file as UTF-8, for example with iconv -f {encoding} -t UTF-8"
     raise ValueError(f"{path}:{line}: {what}; {way_out}")
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal can be given: it may quote a file that somebody else wrote.
+
+    A line's end or a control character stands as its escape, and of what is very long the middle is left out.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= 2 * HALF else f"{shown[:HALF]} ... {shown[-HALF:]}"

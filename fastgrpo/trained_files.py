@@ -57,9 +57,9 @@ def faults_of_trained(folder: Path, iteration: int | None) -> list[str]:
     files = record.get("files")
     if not isinstance(files, dict) or not files:
         return [f"{RunFolder(folder).trained_record.name} does not say what they are"]
-    faults = [f"{name} is not what was written" for name, one in files.items() if _hash(folder / name) != one]
+    faults = [f"{name} is not what was written" for name, one in files.items() if one is None or _hash(folder / name) != one]
     if iteration is not None and record.get("iteration") != iteration:
-        faults.append(f"they are of iteration {record.get('iteration')}, the last checkpoint is of {iteration}")
+        faults.append(f"they are of iteration {record.get('iteration')}, and should be of {iteration}")
     return faults
 
 

@@ -163,6 +163,8 @@ class Trainer:
         for iteration in sorted({0, self.iteration}):  # the base, and one before which the run was stopped
             if self._evaluate_if_due(iteration):
                 self.begin_to_save()
+                if iteration == config.iterations:  # nothing comes beside which it could be written
+                    self._end_saving()
         bar = tqdm(
             range(self.iteration + 1, config.iterations + 1), desc="training", initial=self.iteration,
             total=config.iterations, disable=self.ranks.rank != 0, dynamic_ncols=True,
@@ -180,9 +182,10 @@ class Trainer:
                 self._tell_of_checkpoint()
 
     def _summary(self) -> dict:
+        images = self.iteration * self.config.rollout.groups * self.config.rollout.group_size
         return run_summary(
-            self.config.output, train_seconds=round(self.seconds, 1), seed=self.config.seed,
-            world_size=self.ranks.world_size, device=device_name(), rollout=self.rollout_form,
+            self.config.output, iterations=self.iteration, images=images, train_seconds=round(self.seconds, 1),
+            seed=self.config.seed, world_size=self.ranks.world_size, device=device_name(), rollout=self.rollout_form,
         )  # fmt: skip
 
     def iterate(self, iteration: int) -> dict:
@@ -333,20 +336,21 @@ class Trainer:
         return row
 
     def _evaluate_if_due(self, iteration: int) -> bool:
-        """The evaluation that belongs to an iteration, unless the run has it already; whether it is the best, to be kept."""
+        """The evaluation that belongs to an iteration, unless the run has it already; whether it is a new best."""
         settings, last = self.config.evaluation, iteration == self.config.iterations
         if not (iteration == 0 or last or (settings.every and iteration % settings.every == 0)):
             return False
         # Rank 0 looks for all: the others could see the file appear.
         rows = self.ranks.broadcast_object(read_lines(RunFolder(self.config.output).evaluations))
-        if iteration not in {row["iteration"] for row in rows}:
-            with at(f"evaluation after iteration {iteration}"):
-                rows.append(self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between))
-                try:
-                    self.guards.check_evaluations(rows)
-                except Diverged:  # what is saved already is better than this
-                    self.saving.newest = None
-                    raise
+        if iteration in {row["iteration"] for row in rows}:
+            return False
+        with at(f"evaluation after iteration {iteration}"):
+            rows.append(self.evaluate(iteration, settings.images if iteration == 0 or last else settings.images_between))
+            try:
+                self.guards.check_evaluations(rows)
+            except Diverged:  # what is saved already is better than this
+                self.saving.newest = None
+                raise
         return self.config.checkpoint.keep_best and best_iteration(rows) == iteration
 
     def _tell(self, fault: Fault) -> None:
@@ -389,10 +393,13 @@ class Trainer:
         OSError where the system refuses to write.
         """
         self.begin_to_save()
+        self._end_saving()
+        return self.config.output
+
+    def _end_saving(self) -> None:
         if not self.saving.settle(wait=True):
             raise self.saving.failure
         self._tell_of_checkpoint()
-        return self.config.output
 
     def _tell_of_checkpoint(self) -> None:
         for callback in self.callbacks:

@@ -16,7 +16,7 @@ from fastgrpo.config import schema
 from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, ModelConfig, RewardConfig
 from fastgrpo.config.reading import differences, dump_config, read_config
-from fastgrpo.config.resuming import forbidden_changes
+from fastgrpo.config.resuming import MAY_CHANGE, forbidden_changes
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.checkpoint import complete_checkpoints
@@ -56,7 +56,8 @@ def check_folder(config: Config) -> None:
     if changed:
         raise ConfigError(
             f"output = {folder}: holds a run of another configuration ({'; '.join(changed)}); to go on with that run give "
-            "these keys their earlier values, to start another choose another folder with --set output=..."
+            "these keys their earlier values, to start another choose another folder with --set output=... What may change "
+            f"when a run goes on (docs/configuration.md has the table with reasons): {', '.join(MAY_CHANGE)}"
         )
 
 

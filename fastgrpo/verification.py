@@ -1,19 +1,26 @@
 """Whether everything in a run's folder is what was written, and fits together: what `fastgrpo verify RUN` says.
 
-Every file that a run goes on from, or that it hands out, is compared with the hash that was saved beside it. Nothing is
-loaded and nothing is changed.
+Every file that a run goes on from, or that it hands out, is compared with the hash that was saved beside it; files of lines
+are read, and must have a line for each iteration. Nothing is changed. Samples, curves and the report are not looked at:
+nothing depends on them.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fastgrpo.engine.checkpoint import check_files, complete_checkpoints, read_marker
-from fastgrpo.reporting.run_folder import RunFolder, missing_iterations, readable_lines
+from fastgrpo.data.prompts import load_prompts
+from fastgrpo.engine.checkpoint import check_files, damaged, numbered, unfinished
+from fastgrpo.engine.lock import is_held
+from fastgrpo.files import json_value
+from fastgrpo.inputs import prompts_hash
+from fastgrpo.reporting.run_folder import RunFolder, best_iteration, missing_iterations, readable_lines
 from fastgrpo.trained_files import faults_of_trained
 from fastgrpo.validation import load_config
+
+LEFT = "unfinished, as a killed process leaves it; the next start removes it"
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,34 @@ class Finding:
 def verify(folder: Path) -> Iterator[Finding]:
     """Everything that there is, one after the other, as large files take their time."""
     run = RunFolder(folder)
-    yield _checked("config.yaml", lambda: str(load_config(run.config).iterations) + " iterations")
+    yield _checked("config.yaml", lambda: f"{load_config(run.config).iterations} iterations")
     done = 0
-    for checkpoint in complete_checkpoints(run.checkpoints):
+    for checkpoint in numbered(run.checkpoints):
         finding = _checked(f"checkpoints/{checkpoint.name}", partial(_whole, checkpoint))
         done = done if finding.fault else int(checkpoint.name)
         yield finding
-    for left in sorted(run.checkpoints.glob("*.*")) if run.checkpoints.is_dir() else ():
-        kind = "set aside as damaged" if ".damaged" in left.name else "unfinished; the next start removes it"
-        yield Finding(f"checkpoints/{left.name}", kind)
     if not done:
-        yield Finding("checkpoints", fault="there is none that is whole: the run would start afresh")
-    for place, where in (("", folder), ("best/", run.best)):
-        if place == "" and done or where.is_dir():
-            faults = faults_of_trained(where, None if place else done)
-            yield Finding(f"{place}trained weights", "hashes agree", "; ".join(faults))
-    yield _lines("metrics.jsonl", run.metrics, done)
-    yield _lines("evaluations.jsonl", run.evaluations, None)
-    for file in (run.inputs, run.summary):
-        if file.is_file():
-            yield _checked(file.name, partial(_entries, file))
+        yield Finding("checkpoints", fault="there is none that is whole: the run would start afresh, or is refused")
+    for aside in damaged(run.checkpoints):
+        yield Finding(f"checkpoints/{aside.name}", fault="set aside, as it is damaged; remove it when it is of no more use")
+    writing = is_held(folder)
+    for left in (*unfinished(run.checkpoints), *_partial_files(run)):
+        what = left.relative_to(folder).as_posix()
+        yield Finding(what, "a process that trains here writes it") if writing else Finding(what, fault=LEFT)
+    if done or run.trained is not None:
+        yield _checked("trained weights", partial(_trained, folder, done))
+    if run.best.is_dir():
+        yield _checked("best/trained weights", partial(_best, run, done))
+    yield _checked("metrics.jsonl", partial(_lines, run.metrics, range(1, done + 1)))
+    yield _checked("evaluations.jsonl", partial(_lines, run.evaluations, range(1 if done else 0)))
+    if run.faults.exists():
+        yield _checked("faults.jsonl", partial(_lines, run.faults, range(0)))
+    for file, kind in ((run.inputs, dict), (run.summary, dict), (run.prompts, list)):
+        if file.exists():
+            yield _checked(file.relative_to(folder).as_posix(), partial(_entries, file, kind))
+    for section in ("train", "eval"):
+        if (given := run.given_prompts(section)).exists():
+            yield _checked(given.name, partial(_prompts, given, section, run))
 
 
 def _checked(what: str, check: Callable[[], str]) -> Finding:
@@ -57,22 +72,50 @@ def _checked(what: str, check: Callable[[], str]) -> Finding:
         return Finding(what, fault=str(error))
 
 
+def _partial_files(run: RunFolder) -> list[Path]:
+    """What `fastgrpo.files.atomic_file` and `fastgrpo.trained_files` write aside."""
+    return sorted(path for folder in (run.path, run.best, run.samples) for path in folder.glob("*.partial"))
+
+
 def _whole(checkpoint: Path) -> str:
-    check_files(checkpoint)
-    marker = read_marker(checkpoint)
+    marker = check_files(checkpoint)
     size = sum(file["bytes"] for file in marker["files"].values())
     return f"{len(marker['files'])} files of {marker['world_size']} ranks, {size / 1e6:.1f} MB, hashes agree"
 
 
-def _entries(file: Path) -> str:
-    return f"{len(json.loads(file.read_text(encoding='utf-8')))} entries"
+def _trained(folder: Path, iteration: int | None) -> str:
+    _refuse_any(faults_of_trained(folder, iteration))
+    return "hashes agree" if iteration is None else f"of iteration {iteration}, hashes agree"
 
 
-def _lines(what: str, file: Path, done: int | None) -> Finding:
-    """done: there should be a line of each of so many iterations; None: of some."""
+def _best(run: RunFolder, done: int) -> str:
+    rows, _ = readable_lines(run.evaluations)
+    return _trained(run.best, best_iteration([row for row in rows if row["iteration"] <= done]))
+
+
+def _lines(file: Path, needed: range) -> str:
+    """needed: the iterations that must have a line."""
     rows, unreadable = readable_lines(file)
-    faults = [f"line {number} cannot be read" for number in unreadable]
-    if done is not None:
-        missing = missing_iterations(rows, done)
-        faults += [f"no line of {missing}"] if missing else []
-    return Finding(what, f"{len(rows)} lines", "; ".join(faults))
+    missing = missing_iterations(rows, needed)
+    _refuse_any([f"line {n} cannot be read" for n in unreadable[:5]] + ([f"no line of {missing}"] if missing else []))
+    return f"{len(rows)} lines"
+
+
+def _entries(file: Path, kind: type[dict] | type[list]) -> str:
+    value: Any = json_value(file.read_bytes())
+    if not isinstance(value, kind):
+        raise ValueError(f"holds a {type(value).__name__}, not a {kind.__name__}")
+    return f"{len(value)} entries"
+
+
+def _prompts(file: Path, section: str, run: RunFolder) -> str:
+    prompts = load_prompts(file)
+    hashes = json_value(run.inputs.read_bytes())
+    if not isinstance(hashes, dict) or hashes.get(f"prompts.{section}") != prompts_hash(prompts):
+        raise ValueError("are not those of which inputs.json has the hash")
+    return f"{len(prompts)} prompts, the hash agrees"
+
+
+def _refuse_any(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("; ".join(faults))

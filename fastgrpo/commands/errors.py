@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from fastgrpo.commands import UNAVAILABLE
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.text_files import one_line
 
 PACKAGE = Path(__file__).resolve().parent.parent
-HALF = 1000  # characters of a message that are shown of its beginning, and as many of its end, where the fix stands
 Arguments = TypeVar("Arguments")
 
 
@@ -28,24 +28,16 @@ def shown(run: Callable[[Arguments], int], arguments: Arguments) -> int:
     except (ValueError, ArithmeticError, OSError) as error:  # ArithmeticError: `fastgrpo.finite.NotFinite`
         if not is_refusal(error):
             raise
-        print(f"error: {line(error)}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # what a run saved before it ended
+        print(f"error: {one_line('; '.join([str(error), *notes]))}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from fastgrpo.rewards import RewardUnavailable
 
         if not isinstance(error, RewardUnavailable):
             raise
-        print(f"stopped: {line(error)}", file=sys.stderr)
+        print(f"stopped: {one_line(str(error))}", file=sys.stderr)
         return UNAVAILABLE
-
-
-def line(error: BaseException) -> str:
-    """What an error says as one line that a terminal can be given: it may quote a file that somebody else wrote.
-
-    A line's end or a control character stands as its escape, and of what is very long the middle is left out.
-    """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-    return text if len(text) <= 2 * HALF else f"{text[:HALF]} ... {text[-HALF:]}"
 
 
 def is_refusal(error: Exception) -> bool:

@@ -12,6 +12,7 @@ import argparse
 from fastgrpo.commands.arguments import add_set, path
 from fastgrpo.commands.saved_model import saved_config
 from fastgrpo.commands.train import train
+from fastgrpo.config.schema import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains to the end and prints the result."""
+    for override in arguments.set:
+        if override.partition("=")[0].strip() == "output":
+            raise ConfigError(f"--set {override}: a run goes on in its own folder; move that, and name the new place")
     return train(saved_config(arguments.run, base=True, overrides=arguments.set))

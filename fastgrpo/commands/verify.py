@@ -8,6 +8,7 @@ import argparse
 from fastgrpo.commands.arguments import path
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.text_files import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,5 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     faults = 0
     for finding in verify(arguments.run):
         faults += bool(finding.fault)
-        print(f"{'FAULT' if finding.fault else 'ok':5}  {finding.what:20}  {finding.fault or finding.about}", flush=True)
+        said = f"{'FAULT' if finding.fault else 'ok':5}  {finding.what:20}  {finding.fault or finding.about}"
+        print(one_line(said), flush=True)
     return 1 if faults else 0

@@ -7,13 +7,15 @@ A collective tells nothing before all ranks have come. So when one has failed al
 time-out of the process group, half an hour, and would lose what they hold. The board lies in the store by which the ranks
 found each other. Every rank counts up a number there, and looks at that of the next rank: where it stands still for
 `lost_after` seconds, or where the store itself does not answer for so long, a rank is lost, and all are told.
+
+One thread talks with the store and another counts the seconds of silence, as torch waits without end for the answer of a
+machine that is silent. A process that was itself stopped counts no seconds meanwhile.
 """
 
 import itertools
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -32,20 +34,26 @@ _runs = itertools.count()  # of this process: each has a board of its own, and a
 
 
 class Board:
-    """Of one run. With one rank there is nobody to tell."""
+    """Of one run. With one rank there is nobody to tell.
+
+    Where the environment does not say where the store is, as for a group that was made from a file, ranks hear of each other
+    by the time-out of the group alone.
+    """
 
     def __init__(self, ranks: Ranks, lost_after: float, note: Callable[[Exception], None]) -> None:
         self.ranks, self.lost_after, self._note = ranks, lost_after, note
         self._key = f"fastgrpo/{next(_runs)}"
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="board", daemon=True)
+        self._other = (ranks.rank + 1) % ranks.world_size
+        self._count: int | None = None  # of the other rank, as the store last said
         self._store: dist.TCPStore | None = None
-        self._has_posted = False
+        self._is_silent = ranks.world_size == 1 or "MASTER_ADDR" not in os.environ  # there is nobody to tell, or all is said
 
     def __enter__(self) -> "Board":
-        if self.ranks.world_size > 1:
+        if not self._is_silent:
             self._store = self._connect()
-            self._thread.start()
+            for work in (self._talk, self._watch):
+                threading.Thread(target=work, name="board", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,9 +65,9 @@ class Board:
 
     def post(self, words: str, status: int) -> None:
         """Tells the others that this rank ends the run; the first to say so is heard."""
-        if self.ranks.world_size == 1 or self._has_posted:
+        if self._is_silent:
             return
-        self._has_posted = True
+        self._is_silent = True
         said = json.dumps({"rank": self.ranks.rank, "words": words, "status": status})
 
         def post() -> None:
@@ -78,22 +86,26 @@ class Board:
             place, port, is_master=False, timeout=timedelta(seconds=self.lost_after), wait_for_workers=False
         )
 
-    def _watch(self) -> None:
-        other = (self.ranks.rank + 1) % self.ranks.world_size
-        seen, since = -1, time.monotonic()
+    def _talk(self) -> None:
         while not self._over.wait(BEAT):
-            count, heard = self._look(other)
+            self._count, heard = self._look(self._other)
             if heard is not None:
                 self._note(heard)
-                return
+                self.leave()
+        self._add(self.ranks.rank, GONE)
+
+    def _watch(self) -> None:
+        seen, silent = -1, 0.0
+        while not self._over.wait(BEAT):
+            count = self._count
             if count not in (None, seen) or seen >= GONE:
-                seen, since = count or seen, time.monotonic()
-            elif time.monotonic() - since > self.lost_after:
-                lost = LostRank(f"rank {other} of {self.ranks.world_size} gives no sign of life for {self.lost_after:g} s")
+                seen, silent = count or seen, 0.0
+            elif (silent := silent + BEAT) > self.lost_after:
+                who = f"rank {self._other} of {self.ranks.world_size}"
+                lost = LostRank(f"{who} gives no sign of life for {self.lost_after:g} s")
                 self.post(f"error: {lost}", LOST)
                 self._note(lost)
-                return
-        self._add(self.ranks.rank, GONE)
+                self.leave()
 
     def _look(self, other: int) -> tuple[int | None, EndedElsewhere | None]:
         """The count of another rank, and what one said that ends the run. None for what cannot be known."""

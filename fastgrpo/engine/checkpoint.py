@@ -5,12 +5,14 @@
                       averages.safetensors     what is the same on all ranks, from rank 0: averages of the weights,
                       state.json               and numbers
     checkpoints/00013.partial/                 being written, or left over from a crash
-    checkpoints/00011.damaged/                 set aside: its content is not what was saved
+    checkpoints/00011.removed/                 being removed, or replaced by another of the same iteration
+    checkpoints/00010.damaged/                 set aside: its content is not what was saved
 
 Each rank writes its part into `00012.partial` and then a record of it, whenever it can: no rank waits for another in a
 collective, so a part can also be saved by a thread, or by a rank that ends alone. When all records are there, rank 0 joins
 them in COMPLETE, flushes everything to the disk and renames the folder, in this order. So a crash at any point leaves a
-folder that is never loaded, and that the next start removes. Nodes must share the folder.
+folder that is never loaded, and that the next start removes; one that was written whole to replace another takes its place.
+Nodes must share the folder.
 
 Any number of ranks can load what any other number saved. Nothing in the files is code.
 """
@@ -21,7 +23,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ from torch import Tensor
 
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.shards import SavedShards, Shard, write_shard
-from fastgrpo.files import file_hash, flush, json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.files import file_hash, flush, json_text, json_value, move_into_place, write_atomically, writing_to
 from fastgrpo.finite import check_weights
 
 MARKER = "COMPLETE"
 AVERAGES, STATE = "averages.safetensors", "state.json"
 FORMAT = 2
+EARLIER = {"iteration", "world_size", "files"}  # what the marker of release 0.1 says
 LOOK = 0.05  # seconds between two looks for the parts of other ranks
 
 
@@ -106,10 +109,13 @@ def complete(root: Path, iteration: int, ranks: Ranks, give_up: Callable[[], boo
         (partial / MARKER).write_text(json_text(marker, indent=1), encoding="utf-8")
         for record in records:
             record.unlink()
-        if final.exists():  # of a run that went on from an older one; it goes when this one is safe
+        replaces = final.exists()  # the same iteration, saved before; the next start ends this if it is interrupted
+        if replaces:
             flush(partial)
-            _remove(final)
+            os.replace(final, _removed(final))
         move_into_place(partial, final)
+        if replaces:
+            shutil.rmtree(_removed(final))
     return final
 
 
@@ -133,18 +139,17 @@ def load(root: Path, ranks: Ranks) -> Saved | None:
     """
     _once(ranks, functools.partial(_remove_leftovers, root))
     # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
-    while folder := ranks.broadcast_object(latest_checkpoint(root) if ranks.rank == 0 else None):
+    while folder := ranks.broadcast_object(next(reversed(numbered(root)), None) if ranks.rank == 0 else None):
         try:
             with ranks.together(Damaged):
-                check_files(folder, share=(ranks.rank, ranks.world_size))
-                saved = _read(folder)
+                saved = _read(folder, check_files(folder, share=(ranks.rank, ranks.world_size)))
             return saved
         except Damaged as damage:
             _once(ranks, functools.partial(_set_aside, folder, str(damage)))
-    damaged = ranks.broadcast_object(sorted(root.glob("*.damaged*")) if ranks.rank == 0 else None)
-    if damaged:
+    aside = ranks.broadcast_object(damaged(root) if ranks.rank == 0 else None)
+    if aside:
         raise ValueError(
-            f"{root} holds no checkpoint that is whole, only {', '.join(path.name for path in damaged)}; restore one, or "
+            f"{root} holds no checkpoint that is whole, only {', '.join(path.name for path in aside)}; restore one, or "
             "remove them to start this run afresh"
         )
     return None
@@ -154,8 +159,8 @@ class Damaged(ValueError):
     """The content of a checkpoint is not what was saved."""
 
 
-def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Compares a checkpoint with its marker, reading every file whole. Raises Damaged.
+def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Compares a checkpoint with its marker, reading every file whole; returns the marker. Raises Damaged.
 
     share: (i, n) for the i-th n-th of the files.
     """
@@ -169,26 +174,36 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
             raise Damaged(f"{file} has {file.stat().st_size} bytes, it was saved with {saved['bytes']}")
         if file_hash(file) != saved["sha256"]:
             raise Damaged(f"{file} has another content than was saved")
+    return marker
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
     """What COMPLETE says; Damaged where it cannot be true."""
     file = folder / MARKER
     try:
-        marker = json.loads(file.read_text(encoding="utf-8"))
-        if "format" not in marker and "files" in marker:
-            raise ValueError(
-                f"{folder} was written by an earlier release, whose checkpoints this one cannot read; finish that run with "
-                "it, or choose another folder with --set output=..."
-            )
-        names = {f"{_name(rank)}.safetensors" for rank in range(marker["world_size"])} | {AVERAGES, STATE}
-        good = marker["format"] == FORMAT and marker["iteration"] == int(folder.name) and marker["files"].keys() == names
-        good = good and all(type(f["bytes"]) is int and isinstance(f["sha256"], str) for f in marker["files"].values())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
+        marker = json_value(file.read_bytes())
+    except (OSError, ValueError):
+        marker = None
+    if isinstance(marker, dict) and marker.keys() == EARLIER:
+        raise ValueError(
+            f"{folder} was written by an earlier release, whose checkpoints this one cannot read; finish that run with "
+            "it, or choose another folder with --set output=..."
+        )
+    if not _describes(marker, int(folder.name)):
         raise Damaged(f"{file} does not describe this checkpoint")
     return marker
+
+
+def _describes(marker: Any, iteration: int) -> bool:
+    try:
+        files = marker["files"]
+        world_size = len(files) - 2
+        names = {f"{_name(rank)}.safetensors" for rank in range(world_size)} | {AVERAGES, STATE}
+        numbers = marker["format"], marker["iteration"], marker["world_size"]
+        good = numbers == (FORMAT, iteration, world_size) and files.keys() == names
+        return good and all(type(f["bytes"]) is int and isinstance(f["sha256"], str) for f in files.values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -201,23 +216,40 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """The folders of the complete checkpoints, in rising order of iteration."""
-    if not root.is_dir():
-        return []
-    folders = (path for path in root.iterdir() if re.fullmatch(r"\d{5,}", path.name))
-    return sorted((path for path in folders if (path / MARKER).is_file()), key=lambda path: int(path.name))
+    return [path for path in numbered(root) if (path / MARKER).is_file()]
+
+
+def numbered(root: Path) -> list[Path]:
+    """The same with those that have lost their marker: a folder has its number only when it is complete."""
+    return sorted(_named(root, r"[0-9]{5,}"), key=lambda path: int(path.name))
+
+
+def unfinished(root: Path) -> list[Path]:
+    """What is being written or removed, or was when a run was killed."""
+    return sorted(_named(root, r"[0-9]{5,}\.(partial|removed)"))
+
+
+def damaged(root: Path) -> list[Path]:
+    """What was set aside."""
+    return sorted(_named(root, r"[0-9]{5,}\.damaged[0-9]*"))
+
+
+def _named(root: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in (root.iterdir() if root.is_dir() else ()) if re.fullmatch(pattern, path.name) and path.is_dir())
 
 
 def is_complete(root: Path, iteration: int) -> bool:
     return (_final(root, iteration) / MARKER).is_file()
 
 
-def _read(folder: Path) -> Saved:
+def _read(folder: Path, marker: Mapping[str, Any]) -> Saved:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json_value((folder / STATE).read_bytes())
         averages = load_file(folder / AVERAGES)
     except (OSError, ValueError, SafetensorError) as error:
         raise Damaged(f"{folder} cannot be read: {error}") from None
-    return Saved(int(folder.name), SavedShards(sorted(folder.glob("rank_*.safetensors"))), averages, state)
+    shards = SavedShards([folder / f"{_name(rank)}.safetensors" for rank in range(marker["world_size"])])
+    return Saved(int(folder.name), shards, averages, state)
 
 
 def _once(ranks: Ranks, act: Callable[[], None]) -> None:
@@ -249,12 +281,19 @@ def _name(rank: int) -> str:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint, renamed first: a crash in the middle must not leave one that looks complete."""
-    removed = folder.with_suffix(".removed")
-    os.replace(folder, removed)
-    shutil.rmtree(removed)
+    os.replace(folder, _removed(folder))
+    shutil.rmtree(_removed(folder))
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_suffix(".removed")
 
 
 def _remove_leftovers(root: Path) -> None:
-    for path in root.iterdir() if root.is_dir() else ():
-        if re.fullmatch(r"\d{5,}\.(partial|removed)", path.name):
-            shutil.rmtree(path)
+    for folder in root.glob("*.removed"):
+        final, partial = folder.with_suffix(""), folder.with_suffix(".partial")
+        # `complete` moves the old one away only when the new one is on the disk.
+        if (partial / MARKER).is_file() and not final.exists():
+            os.replace(partial, final)
+    for path in unfinished(root):
+        shutil.rmtree(path)

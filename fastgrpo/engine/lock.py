@@ -48,6 +48,17 @@ def held(folder: Path) -> Iterator[None]:
                 file.unlink()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether the folder belongs to a process. Writes nothing."""
+    file = folder / LOCK
+    try:
+        with file.open(encoding="utf-8") as opened:
+            owner = _content(opened)
+        return bool(owner) and not _gone(owner, time.time() - file.stat().st_mtime)
+    except OSError:
+        return False
+
+
 def _take(file: Path) -> dict[str, Any]:
     """Writes this process into the file; returns what it wrote."""
     own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}

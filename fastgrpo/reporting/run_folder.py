@@ -124,14 +124,14 @@ def best_iteration(evaluations: list[dict[str, Any]]) -> int | None:
     return max(scores, key=lambda iteration: (scores[iteration], -iteration), default=None)
 
 
-def missing_iterations(metrics: list[dict[str, Any]], done: int) -> str:
-    """The iterations of so many that have no line, in words; empty where all have one."""
-    there = {row["iteration"] for row in metrics}
-    missing = [iteration for iteration in range(1, done + 1) if iteration not in there]
+def missing_iterations(rows: list[dict[str, Any]], needed: range) -> str:
+    """Which of the iterations have no line, in words; empty where all have one."""
+    there = {row["iteration"] for row in rows}
+    missing = [iteration for iteration in needed if iteration not in there]
     if not missing:
         return ""
-    first = f"iteration{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:5]))}"
-    return f"{first} and {len(missing) - 5} more" if len(missing) > 5 else first
+    some = f"iteration{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:5]))}"
+    return f"{some} and {len(missing) - 5} more" if len(missing) > 5 else some
 
 
 def image_of(folder: Path, number: int) -> Path:

@@ -133,6 +133,17 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_one(first: bool, tmp_path: 
     assert operation > 12 and len(seen) == (1 if first else 2)
 
 
+def test_a_kill_while_an_iteration_is_saved_again_leaves_it_once(tmp_path: Path) -> None:
+    """It is the only checkpoint there is."""
+    for operation in itertools.count():
+        root = tmp_path / str(operation)
+        save(root, 2)
+        if not killed_at(operation, lambda root=root: save(root, 2, keep=1)):
+            break
+        assert loaded(root) == of(2) and names(root) == ["00002"]
+    assert operation > 12
+
+
 def flip(file: Path, where: float) -> None:
     """One bit of a file, that far into it."""
     content = bytearray(file.read_bytes())
@@ -170,6 +181,14 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
         '{"format": 2, "iteration": 2, "world_size": 1, "files": [1]}'
     ),
     "huge": lambda folder: (folder / MARKER).write_text('{"format": 2, "iteration": 2, "world_size": 1e400, "files": {}}'),
+    "endless": lambda folder: (folder / MARKER).write_text(
+        '{"format": 2, "iteration": 2, "world_size": 1000000000000000, "files": {}}'
+    ),
+    "many digits": lambda folder: (folder / MARKER).write_text('{"format": %s, "files": {}}' % ("9" * 5000)),
+    "a key of an earlier release": lambda folder: (folder / MARKER).write_text(
+        (folder / MARKER).read_text().replace("format", "fgrmat")
+    ),
+    "without marker": lambda folder: (folder / MARKER).unlink(),
     "renamed": lambda folder: folder.rename(folder.parent / "99999"),
 }
 
@@ -179,6 +198,13 @@ def test_damage_of_every_kind_is_no_error_while_there_is_an_older_one(how: str, 
     save(tmp_path, 1)
     DAMAGE[how](save(tmp_path, 2))
     assert loaded(tmp_path) == of(1)
+
+
+def test_a_file_that_was_put_beside_is_no_part_of_the_state(tmp_path: Path) -> None:
+    folder = save(tmp_path, 2)
+    shutil.copy(folder / "rank_00000.safetensors", folder / "rank_00002.safetensors")
+    flip(folder / "rank_00002.safetensors", 0.5)
+    assert loaded(tmp_path) == of(2)
 
 
 def test_where_none_is_whole_no_run_begins_afresh_beside_them(tmp_path: Path) -> None:
@@ -206,7 +232,8 @@ def test_latest_is_the_highest_complete(tmp_path: Path) -> None:
     for name in ("100002.partial", "100003.removed", "7"):
         (tmp_path / name / MARKER).write_text("{}")
     assert latest_checkpoint(tmp_path) == tmp_path / "100000" and loaded(tmp_path) == of(100_000)
-    assert names(tmp_path) == ["00002", "100000", "100001", "7", "99999", "notes"]
+    # A folder gets its number when it is complete: one without the marker has lost it.
+    assert names(tmp_path) == ["00002", "100000", "100001.damaged", "7", "99999", "notes"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

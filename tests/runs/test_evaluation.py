@@ -14,6 +14,7 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import score_table, scores_by_reward
 from fastgrpo.rewards import RewardSum
+from fastgrpo.rewards.scorer import Scorer
 
 PROMPTS = ["a red circle", "two blue squares", "a green square and a circle", "one yellow triangle"]
 TAGS = ["single_object", "counting", "two_object", "counting"]
@@ -29,7 +30,7 @@ def evaluator(model, **options) -> Evaluator:
     settings = dict(num_steps=2, guidance_scale=1.0, batch_size=3, seed=0, ranks=OneRank()) | options
     return Evaluator(
         model=model, embeddings=Embeddings(model), prompts=PromptSet(PROMPTS, records),
-        reward=RewardSum(rewards={"mean": mean_pixel}, weights={"mean": 1.0}), **settings,
+        reward=RewardSum(rewards={"mean": mean_pixel}, weights={"mean": 1.0}), scorer=Scorer(timeout=60), **settings,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import pytest
 from hypothesis import strategies as st
 
-from fastgrpo.commands.errors import is_refusal, line
+from fastgrpo.commands.errors import is_refusal
+from fastgrpo.text_files import one_line
 
 OUTCOMES: dict[str, Counter[str]] = {}  # test -> how many of its inputs ended how
 HANGS = 60  # seconds after which an input counts as one that hangs
@@ -83,7 +84,7 @@ def works_or_is_refused(call: Callable[[], Any], *named: object) -> Any:
     except Exception as error:
         if not is_refusal(error):
             raise
-        check_refusal(line(error), *named)
+        check_refusal(one_line(str(error)), *named)
         count("refused")
         return None
     count("worked")
