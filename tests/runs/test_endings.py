@@ -111,7 +111,7 @@ def test_scores_that_are_not_finite_can_count_as_the_worst(tmp_path: Path, fork_
         ("hang", 2, 143, "stopped by SIGTERM (on rank 1); the state after iteration 2 is saved"),
     ],
 )  # fmt: skip
-def test_whatever_happens_the_last_whole_iteration_is_saved(
+def test_every_ending_saves_the_last_whole_iteration(
     kind: str, ranks: int, status: int, words: str, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     """Also in the middle of an update, where the thread of the run cannot end it, and where the other rank only waits."""
