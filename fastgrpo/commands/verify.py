@@ -6,9 +6,9 @@ fastgrpo verify runs/tiny_shapes
 import argparse
 
 from fastgrpo.commands.arguments import path
-from fastgrpo.text_files import one_line
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.reporting.run_folder import RunFolder
+from fastgrpo.text_files import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
