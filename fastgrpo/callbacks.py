@@ -26,6 +26,7 @@ from fastgrpo.reporting.run_folder import RunFolder, missing_iterations, readabl
 from fastgrpo.reporting.runlog import RunLog
 from fastgrpo.validation import changes_of_run, has_trained
 
+LONGER = 1.05  # by how much a run must have grown for another report
 Samples = tuple[Tensor, list[dict]]
 
 
@@ -76,6 +77,7 @@ class FolderLog(Callback):
 
     def __init__(self) -> None:
         self.log: RunLog | None = None
+        self._reported = 0  # the iteration of the last report
 
     def on_start(self, trainer: Run) -> None:
         if trainer.ranks.rank != 0:
@@ -105,12 +107,14 @@ class FolderLog(Callback):
 
     def on_evaluation(self, trainer: Run, row: dict, samples: Samples | None) -> None:
         if self.log:
-            self.log.evaluation(row)
             if samples is not None:
                 self.log.samples(row["iteration"], *samples)
+            self.log.evaluation(row)  # last: where it has a line, an evaluation is not done again
 
     def on_checkpoint(self, trainer: Run, folder: Path) -> None:
-        if self.log:
+        # A report costs as much as the run is long: one at every checkpoint would make a long run ever slower.
+        if self.log and trainer.iteration >= LONGER * self._reported:
+            self._reported = trainer.iteration
             with self.log.may_fail("the report"):
                 write_report(folder)
 

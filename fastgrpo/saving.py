@@ -11,7 +11,7 @@ saved, at whatever moment a run ends. A checkpoint that the system refuses to wr
 
 import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ class Saving:
         self.newest: Snapshot | None = None
         self.saved = 0  # the iteration of the last complete checkpoint
         self.owed = False  # whether one could not be written
-        self.saver = Saver(self.folder.checkpoints, ranks, self._hand_out)
+        self.saver = Saver(
+            self.folder.checkpoints, ranks, lambda done: self._hand_out(done.iteration, done.averages, write_trained)
+        )
         self._unsettled = False  # whether a checkpoint was begun of which the ranks have not agreed how it went
 
     def resume(self) -> tuple[int, float]:
@@ -53,10 +55,7 @@ class Saving:
             average.load_state_dict({"updates": saved.state["updates"][name], "weights": weights})
         self.saved = saved.iteration
         if self.ranks.rank == 0:
-            weights = _trained(saved.averages)
-            keep_trained(self.model, self.config.output, self.saved, weights)
-            if self.config.checkpoint.keep_best and self._best(self.saved) == self.saved:
-                keep_trained(self.model, self.folder.best, self.saved, weights)
+            self._hand_out(saved.iteration, saved.averages, keep_trained)
         return self.saved, saved.state["seconds"]
 
     def keep(self, iteration: int, seconds: float) -> None:
@@ -132,19 +131,22 @@ class Saving:
             return list(flags)
         return self.ranks.all_reduce(torch.tensor(flags, dtype=torch.int32, device=self.ranks.device), "max").bool().tolist()
 
-    def _hand_out(self, snapshot: Snapshot) -> None:
-        """On rank 0, after a checkpoint is complete: the averaged weights, and no more checkpoints than are asked for."""
-        weights = _trained(snapshot.averages)
-        write_trained(self.model, self.config.output, snapshot.iteration, weights)
-        best = self._best(snapshot.iteration) if self.config.checkpoint.keep_best else None
-        if best == snapshot.iteration:
-            write_trained(self.model, self.folder.best, best, weights)
+    def _hand_out(self, iteration: int, averages: Mapping[str, Tensor], write: Callable[..., None]) -> None:
+        """On rank 0, of a complete checkpoint: the averaged weights, and no more checkpoints than are asked for.
+
+        write: `write_trained`, or `keep_trained` where a run that was killed may have written them.
+        """
+        weights = _trained(averages)
+        write(self.model, self.config.output, iteration, weights)
+        best = self._best_until(iteration) if self.config.checkpoint.keep_best else None
+        if best == iteration:
+            write(self.model, self.folder.best, best, weights)
         prune(self.folder.checkpoints, self.config.checkpoint.keep, but=() if best is None else (best,))
 
-    def _best(self, until: int) -> int | None:
-        """The iteration of the best evaluation so far: a later one may be on record whose checkpoint is not there yet."""
-        rows, _ = readable_lines(self.folder.evaluations)
-        return best_iteration([row for row in rows if row["iteration"] <= until])
+    def _best_until(self, iteration: int) -> int | None:
+        """Later evaluations are of weights that no checkpoint has yet."""
+        rows = readable_lines(self.folder.evaluations)[0]
+        return best_iteration([row for row in rows if row["iteration"] <= iteration])
 
 
 def _trained(averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
 from fastgrpo.engine.zero import Engine
 from fastgrpo.evaluation import Evaluator
+from fastgrpo.files import remove_partial
 from fastgrpo.finite import Diverged, at
 from fastgrpo.guards import Fault, Guards
 from fastgrpo.learning.advantages import Advantages, group_advantages, offline_advantages
@@ -147,6 +148,8 @@ class Trainer:
             with self.ranks.together(ValueError):
                 if self.ranks.rank == 0:
                     lock.enter_context(held(self.config.output))
+                    run = RunFolder(self.config.output)
+                    remove_partial(run.path, run.best, run.samples)
             yield lock
 
     def _tell_of_stop(self, error: BaseException) -> None:

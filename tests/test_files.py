@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.files import atomic_file, json_text, move_into_place, write_atomically, writing_to
+from fastgrpo.files import (
+    atomic_file,
+    json_text,
+    json_value,
+    move_into_place,
+    remove_partial,
+    write_atomically,
+    writing_to,
+)
 
 
 def only(folder: Path) -> list[str]:
@@ -94,6 +102,18 @@ def test_a_killed_writer_leaves_what_was_there(write: Callable[[Path], None], tm
     assert path.read_text() == "old"
     left = [name for name in only(tmp_path) if name != "a.json"]
     assert len(left) == 1 and left[0].endswith(".partial")
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "folder.partial" / "file").touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "of another.partial").touch()
+    remove_partial(tmp_path, tmp_path / "absent")
+    assert only(tmp_path) == ["a.json", "below"] and only(tmp_path / "below") == ["of another.partial"]
+
+
+def test_rows_that_are_read_share_their_keys() -> None:
+    rows = [json_value('{"reward": 0.5, "seconds": {"update": 1}, "reward": 1}') for _ in range(2)]
+    assert rows[0] == {"reward": 1, "seconds": {"update": 1}}
+    assert all(one is other for one, other in zip(*rows, strict=True))
 
 
 def test_everything_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,8 @@ def _machine() -> str:
 
 def _seconds_since(file: Path) -> float:
     """Since the file's last change, by the clock of its own file system."""
-    with tempfile.NamedTemporaryFile(dir=file.parent) as now:
-        return Path(now.name).stat().st_mtime - file.stat().st_mtime
+    with tempfile.TemporaryFile(dir=file.parent) as now:  # without a name, which a kill would leave behind
+        return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime
 
 
 def _beat(file: Path, done: threading.Event) -> None:

@@ -112,7 +112,7 @@ def test_set_takes_what_the_command_reads(run: Path, capsys: pytest.CaptureFixtu
 def test_a_moved_run_finds_the_prompts_in_its_folder(run: Path) -> None:
     """Those that a program handed in; those of a file lie where they were."""
     given = load_config(CONFIG, [f"output={run}", f"prompts.eval={run}/prompts_eval.jsonl"])
-    (run / "config.yaml").write_text(dump_config(given))
+    (run / "config.yaml").write_text(dump_config(given, run))
     moved = run.rename(run.with_name("moved"))
     assert saved_model.saved_config(moved, base=True).prompts.eval == moved / "prompts_eval.jsonl"
     (moved / "config.yaml").write_text(dump_config(load_config(CONFIG, [f"output={run}"])))

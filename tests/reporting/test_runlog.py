@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastgrpo.callbacks import FolderLog
 from fastgrpo.reporting.pictures import save_grid
 from fastgrpo.reporting.run_folder import read_lines
 from fastgrpo.reporting.runlog import RunLog
@@ -71,3 +73,17 @@ def test_what_is_not_finite_is_null_and_read_again(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "evaluations.jsonl", "summary.json"):
         json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
     assert read_lines(tmp_path / "metrics.jsonl") == [{"iteration": 1, "grad_norm": None, "rewards": {"a": None}}]
+
+
+def test_reports_of_a_run_cost_no_more_than_in_proportion_to_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoints have one each; later ones come ever less often, and the sum of their lengths is linear."""
+    lengths: list[int] = []
+    monkeypatch.setattr("fastgrpo.callbacks.write_report", lambda folder: lengths.append(run.iteration))
+    callback, run = FolderLog(), SimpleNamespace(iteration=0)
+    callback.log = RunLog(tmp_path, 0)
+    for run.iteration in range(20, 20_001, 20):
+        callback.on_checkpoint(run, tmp_path)  # type: ignore[arg-type]
+    assert lengths[:20] == list(range(20, 401, 20)) and sum(lengths) < 25 * 20_000
+    assert all(later <= 1.05 * earlier + 20 for earlier, later in zip(lengths, lengths[1:], strict=False))

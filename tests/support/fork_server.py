@@ -17,7 +17,9 @@ import sys
 import tempfile
 from typing import IO, NoReturn
 
-SLOW_TO_IMPORT = ("fastgrpo.trainer", "fastgrpo.models.sd3")
+from fastgrpo.engine.ranks import load_deepspeed
+
+SLOW_TO_IMPORT = ("fastgrpo.trainer", "fastgrpo.models.sd3", "deepspeed.runtime.zero.muon.original_muon")
 TIMEOUT = 400
 
 
@@ -57,6 +59,7 @@ def run(program: str, arguments: list[str], ranks: int) -> dict[str, int | str]:
 
 
 if __name__ == "__main__":
+    load_deepspeed()
     for module in SLOW_TO_IMPORT:
         importlib.import_module(module)
     for line in sys.stdin:
