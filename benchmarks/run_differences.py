@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.engine.checkpoint import MARKER, STATE
+from fastgrpo.engine.checkpoint import STATE
+from fastgrpo.engine.checkpoint_folders import MARKER
 from fastgrpo.reporting.report import write_report
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.verification import verify

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet
-from fastgrpo.engine.checkpoint import latest_checkpoint
+from fastgrpo.engine.checkpoint_folders import latest_checkpoint
 from fastgrpo.files import json_text, json_value, write_atomically
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import reward_version, weights_of

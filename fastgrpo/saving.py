@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.config.keys import Config
-from fastgrpo.engine.checkpoint import GivenUp, Snapshot, is_complete, load, prune
+from fastgrpo.engine.checkpoint import GivenUp, Snapshot, load
+from fastgrpo.engine.checkpoint_folders import is_complete, prune
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.saver import Saver
 from fastgrpo.engine.zero import Engine

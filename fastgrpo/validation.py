@@ -19,7 +19,7 @@ from fastgrpo.config.reading import differences, dump_config, read_config
 from fastgrpo.config.resuming import MAY_CHANGE, forbidden_changes
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.engine.checkpoint import complete_checkpoints
+from fastgrpo.engine.checkpoint_folders import complete_checkpoints
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
 from fastgrpo.reporting.run_folder import RunFolder, readable_lines

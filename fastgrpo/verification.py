@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.data.prompts import load_prompts
-from fastgrpo.engine.checkpoint import check_files, damaged, numbered, unfinished
+from fastgrpo.engine.checkpoint import check_files
+from fastgrpo.engine.checkpoint_folders import damaged, numbered, unfinished
 from fastgrpo.engine.lock import is_held
 from fastgrpo.files import json_value
 from fastgrpo.inputs import prompts_hash

@@ -20,10 +20,9 @@ Any number of ranks can load what any other number saved. Nothing in the files i
 import functools
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgrpo.engine.checkpoint_folders import (
+    MARKER,
+    damaged,
+    final_folder,
+    numbered,
+    partial_folder,
+    remove_leftovers,
+    removed_folder,
+    set_aside,
+)
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.engine.shards import SavedShards, Shard, write_shard
 from fastgrpo.files import file_hash, flush, json_text, json_value, move_into_place, write_atomically, writing_to
 from fastgrpo.finite import check_weights
 
-MARKER = "COMPLETE"
 AVERAGES, STATE = "averages.safetensors", "state.json"
 FORMAT = 2
 EARLIER = {"iteration", "world_size", "files"}  # what the marker of release 0.1 says
@@ -74,8 +82,8 @@ def write_part(snapshot: Snapshot, root: Path, ranks: Ranks) -> None:
     OSError names the folder. NotFinite: weights that are none are never written.
     """
     check_weights("state", {**snapshot.shard.tensors, **snapshot.averages})
-    folder = _partial(root, snapshot.iteration)
-    with writing_to(_final(root, snapshot.iteration)):
+    folder = partial_folder(root, snapshot.iteration)
+    with writing_to(final_folder(root, snapshot.iteration)):
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{_name(ranks.rank)}.safetensors"]
         write_shard(snapshot.shard, files[0])
@@ -94,7 +102,7 @@ def complete(root: Path, iteration: int, ranks: Ranks, give_up: Callable[[], boo
 
     It waits for the parts of the other ranks until `give_up` says otherwise: then GivenUp names what is missing.
     """
-    partial, final = _partial(root, iteration), _final(root, iteration)
+    partial, final = partial_folder(root, iteration), final_folder(root, iteration)
     records = [partial / f"{_name(rank)}.json" for rank in range(ranks.world_size)]
     while missing := [rank for rank, record in enumerate(records) if not record.is_file()]:
         if give_up():
@@ -112,23 +120,11 @@ def complete(root: Path, iteration: int, ranks: Ranks, give_up: Callable[[], boo
         replaces = final.exists()  # the same iteration, saved before; the next start ends this if it is interrupted
         if replaces:
             flush(partial)
-            os.replace(final, _removed(final))
+            os.replace(final, removed_folder(final))
         move_into_place(partial, final)
         if replaces:
-            shutil.rmtree(_removed(final))
+            shutil.rmtree(removed_folder(final))
     return final
-
-
-def discard(root: Path, iteration: int) -> None:
-    """Removes what there is of a checkpoint that cannot be completed, which makes room on a full disk."""
-    shutil.rmtree(_partial(root, iteration), ignore_errors=True)
-
-
-def prune(root: Path, keep: int, but: Iterable[int] = ()) -> None:
-    """Removes all complete checkpoints but the last `keep`, and those of the iterations `but`."""
-    for old in complete_checkpoints(root)[:-keep]:
-        if int(old.name) not in but:
-            _remove(old)
 
 
 def load(root: Path, ranks: Ranks) -> Saved | None:
@@ -137,7 +133,7 @@ def load(root: Path, ranks: Ranks) -> Saved | None:
     A newer one whose content is not what was saved is set aside under a name that says so, and said. ValueError where
     there are checkpoints and none is whole: a run that began afresh beside them would write over what is left of it.
     """
-    _once(ranks, functools.partial(_remove_leftovers, root))
+    _once(ranks, functools.partial(remove_leftovers, root))
     # Only rank 0 looks: a folder that appears just now could be seen by one rank and not by the other.
     while folder := ranks.broadcast_object(next(reversed(numbered(root)), None) if ranks.rank == 0 else None):
         try:
@@ -145,7 +141,7 @@ def load(root: Path, ranks: Ranks) -> Saved | None:
                 saved = _read(folder, check_files(folder, share=(ranks.rank, ranks.world_size)))
             return saved
         except Damaged as damage:
-            _once(ranks, functools.partial(_set_aside, folder, str(damage)))
+            _once(ranks, functools.partial(set_aside, folder, str(damage)))
     aside = ranks.broadcast_object(damaged(root) if ranks.rank == 0 else None)
     if aside:
         raise ValueError(
@@ -206,42 +202,6 @@ def _describes(marker: Any, iteration: int) -> bool:
         return False
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The complete checkpoint of the highest iteration, None if there is none.
-
-    A folder that only holds unfinished ones is a run that crashed before its first save: it starts afresh.
-    """
-    return next(reversed(complete_checkpoints(root)), None)
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """The folders of the complete checkpoints, in rising order of iteration."""
-    return [path for path in numbered(root) if (path / MARKER).is_file()]
-
-
-def numbered(root: Path) -> list[Path]:
-    """The same with those that have lost their marker: a folder has its number only when it is complete."""
-    return sorted(_named(root, r"[0-9]{5,}"), key=lambda path: int(path.name))
-
-
-def unfinished(root: Path) -> list[Path]:
-    """What is being written or removed, or was when a run was killed."""
-    return sorted(_named(root, r"[0-9]{5,}\.(partial|removed)"))
-
-
-def damaged(root: Path) -> list[Path]:
-    """What was set aside."""
-    return sorted(_named(root, r"[0-9]{5,}\.damaged[0-9]*"))
-
-
-def _named(root: Path, pattern: str) -> Iterator[Path]:
-    return (path for path in (root.iterdir() if root.is_dir() else ()) if re.fullmatch(pattern, path.name) and path.is_dir())
-
-
-def is_complete(root: Path, iteration: int) -> bool:
-    return (_final(root, iteration) / MARKER).is_file()
-
-
 def _read(folder: Path, marker: Mapping[str, Any]) -> Saved:
     try:
         state = json_value((folder / STATE).read_bytes())
@@ -259,41 +219,5 @@ def _once(ranks: Ranks, act: Callable[[], None]) -> None:
             act()
 
 
-def _set_aside(folder: Path, damage: str) -> None:
-    number, aside = 1, folder.with_suffix(".damaged")
-    while aside.exists():
-        number, aside = number + 1, folder.with_suffix(f".damaged{number + 1}")
-    os.replace(folder, aside)
-    print(f"warning: a damaged checkpoint was set aside as {aside}: {damage}", flush=True)
-
-
-def _final(root: Path, iteration: int) -> Path:
-    return root / f"{iteration:05d}"
-
-
-def _partial(root: Path, iteration: int) -> Path:
-    return _final(root, iteration).with_suffix(".partial")
-
-
 def _name(rank: int) -> str:
     return f"rank_{rank:05d}"
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint, renamed first: a crash in the middle must not leave one that looks complete."""
-    os.replace(folder, _removed(folder))
-    shutil.rmtree(_removed(folder))
-
-
-def _removed(folder: Path) -> Path:
-    return folder.with_suffix(".removed")
-
-
-def _remove_leftovers(root: Path) -> None:
-    for folder in root.glob("*.removed"):
-        final, partial = folder.with_suffix(""), folder.with_suffix(".partial")
-        # `complete` moves the old one away only when the new one is on the disk.
-        if (partial / MARKER).is_file() and not final.exists():
-            os.replace(partial, final)
-    for path in unfinished(root):
-        shutil.rmtree(path)

@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from fastgrpo.daemon_pool import DaemonPool
-from fastgrpo.engine.checkpoint import GivenUp, Snapshot, complete, discard, is_complete, write_part
+from fastgrpo.engine.checkpoint import GivenUp, Snapshot, complete, write_part
+from fastgrpo.engine.checkpoint_folders import discard, is_complete
 from fastgrpo.engine.ranks import Ranks
 
 LOOK = 0.05  # seconds between two looks whether rank 0 has completed a checkpoint

@@ -16,22 +16,8 @@ import pytest
 import torch
 
 from fastgrpo.engine import checkpoint
-from fastgrpo.engine.checkpoint import (
-    AVERAGES,
-    MARKER,
-    STATE,
-    Damaged,
-    GivenUp,
-    Snapshot,
-    check_files,
-    complete,
-    discard,
-    is_complete,
-    latest_checkpoint,
-    load,
-    prune,
-    write_part,
-)
+from fastgrpo.engine.checkpoint import AVERAGES, STATE, Damaged, GivenUp, Snapshot, check_files, complete, load, write_part
+from fastgrpo.engine.checkpoint_folders import MARKER, discard, is_complete, latest_checkpoint, prune
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.engine.saver import Saver
 from fastgrpo.engine.shards import Shard

@@ -16,7 +16,8 @@ from torch import nn
 
 from fastgrpo.engine import ranks as ranks_module
 from fastgrpo.engine import zero as engine_module
-from fastgrpo.engine.checkpoint import check_files, latest_checkpoint
+from fastgrpo.engine.checkpoint import check_files
+from fastgrpo.engine.checkpoint_folders import latest_checkpoint
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.engine.shards import SavedShards

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import ROOT
 
 from fastgrpo.data.prompts import PromptSet, load_prompts
-from fastgrpo.engine.checkpoint import MARKER
+from fastgrpo.engine.checkpoint_folders import MARKER
 from fastgrpo.inputs import changes, inputs_of, prompts_hash, write_inputs
 from fastgrpo.validation import load_config
 
