@@ -111,11 +111,9 @@ class Saving:
     def failure(self) -> Exception:
         """Why the last checkpoint is not there."""
         error = self.saver.error
-        return (
-            error
-            if isinstance(error, OSError)
-            else OSError(errno.EIO, "another rank could not write", str(self.folder.path))
-        )
+        if isinstance(error, OSError):
+            return error
+        return OSError(errno.EIO, "another rank could not write", str(self.folder.path))
 
     def last(self, deadline: float) -> None:
         """Saves the newest copy if it is not saved; raises as `Saver.last`. From any thread, and without the other ranks."""
