@@ -41,7 +41,7 @@ def ending_of(error: BaseException) -> Ending | None:
     if isinstance(error, RewardError):
         return Ending(os.EX_SOFTWARE, f"error: {error}", f"when the reward is mended, {AGAIN}")
     if isinstance(error, Diverged):
-        advice = f"{AGAIN}, usually with a smaller one: --set update.learning_rate=..."
+        advice = f"{AGAIN}, best with a smaller learning rate: --set update.learning_rate=..."
         return Ending(os.EX_DATAERR, f"error: {error}", advice)
     if isinstance(error, torch.OutOfMemoryError):
         advice = f"if another process took the memory, {AGAIN}; else set update.gradient_checkpointing, or smaller batches"

@@ -28,7 +28,8 @@ def test_every_setting_of_a_configuration_reaches_the_model(random_weights: bool
     class Family:
         @classmethod
         def load(cls, *, path: Path, dtype: torch.dtype, device: torch.device, **settings: object) -> SimpleNamespace:
-            return SimpleNamespace(origin=path, dtype=dtype, device=device, settings=Settings(**settings))
+            made = SimpleNamespace(origin=path, dtype=dtype, device=device, settings=Settings(**settings))
+            return SimpleNamespace(**vars(made), check_numbers=lambda *_: None)
 
         @classmethod
         def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: object):

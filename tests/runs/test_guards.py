@@ -45,7 +45,7 @@ def test_a_sample_that_is_not_finite_is_left_out(tmp_path: Path, fork_server: Fo
 
 
 def test_a_weight_that_is_not_finite_ends_the_run_and_is_written_nowhere(tmp_path: Path, fork_server: ForkServer) -> None:
-    printed = faulty(fork_server, "infinite_weight", tmp_path, "iterations=3", status=1)
+    printed = faulty(fork_server, "infinite_weight", tmp_path, "iterations=3", status=65)
     assert (
         "error: iteration 2: not finite: 1 numbers of the weights of transformer." in printed and "Traceback" not in printed
     )
@@ -59,14 +59,14 @@ def test_a_weight_that_is_not_finite_ends_the_run_and_is_written_nowhere(tmp_pat
 def test_bad_updates_in_a_row_end_the_run(tmp_path: Path, fork_server: ForkServer) -> None:
     """The weights exp(A / temperature) of this setting are beyond all bounds, in every update."""
     overflowing = ["objective.name=sft", "objective.settings={temperature: 0.001}", "rollout.sampler=ode"]
-    printed = fork_server.train(tmp_path, *RARE, *overflowing, "rollout.window={}", "iterations=9", status=1)
+    printed = fork_server.train(tmp_path, *RARE, *overflowing, "rollout.window={}", "iterations=9", status=65)
     assert "error: iteration 2: 3 updates in a row had to be skipped (guard.bad_updates); update 1: " in printed
     assert [(row["iteration"], row["update"]) for row in rows(tmp_path, "faults.jsonl")] == [(1, 1), (1, 2), (2, 1)]
     assert "Traceback" not in printed and not (tmp_path / "summary.json").exists()
 
 
 def test_a_limit_ends_the_run_and_a_reward_that_never_varies_is_named(tmp_path: Path, fork_server: ForkServer) -> None:
-    printed = fork_server.train(tmp_path / "limit", *RARE, "guard.max_kl=1e-30", status=1)
+    printed = fork_server.train(tmp_path / "limit", *RARE, "guard.max_kl=1e-30", status=65)
     assert "error: iteration 1: the kl is " in printed and ", above guard.max_kl = 1e-30; " in printed
     constant = "reward.train=support.failing_rewards:constant"
     printed = fork_server.train(tmp_path / "constant", *RARE, constant, "iterations=4")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastgrpo.config.keys import Window
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import OneRank, Ranks
+from fastgrpo.engine.shards import Shard
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import effective_clip_range
 from fastgrpo.models.adapter import to_pixels
@@ -180,6 +181,9 @@ class PlainEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.zeros(())
+
+    def state(self) -> Shard:
+        return Shard({}, {}, {})
 
     def trained_state(self) -> dict[str, Tensor]:
         return {name: p.detach().float().clone() for name, p in self.trained.items()}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.engine.shards import Shard
 from fastgrpo.learning.batches import experience_of
 from fastgrpo.learning.objectives import clip
 from fastgrpo.learning.update import Learner
@@ -35,9 +34,6 @@ class PlainEngine:
 
     def step(self) -> Tensor:
         return torch.zeros(())
-
-    def state(self) -> Shard:
-        return Shard({}, {}, {})
 
     def rollout_policy(self) -> nullcontext:
         return nullcontext(self.policy)

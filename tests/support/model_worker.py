@@ -49,7 +49,7 @@ def configuration(name: str, folder: Path, output: Path, *overrides: str) -> Any
         "output": str(output), "iterations": ITERATIONS,
         "model": {"name": name, "path": str(folder), "lora": {"rank": 8, "alpha": 16}, **family.settings},
         "prompts": {"train": write_prompts(output / "train.jsonl", prompts),
-                    "eval": write_prompts(output / "eval.jsonl", held_out)},
+                    "eval": write_prompts(output / "eval.jsonl", held_out), "images_outside": True},
         "reward": {"train": "support.model_worker:redness", "eval": "support.model_worker:redness"},
         "rollout": {"num_steps": 4, "noise_level": 0.8, "sampler": "cps", "groups": 2, "group_size": 16, "batch_size": 16,
                     "window": {"kind": "fixed", "start": 0, "size": 2}},
