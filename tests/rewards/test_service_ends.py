@@ -35,16 +35,18 @@ def listening_at(server: subprocess.Popen, port: int) -> httpx2.Client:
 @pytest.mark.parametrize(("hangs", "told", "status"), [(False, signal.SIGTERM, -signal.SIGTERM), (True, signal.SIGINT, 0)])
 def test_a_service_that_is_told_to_end_answers_what_waits_and_ends(hangs: bool, told: signal.Signals, status: int) -> None:
     port = free_port()
-    options = ("--reward", "support.slow_reward:seconds", "--port", str(port), "--shutdown-seconds", "2")
+    options = ("--reward", "support.slow_reward:seconds", "--port", str(port), "--shutdown-seconds", "2" if hangs else "30")
     command = [sys.executable, "-m", "fastgrpo", "serve-reward", *options]
     server = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **PIPES)
     try:
         client = listening_at(server, port)
         with ThreadPoolExecutor(2) as pool:
-            seconds = ["1000" if hangs else "1", "0"]
-            answers = [pool.submit(client.post, "/score", content=pack(IMAGE, [one], [{}])) for one in seconds]
-            while "fastgrpo_reward_waiting 2\n" not in client.get("/metrics").text:
-                time.sleep(0.02)
+            answers = []
+            for count, seconds in enumerate(["1000" if hangs else "3", "0"], 1):  # the second waits for the first
+                answers.append(pool.submit(client.post, "/score", content=pack(IMAGE, [seconds], [{}])))
+                while f"fastgrpo_reward_waiting {count}\n" not in client.get("/metrics").text:
+                    assert not any(answer.done() for answer in answers)
+                    time.sleep(0.02)
             server.send_signal(told)
             with pytest.raises(httpx2.ConnectError):  # soon; until then it may be asked
                 while True:
