@@ -98,9 +98,9 @@ class Board:
         seen, silent = -1, 0.0
         while not self._over.wait(BEAT):
             count = self._count
-            if count not in (None, seen) or seen >= GONE:
-                seen, silent = count or seen, 0.0
-            elif (silent := silent + BEAT) > self.lost_after:
+            if count is not None and count != seen:
+                seen, silent = count, 0.0
+            elif seen < GONE and (silent := silent + BEAT) > self.lost_after:
                 who = f"rank {self._other} of {self.ranks.world_size}"
                 lost = LostRank(f"{who} gives no sign of life for {self.lost_after:g} s")
                 self.post(f"error: {lost}", LOST)

@@ -1,6 +1,7 @@
 """What ranks tell each other without waiting: two processes and the store between them."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -55,3 +56,34 @@ def test_one_rank_has_nobody_to_tell() -> None:
     with Board(OneRank(), 0.1, told.append) as board:
         board.post("error", 1)
     assert told == []
+
+
+class QuietStore:
+    """In which the other rank has never counted."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def add(self, key: str, amount: int) -> int:
+        return 0
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def compare_set(self, *_: str) -> bytes:
+        return b""
+
+
+def test_a_rank_that_has_never_given_a_sign_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is stopped within its first second."""
+    monkeypatch.setattr("fastgrpo.engine.board.BEAT", 0.01)
+    monkeypatch.setattr("torch.distributed.TCPStore", QuietStore)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    noted: list[Exception] = []
+    with Board(OneRank(rank=0, world_size=2), lost_after=0.1, note=noted.append):
+        for _ in range(500):
+            time.sleep(0.01)
+            if noted:
+                break
+    assert [str(error) for error in noted] == ["rank 1 of 2 gives no sign of life for 0.1 s"]
