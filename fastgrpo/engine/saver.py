@@ -2,7 +2,8 @@
 
     saver.begin(snapshot)           returns at once, or when the checkpoint before is done
     ...                             the training goes on
-    saver.settle(failed=False)      collective talk is the caller's: it says whether a rank failed
+    saver.busy, saver.error         how this rank's part is getting on; the caller asks the other ranks about theirs
+    saver.give_up()                 where one of them failed
 
 Rank 0 alone knows when a checkpoint is whole: its thread waits for the parts of the others.
 """
