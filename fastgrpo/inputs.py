@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastgrpo.config.keys import Config
 from fastgrpo.data.images import TARGET_FIELDS
-from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet
+from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, files_of
 from fastgrpo.engine.checkpoint_folders import latest_checkpoint
 from fastgrpo.files import json_text, json_value, write_atomically
 from fastgrpo.reporting.run_folder import RunFolder
@@ -79,7 +79,11 @@ def prompts_hash(prompts: PromptSet) -> str:
     """A hash of the records in their order, with the content of an image in place of its path."""
     digest, content = hashlib.sha256(), functools.cache(_file_hash)  # an image may stand in many records
     for record in prompts.metadata:
-        images = {field: content(Path(record[field])) for field in IMAGES if _is_file(record.get(field))}
+        images = {
+            field: [content(Path(file)) for file in files] if isinstance(record[field], list) else content(Path(files[0]))
+            for field in IMAGES
+            if all(map(_is_file, files := files_of(record.get(field))))
+        }
         digest.update(json.dumps({**record, **images}, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 

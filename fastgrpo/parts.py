@@ -20,6 +20,7 @@ from fastgrpo.data.prompts import (
     PromptSet,
     as_prompt,
     check_held_out,
+    check_input_images,
     check_tags,
     given_prompts,
     load_prompts,
@@ -114,6 +115,9 @@ class Parts:
         outside = config.prompts.images_outside
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given, outside)
         held_out = _prompts(objects.held_out, config.prompts.eval, given, outside)
+        if image_conditioned:
+            for one in (prompts, held_out):
+                check_input_images(one, getattr(family, "input_images", range(1, 2)), config.model.name)
         check_held_out(prompts, held_out)
         check_tags(held_out)
         scored = (() if image_fields else prompts.judged, held_out.judged)

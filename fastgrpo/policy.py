@@ -50,7 +50,7 @@ class Model(Protocol):
 
     @property
     def image_conditioned(self) -> bool:
-        """Whether prompts are `fastgrpo.data.prompts.ImagePrompt`, a text about an input image, instead of str."""
+        """Whether prompts are `fastgrpo.data.prompts.ImagePrompt`, a text about input images, instead of str."""
 
     @property
     def Conditioning(self) -> Any:

@@ -12,7 +12,7 @@ from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved
 from fastgrpo.commands.trust import add_trust, trusted
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import IMAGE_FIELD, check_tags, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, check_input_images, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.files import json_text
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         reward.eval, device=DEVICE, settings=reward.settings, frames=reward.frames, folder=reward.folder
     )
     for prompts in files.values():
+        if fields:
+            check_input_images(prompts, model_class(config.model.name).input_images, config.model.name)
         check_tags(prompts)
         rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)

@@ -4,6 +4,7 @@ fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from fastgrpo.commands.arguments import check_file, check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import ImagePrompt, given_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, given_prompts
 from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
@@ -31,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=of_type(ImageCount), default=4, help="number of images for each prompt (default: %(default)s)"
     )
-    parser.add_argument("--input", type=path, help="the image to edit, for models that edit images")
+    parser.add_argument(
+        "--input", type=path, action="append", default=[],
+        help="the input image, for models that read one; given more than once, for those that read several",
+    )  # fmt: skip
     parser.add_argument("--seed", type=of_type(Seed), default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument(
         "--output", type=path, default=Path("samples.png"), help="the picture to write (default: %(default)s)"
@@ -48,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = given_prompts(arguments.prompt).prompts
     model = saved_model(config, arguments.run, arguments.base)
     texts = [text for text in given for _ in range(arguments.images)]
-    prompts = [ImagePrompt(text, arguments.input) if model.image_conditioned else text for text in texts]
+    prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
     prompted = Embeddings(model).prompted(prompts, guidance_scale)
@@ -67,13 +71,16 @@ def check_picture(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: {file.suffix or 'no suffix'} is no kind of picture; take .png")
 
 
-def _check_input(image: Path | None, family: str) -> None:
-    """Refuse an input image where the model reads none, and a lack of one where it does."""
+def _check_input(images: Sequence[Path], family: str) -> None:
+    """Refuse input images where the model reads none, a lack of one where it does, and another number than it reads."""
     if not model_class(family).image_conditioned:
-        if image is not None:
-            raise ValueError(f"--input {image}: {family} reads no image; leave it out")
+        if images:
+            raise ValueError(f"--input {images[0]}: {family} reads no image; leave it out")
         return
-    if image is None:
-        raise ValueError(f"{family} edits images: give one with --input")
-    if not image.is_file():
-        raise ValueError(f"--input {image}: no such file")
+    if not images:
+        raise ValueError(f"{family} reads an input image: give one with --input")
+    for image in images:
+        if not image.is_file():
+            raise ValueError(f"--input {image}: no such file")
+    record = {"prompt": "", IMAGE_FIELD: [str(image) for image in images]}
+    check_input_images(PromptSet([""], [record], ["--input"]), model_class(family).input_images, family)

@@ -90,7 +90,7 @@ class Embeddings:
         return self._model.Conditioning(**tensors)
 
     def _file(self, folder: Path, prompt: str | ImagePrompt) -> Path:
-        text = prompt if isinstance(prompt, str) else f"{prompt.text}\n{_content(prompt.image)}"
+        text = prompt if isinstance(prompt, str) else "\n".join([prompt.text, *map(_content, prompt.images)])
         name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
         return folder / name[:2] / f"{name}.safetensors"
 

@@ -26,10 +26,10 @@ from fastgrpo.text_files import numbered_lines, read_text
 
 
 class ImagePrompt(NamedTuple):
-    """A prompt of an image-conditioned model: a text about an input image."""
+    """A prompt of an image-conditioned model: a text about one input image, or about several in their order."""
 
     text: str
-    image: Path
+    images: tuple[Path, ...]
 
 
 OVERALL = "overall"  # the mean over categories, which stands among them in an evaluation
@@ -38,8 +38,13 @@ IMAGE_FIELD = "image"  # the input image in a line of prompts for an image-condi
 
 
 def as_prompt(record: dict, with_image: bool) -> str | ImagePrompt:
-    """The prompt in a line's record: its text, and for an image-conditioned model its input image too."""
-    return ImagePrompt(record["prompt"], Path(record[IMAGE_FIELD])) if with_image else record["prompt"]
+    """The prompt in a line's record: its text, and for an image-conditioned model its input images too."""
+    return ImagePrompt(record["prompt"], tuple(map(Path, files_of(record[IMAGE_FIELD])))) if with_image else record["prompt"]
+
+
+def files_of(value: Any) -> list[str]:
+    """The files that a field of a record names: one, or a list of them."""
+    return list(value) if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)
@@ -133,25 +138,41 @@ def _checked(
     for place, record in entries:
         try:
             check_record(record)
-            records.append({**record, **{field: _image(record, field, folder, images_outside) for field in image_fields}})
+            records.append({**record, **{field: _images(record, field, folder, images_outside) for field in image_fields}})
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         places.append(place)
     return PromptSet([record["prompt"] for record in records], records, places)
 
 
-def _image(record: dict, field: str, folder: Path, outside: bool) -> str:
-    """The absolute path of a record's image, which is checked to be one."""
-    if not isinstance(record.get(field), str):
+def _images(record: dict, field: str, folder: Path, outside: bool) -> str | list[str]:
+    """The absolute path of a record's image, or of each of its input images, which are checked to be images."""
+    value = record.get(field)
+    if field == IMAGE_FIELD and isinstance(value, list) and value:
+        return [_image(one, field, folder, outside) for one in value]
+    return _image(value, field, folder, outside)
+
+
+def _image(name: Any, field: str, folder: Path, outside: bool) -> str:
+    if not isinstance(name, str):
         raise ValueError(f'every prompt needs an image here: give "{field}", a file, in a .jsonl')
     try:
-        file = (folder / os.path.expanduser(record[field])).resolve()
+        file = (folder / os.path.expanduser(name)).resolve()
         if not outside and not inside(file, folder):
             raise ValueError(f"leads out of {folder}, to {file}; {ALLOW_OUTSIDE}")
         load_picture(file)
     except (ValueError, RuntimeError) as error:  # of a name that no file has, or of links in a circle
-        raise ValueError(f"{field} = {record[field][:200]!r}: {error}") from None
+        raise ValueError(f"{field} = {name[:200]!r}: {error}") from None
     return str(file)
+
+
+def check_input_images(prompts: PromptSet, counts: range, family: str) -> None:
+    """Refuse a prompt with more or fewer input images than the model family reads. counts: numbers that it reads."""
+    for place, record in prompts.judged:
+        found = len(files_of(record[IMAGE_FIELD]))
+        if found not in counts:
+            reads = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+            raise ValueError(f'{place}: "{IMAGE_FIELD}" has {found} images, and {family} reads {reads}')
 
 
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:

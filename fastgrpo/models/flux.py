@@ -159,7 +159,7 @@ class FluxKontext(FluxFamily):
 
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> KontextConditioning:
         embeds, pooled = self._read([prompt.text for prompt in prompts])
-        return KontextConditioning(embeds, pooled, torch.cat([self.encode_image(prompt.image) for prompt in prompts]))
+        return KontextConditioning(embeds, pooled, torch.cat([self.encode_image(prompt.images[0]) for prompt in prompts]))
 
     def encode_image(self, path: Path) -> Tensor:
         """The latents (1, N, K) of an image file."""

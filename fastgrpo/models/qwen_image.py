@@ -225,7 +225,7 @@ class QwenImageEdit(QwenFamily):
 
     def _read_both(self, prompt: ImagePrompt) -> QwenEditConditioning:
         processor, (height, width) = self.pipeline.image_processor, self.size
-        image = processor.resize(load_picture(prompt.image), height, width)
+        image = processor.resize(load_picture(prompt.images[0]), height, width)
         pixels = processor.preprocess(image, height, width).unsqueeze(2)  # (1, 3, 1, height, width)
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])

@@ -55,7 +55,7 @@ def call_kontext(
     pipeline: FluxKontextPipeline, prompts: Sequence[ImagePrompt], latents: Tensor, num_steps: int, guidance_scale: float,
     height: int = SIZE, width: int = SIZE,
 ) -> Tensor:  # fmt: skip
-    images = [pipeline.image_processor.resize(load_image(str(prompt.image)), height, width) for prompt in prompts]
+    images = [pipeline.image_processor.resize(load_image(str(prompt.images[0])), height, width) for prompt in prompts]
     return call(
         pipeline, [prompt.text for prompt in prompts], latents, num_steps, guidance_scale, height, width,
         image=images, max_area=height * width, _auto_resize=False,
@@ -72,7 +72,7 @@ FAMILY = Family(make=make, call=call, settings=SETTINGS)
 KONTEXT = Family(
     make=functools.partial(make, FluxKontextPipeline), call=call_kontext, settings=SETTINGS,
     prompts=(
-        ImagePrompt("make the circle red", disc("wide", (23, 15), "white", "blue")),
-        ImagePrompt("add two squares", disc("tall", (13, 29), "darkgreen", "yellow")),
+        ImagePrompt("make the circle red", (disc("wide", (23, 15), "white", "blue"),)),
+        ImagePrompt("add two squares", (disc("tall", (13, 29), "darkgreen", "yellow"),)),
     ),
 )  # fmt: skip

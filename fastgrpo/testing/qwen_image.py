@@ -104,7 +104,7 @@ def call_edit(
     pipeline: QwenImageEditPipeline, prompts: Sequence[ImagePrompt], latents: Tensor, num_steps: int, guidance_scale: float
 ) -> Tensor:
     """The stock pipeline, kept from enlarging the images to a megapixel."""
-    images, texts = [load_image(str(p.image)) for p in prompts], [p.text for p in prompts]
+    images, texts = [load_image(str(p.images[0])) for p in prompts], [p.text for p in prompts]
     embeds, mask = padded(pipeline, texts, EDIT_TOKENS, image=images)
     negative, negative_mask = padded(pipeline, [" "] * len(prompts), EDIT_TOKENS, image=images)
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (SIZE, SIZE, None)):
@@ -122,7 +122,7 @@ EDIT = Family(
     call=call_edit,
     settings=SETTINGS | {"max_text_tokens": EDIT_TOKENS},
     prompts=(
-        ImagePrompt("make it blue", picture("disc", (SIZE, SIZE), "white", "red", BOX)),
-        ImagePrompt("add a green circle", picture("square", (SIZE, SIZE), "navy", "yellow", BOX, "rectangle")),
+        ImagePrompt("make it blue", (picture("disc", (SIZE, SIZE), "white", "red", BOX),)),
+        ImagePrompt("add a green circle", (picture("square", (SIZE, SIZE), "navy", "yellow", BOX, "rectangle"),)),
     ),
 )

@@ -82,7 +82,7 @@ def test_an_image_is_known_by_the_pixels_that_a_model_reads(tiny_model, tmp_path
         model = Counting(tiny_model)
         model.encode = lambda prompts: model.asked.extend(prompts) or tiny_model.encode([prompt.text for prompt in prompts])
         for file in files:
-            Embeddings(model, tmp_path / "cache").prompted([ImagePrompt("a red circle", file)], 1.0)
+            Embeddings(model, tmp_path / "cache").prompted([ImagePrompt("a red circle", (file,))], 1.0)
         return len(model.asked)
 
     plain, hiding = seen_alike(tmp_path)

@@ -11,6 +11,7 @@ from fastgrpo.data.prompts import (
     PromptSet,
     as_prompt,
     check_held_out,
+    check_input_images,
     check_tags,
     given_prompts,
     load_prompts,
@@ -183,7 +184,7 @@ def edits(folder: Path, *records: dict) -> Path:
 def test_input_images_lie_beside_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edits(tmp_path, {"prompt": "make it blue", "image": "good.png"})
     loaded = load_prompts(path, image_fields=[IMAGE_FIELD])
-    assert as_prompt(loaded.metadata[0], True) == ImagePrompt("make it blue", tmp_path / "good.png")
+    assert as_prompt(loaded.metadata[0], True) == ImagePrompt("make it blue", (tmp_path / "good.png",))
     assert as_prompt(loaded.metadata[0], False) == "make it blue"
     assert load_prompts(path).metadata == [{"prompt": "make it blue", "image": "good.png"}]  # another model's business
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -191,9 +192,25 @@ def test_input_images_lie_beside_their_prompts(tmp_path: Path, monkeypatch: pyte
     assert at_home.metadata == loaded.metadata
 
 
+def test_a_prompt_may_come_with_several_images_in_their_order(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 5), "green").save(tmp_path / "other.png")
+    path = edits(tmp_path, {"prompt": "put them together", "image": ["other.png", "good.png"]})
+    loaded = load_prompts(path, image_fields=[IMAGE_FIELD])
+    files = (tmp_path / "other.png", tmp_path / "good.png")
+    assert as_prompt(loaded.metadata[0], True) == ImagePrompt("put them together", files)
+    check_input_images(loaded, range(1, 4), "qwen_image_edit_plus")
+    with pytest.raises(ValueError, match=r'edits\.jsonl:1: "image" has 2 images, and flux_kontext reads 1'):
+        check_input_images(loaded, range(1, 2), "flux_kontext")
+    with pytest.raises(ValueError, match=r'edits\.jsonl:1: "image" has 2 images, and it reads 3 to 4'):
+        check_input_images(loaded, range(3, 5), "it")
+    with pytest.raises(ValueError, match=r"edits\.jsonl:1: image = 'none\.png': .*no such file"):
+        load_prompts(edits(tmp_path, {"prompt": "a", "image": ["good.png", "none.png"]}), image_fields=[IMAGE_FIELD])
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        ({"prompt": "b", "image": []}, r"edits\.jsonl:2: every prompt needs an image"),
         ({"prompt": "b"}, r'edits\.jsonl:2: every prompt needs an image here: give "image"'),
         ({"prompt": "b", "image": 3}, r"edits\.jsonl:2: every prompt needs an image"),
         ({"prompt": "b", "image": "none.png"}, r"edits\.jsonl:2: image .*none\.png: no such file"),

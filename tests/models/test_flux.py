@@ -153,8 +153,8 @@ def test_the_input_image_matters() -> None:
     model, prompt = adapter("kontext"), KONTEXT.prompts[0]
     with torch.no_grad():
         v, other = (
-            model.velocity(latents(model), SIGMA, model.encode([prompt._replace(image=image)]))
-            for image in (prompt.image, KONTEXT.prompts[1].image)
+            model.velocity(latents(model), SIGMA, model.encode([prompt._replace(images=images)]))
+            for images in (prompt.images, KONTEXT.prompts[1].images)
         )
     assert v.shape == (1, *model.latent_shape) and (v - other).abs().max() > 1e-3
 
@@ -171,7 +171,7 @@ def test_input_images_of_any_shape_are_resized_to_the_output(tmp_path: Path) -> 
     Image.new("RGBA", (50, 9), (10, 200, 30, 128)).save(tmp_path / "clear.png")
     files = [tmp_path / "grey.png", tmp_path / "clear.png", disc("exact", (24, 16), "white", "red")]
     model = adapter("kontext", height=16, width=24)
-    conditioning = model.encode([ImagePrompt("brighter", file) for file in files])
+    conditioning = model.encode([ImagePrompt("brighter", (file,)) for file in files])
     assert conditioning.image.shape == (3, *model.latent_shape)
     for image, file in zip(conditioning.image, files, strict=True):
         assert torch.equal(image, model.encode_image(file)[0])

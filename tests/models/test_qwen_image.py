@@ -215,7 +215,7 @@ def test_the_loop_has_no_host(load, name: str, scale: float) -> None:
 
 def test_the_image_is_read_by_the_encoder_and_by_the_transformer(load) -> None:
     model = load("qwen_image_edit")
-    one, other = (model.encode([EDITS[0]._replace(image=prompt.image)]) for prompt in EDITS)
+    one, other = (model.encode([EDITS[0]._replace(images=prompt.images)]) for prompt in EDITS)
     assert not torch.equal(one.embeds, other.embeds) and not torch.equal(one.image, other.image)
     x, sigma = noise(model, 1), torch.tensor([0.7])
     with torch.no_grad():
@@ -250,13 +250,13 @@ def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:
     """Also from an image of another size and mode."""
     Image.new("L", (50, 31), 200).save(tmp_path / "grey.png")
     model = load("qwen_image_edit", height=24, width=16)
-    images = drawn(model, [ImagePrompt("draw a line", tmp_path / "grey.png")], num_steps=2, guidance_scale=4.0)
+    images = drawn(model, [ImagePrompt("draw a line", (tmp_path / "grey.png",))], num_steps=2, guidance_scale=4.0)
     assert images.shape == (1, 3, 24, 16)
 
 
 def test_an_image_to_edit_is_read_as_people_see_it(load, tmp_path: Path) -> None:
     model = load("qwen_image_edit")
-    plain, hiding = (model.encode([ImagePrompt("draw a line", file)]) for file in seen_alike(tmp_path))
+    plain, hiding = (model.encode([ImagePrompt("draw a line", (file,))]) for file in seen_alike(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(plain, hiding, strict=True))
 
 
@@ -279,7 +279,7 @@ def test_at_a_megapixel_a_square_image_is_prepared_as_in_the_stock_pipeline(load
         raise StopIteration
 
     pipeline.encode_prompt, pipeline._encode_vae_image, pipeline.scheduler.set_timesteps = encode_prompt, encode_image, stop
-    model.encode([ImagePrompt("a", file)])
+    model.encode([ImagePrompt("a", (file,))])
     with pytest.raises(StopIteration):
         pipeline(Image.open(file), "a", num_inference_steps=2)
     pixels, picture, stock_picture, stock_pixels = shown

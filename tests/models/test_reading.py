@@ -37,7 +37,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def asked(model: Any, image: Path, text: str) -> str | ImagePrompt:
-    return ImagePrompt(text, image) if model.image_conditioned else text
+    return ImagePrompt(text, (image,)) if model.image_conditioned else text
 
 
 @pytest.mark.slow

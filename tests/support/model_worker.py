@@ -35,7 +35,10 @@ def frames_seen(videos: torch.Tensor, prompts: list[str], metadata: list[dict]) 
 
 
 def write_prompts(path: Path, prompts: list[Any]) -> str:
-    records = [{"prompt": p} if isinstance(p, str) else {"prompt": p.text, "image": str(p.image)} for p in prompts]
+    records = [
+        {"prompt": p} if isinstance(p, str) else {"prompt": p.text, "image": [str(file) for file in p.images]}
+        for p in prompts
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
