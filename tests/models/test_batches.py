@@ -1,0 +1,55 @@
+"""Prompts of every length in one batch, in images that are not square: what stands beside a sample is nothing to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgrpo.data.prompts import ImagePrompt
+from fastgrpo.models import load_model
+from fastgrpo.records import take
+from fastgrpo.testing import FAMILIES, load_family
+from fastgrpo.testing.pictures import picture
+
+pytestmark = pytest.mark.slow  # every family
+TEXTS = ["a red circle", "", "two blue squares left of a cat, " * 40]  # of which the last is longer than any limit
+SIZES = {"height": 16, "width": 32}
+
+
+def prompts_of(model: Any, count: int = len(TEXTS)) -> list[Any]:
+    texts = TEXTS[:count]
+    if not model.image_conditioned:
+        return texts
+    pictures = [
+        picture(f"batch{i}", (32, 16), "white", colour, (3, 2, 12 + i, 12))
+        for i, colour in enumerate(("red", "blue", "navy"))
+    ]
+    return [ImagePrompt(text, (file,) * model.input_images[0]) for text, file in zip(texts, pictures, strict=False)]
+
+
+@pytest.mark.filterwarnings("ignore:.*are longer than model.max_text_tokens")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sample_does_not_depend_on_what_is_beside_it(name: str, tmp_path: Path) -> None:
+    family = load_family(name)
+    family.save(tmp_path)
+    settings = family.settings | SIZES
+    model = load_model(name, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **settings)
+    # Where an image is read with the text, a text that does not fit is refused.
+    count = 2 if model.cuts_are_known else 3
+    conditioning = model.encode(prompts_of(model, count))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *model.latent_shape, generator=generator)
+    sigma = torch.tensor([0.9, 0.5, 0.3])[:count]
+    with torch.no_grad():
+        together = model.velocity(x, sigma, conditioning)
+        for i in range(count):
+            alone = model.encode(prompts_of(model, count)[i : i + 1])
+            v = model.velocity(x[i : i + 1], sigma[i : i + 1], alone)
+            spread = v.std().item()
+            torch.testing.assert_close(together[i : i + 1], v, rtol=0, atol=2e-5 * spread)
+            other = model.velocity(x[i : i + 1], sigma[i : i + 1], take(conditioning, torch.tensor([i - 1])))
+            assert (other - v).abs().max() > 1e-4 * spread, "the prompt has no effect"
+    assert together.isfinite().all()
+    images = model.decode(torch.randn(count, *model.latent_shape, generator=generator))
+    assert images.shape[-2:] == (16, 32)
