@@ -52,7 +52,8 @@ class Probe:
         )  # fmt: skip
         self.model.transformer.requires_grad_(True)
         self.named = dict(self.model.transformer.named_parameters())
-        self.policy, self.embeddings = Policy(self.model), Embeddings(self.model)
+        self.policy = Policy(self.model)
+        self.embeddings = Embeddings(self.model, negative_prompt=config.model.negative_prompt)
         self.prompts: PromptSet = load_prompts(config.prompts.train)
         self.probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         self.reward = load_reward(config.reward.train)

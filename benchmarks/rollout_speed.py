@@ -100,7 +100,7 @@ def rollout_arguments(
     cond = conditioning(model, batch)
     empty = type(cond)(*(tensor.expand_as(like) for tensor, like in zip(empty_prompt(cond), cond, strict=True)))
     address = noise_address(TRAIN, 0, 0, torch.arange(batch, device=DEVICE))
-    return schedule_of(model, num_steps, batch), address, Prompted(cond, empty if guidance != 1 else None), guidance
+    return schedule_of(model, num_steps, batch), address, Prompted.of(cond, empty if guidance != 1 else None), guidance
 
 
 def empty_prompt(plain: tuple) -> tuple:

@@ -83,7 +83,12 @@ class Evaluator:
             turn, mine = n // len(turns), turns[n % len(turns)]
             return mine[turn * len(mine) // share if share < len(mine) else turn % len(mine)]
 
-        return np.array([prompt(n) for n in range(images)])
+        return np.array([prompt(n) for n in range(images)], dtype=int)
+
+    def records(self, *images: int) -> list[dict]:
+        """The records of the prompts that evaluations of so many images draw."""
+        drawn = np.unique(np.concatenate([self.order(count) for count in images]))
+        return [self.prompts.metadata[i] for i in drawn]
 
     def _scores(self, policy: Policy, order: np.ndarray, sample_id: Tensor) -> Tensor:
         metadata = [self.prompts.metadata[i] for i in order]

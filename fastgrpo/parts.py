@@ -21,6 +21,7 @@ from fastgrpo.data.prompts import (
     as_prompt,
     check_held_out,
     check_input_images,
+    check_not_empty,
     check_tags,
     given_prompts,
     load_prompts,
@@ -118,6 +119,9 @@ class Parts:
         if image_conditioned:
             for one in (prompts, held_out):
                 check_input_images(one, getattr(family, "input_images", range(1, 2)), config.model.name)
+        if getattr(family, "empty_is_no_prompt", False):
+            for one in (prompts, held_out):
+                check_not_empty(one, config.model.name)
         check_held_out(prompts, held_out)
         check_tags(held_out)
         scored = (() if image_fields else prompts.judged, held_out.judged)
@@ -130,13 +134,15 @@ class Parts:
             held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
         )  # fmt: skip
 
-    def check_cut(self, max_text_tokens: int, show: bool) -> None:
-        """`check_cut` of all its prompts, with the rewards that score them."""
+    def check_texts(self, negative_prompt: str, show: bool) -> None:
+        """`check_cut` of all its prompts, with the rewards that score them; and say it where their length is another's."""
         trained = self.prompts, None if self.image_fields else self.reward
-        check_cut(self.model, max_text_tokens, trained, (self.held_out, self.held_out_reward), show=show)
+        check_cut(self.model, trained, (self.held_out, self.held_out_reward), negative_prompt=negative_prompt, show=show)
+        if show and (line := getattr(self.model, "other_length", "")):
+            print(line, file=sys.stderr)
 
 
-def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, RewardSum | None], show: bool = True) -> None:
+def check_cut(model: Any, *scored: tuple[PromptSet, RewardSum | None], negative_prompt: str = "", show: bool = True) -> None:
     """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
 
     scored: prompts, with the rewards that score their images; None: nothing does.
@@ -144,6 +150,12 @@ def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, Rewa
     ask = getattr(model, "read_in_part", None)
     if ask is None:
         return
+    max_text_tokens = model.settings.max_text_tokens
+    if part := ask([negative_prompt]):
+        raise ValueError(
+            f"model.negative_prompt = {negative_prompt!r}: model.max_text_tokens = {max_text_tokens} cuts it after "
+            f"{part[negative_prompt]!r}; shorten it, or raise model.max_text_tokens"
+        )
     cut: dict[str | ImagePrompt, str] = {}
     for prompts, reward in scored:
         asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.records import Prompted, concatenate
+from fastgrpo.records import Prompted
 from fastgrpo_kernels import Guided
 
 # (x (B, *D) in the model's dtype, sigma (B,) float32, conditioning) -> v (B, *D)
@@ -148,13 +148,12 @@ def prompted_velocity(
 
     The kernels combine the two. By a rule of the model's own, `guide`, they are combined here, and there is one.
     """
-    cond, uncond = prompted
-    if uncond is None:
-        return lambda x, sigma: Guided(network(x, sigma, cond))
-    both = concatenate([uncond, cond])
+    asked = prompted.asked
+    if not prompted.guided:
+        return lambda x, sigma: Guided(network(x, sigma, asked))
 
     def velocity(x: Tensor, sigma: Tensor) -> Guided:
-        v_uncond, v = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        v_uncond, v = network(torch.cat([x, x]), torch.cat([sigma, sigma]), asked).chunk(2)
         return Guided(v, v_uncond, guidance_scale) if guide is None else Guided(guide(v, v_uncond, guidance_scale))
 
     return velocity

@@ -59,15 +59,45 @@ def numpy_generator(seed: int, number: int) -> np.random.Generator:
 
 
 class Prompted(NamedTuple):
-    """The conditioning of B samples and, under classifier-free guidance, the one that it is compared with."""
+    """The conditioning of B samples: a row for each prompt, and which row each sample has.
 
-    cond: tuple  # of tensors (B, ...)
-    uncond: tuple | None = None  # of tensors (B, ...), of the empty prompt; None: no guidance
+    Samples of one prompt share its row, and batches of one iteration share their rows. A row a sample is made only of the
+    batch that runs, by `cond` and `uncond`.
+    """
+
+    rows: tuple  # of tensors (P, ...), a row for each of P prompts
+    cond_row: Tensor  # (B,) int64, each sample's row
+    uncond_row: Tensor | None = None  # (B,) int64, the row that guidance compares each sample with; None: no guidance
+
+    @classmethod
+    def of(cls, cond: tuple, uncond: tuple | None = None) -> "Prompted":
+        """B samples with rows of their own. cond, uncond: tensors (B, ...)."""
+        number = torch.arange(len(cond[0]), device=cond[0].device)
+        if uncond is None:
+            return cls(cond, number)
+        return cls(concatenate([cond, uncond]), number, number + len(number))
+
+    @property
+    def cond(self) -> tuple:
+        """A row for each sample: tensors (B, ...)."""
+        return take(self.rows, self.cond_row)
+
+    @property
+    def uncond(self) -> tuple | None:
+        """What guidance compares each sample with: tensors (B, ...). None: no guidance."""
+        return None if self.uncond_row is None else take(self.rows, self.uncond_row)
+
+    @property
+    def asked(self) -> tuple:
+        """What the network is asked for in one pass: tensors (B, ...), under guidance (2 B, ...) with `uncond` first."""
+        if self.uncond_row is None:
+            return self.cond
+        return take(self.rows, torch.cat([self.uncond_row, self.cond_row]))
 
     @property
     def guided(self) -> bool:
         """Whether the network is asked twice for each sample."""
-        return self.uncond is not None
+        return self.uncond_row is not None
 
     @property
     def passes(self) -> int:
@@ -76,13 +106,34 @@ class Prompted(NamedTuple):
 
     def take(self, index: Tensor) -> "Prompted":
         """The samples `index`, in that order."""
-        return Prompted(take(self.cond, index), None if self.uncond is None else take(self.uncond, index))
+        return self._replace(
+            cond_row=self.cond_row[index], uncond_row=None if self.uncond_row is None else self.uncond_row[index]
+        )
+
+    def unshared(self) -> "Prompted":
+        """The same with rows of each sample's own, so that its shapes do not tell how many prompts there are."""
+        number = torch.arange(len(self.cond_row), device=self.cond_row.device)
+        if self.uncond_row is None:
+            return Prompted(self.asked, number)
+        return Prompted(self.asked, number + len(number), number)
+
+    def split(self, size: int) -> list["Prompted"]:
+        """Batches of `size` samples in a row."""
+        return [self.take(part) for part in torch.arange(len(self.cond_row), device=self.cond_row.device).split(size)]
 
 
 def join_prompted(parts: Sequence[Prompted]) -> Prompted:
-    """Several batches as one."""
-    uncond = [part.uncond for part in parts if part.uncond is not None]
-    return Prompted(concatenate([part.cond for part in parts]), concatenate(uncond) if uncond else None)
+    """Several batches as one. Rows that all of them share stay as they are."""
+    rows, starts = parts[0].rows, [0] * len(parts)
+    if any(part.rows is not rows for part in parts):
+        counts = [len(part.rows[0]) for part in parts]
+        rows, starts = concatenate([part.rows for part in parts]), [sum(counts[:i]) for i in range(len(parts))]
+    uncond = [part.uncond_row + start for part, start in zip(parts, starts, strict=True) if part.uncond_row is not None]
+    return Prompted(
+        rows,
+        torch.cat([part.cond_row + start for part, start in zip(parts, starts, strict=True)]),
+        torch.cat(uncond) if uncond else None,
+    )
 
 
 class Schedule(NamedTuple):
@@ -158,7 +209,7 @@ class Experience:
     coefficients: Tensor  # (*, 4) float32, columns c_x, c_v, s, w
     kl_weight: Tensor  # (*) float32
     loss_weight: Tensor  # (*) float32
-    prompted: Prompted  # (B, ...)
+    prompted: Prompted  # of (B)
     advantages: Tensor  # (B,) float32
     weight: Tensor  # (B,) float32, 0 where a sample teaches nothing
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from fastgrpo.callbacks import Callback, FolderLog
 from fastgrpo.config.keys import Config
-from fastgrpo.data.embeddings import Embeddings, without_text
-from fastgrpo.data.images import image_records, load_targets
-from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
+from fastgrpo.data.draws import Draws
+from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.data.images import load_targets
+from fastgrpo.data.prompts import ImagePrompt, as_prompt
 from fastgrpo.engine.lock import held
 from fastgrpo.engine.options import EngineOptions
 from fastgrpo.engine.ranks import Ranks, start
@@ -42,7 +43,7 @@ from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
 from fastgrpo.policy import Model, Policy
-from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
+from fastgrpo.records import TRAIN, Batch, Prompted, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
 from fastgrpo.rewards import Reward, RewardError, RewardUnavailable
@@ -88,9 +89,9 @@ class Trainer:
         self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
-        self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
+        self.parts.check_texts(config.model.negative_prompt, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
-        self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
+        self.draws = Draws(self.prompts, config, self.parts.image_fields)
         prepare(self.model, config)
         options = EngineOptions(
             zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
@@ -102,14 +103,17 @@ class Trainer:
         self.ema = Ema(self.engine.trained_state(), warmed_up(config.update.ema_decay))
         self.updater = Updater(config, self.model, self.engine)
         self.guards = Guards(config, self.ranks, self._prompts_of, self._tell)
-        self.embeddings = Embeddings(self.model, config.prompts.cache)
-        self._embed()
+        self.embeddings = Embeddings(
+            self.model, config.prompts.cache, negative_prompt=config.model.negative_prompt,
+            in_memory=config.prompts.in_memory,
+        )  # fmt: skip
         self.scorer = Scorer(config.reward.timeout, check=lambda: self.lifeline.stop_if_asked(within=True))
         self.evaluator = Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
             scorer=self.scorer, num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
             batch_size=config.evaluation.batch_size, seed=config.seed, ranks=self.ranks,
         )  # fmt: skip
+        self._embed()
         self.run_rollout, self.rollout_form = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
         averages = {EMA: self.ema} | ({} if self.updater.old is None else {"old": self.updater.old})
@@ -197,6 +201,8 @@ class Trainer:
         self.lifeline.stop_if_asked()
         group_size, rewards = self.config.rollout.group_size, None if scores is None else self.reward.total(scores)
         batches, whole = self.guards.leave_out(iteration, batches, rewards)
+        if iteration < self.config.iterations:
+            self.embeddings.read_ahead(self._asked(iteration + 1), self.config.rollout.guidance_scale)
         with clock("update"):
             advantages, pairs = self._advantages(scores, whole)
             updates = means_over_ranks(self.ranks, self.updater.update(iteration, batches, advantages, pairs))
@@ -231,53 +237,57 @@ class Trainer:
 
     def _sample(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], Tensor]:
         """This rank's batches by rollouts, and the scores (N, R) of all ranks' images."""
-        settings = self.config.rollout
-        chosen = prompts_of_iteration(
-            len(self.prompts), settings.groups, iteration - 1, self.config.seed, self.prompt_probabilities
-        )
-        schedules = self._group_schedules(iteration)
+        records, schedules = self.draws.records(iteration), self._group_schedules(iteration)
         batches, waiting = [], []
-        for sample_id in self._sample_ids():
-            group = sample_id // settings.group_size
-            records = [self.prompts.metadata[i] for i in chosen[group.numpy()]]
+        with clock("rollout"):
+            prompted = self._prompted(iteration)
+        for sample_id, its_prompts in zip(self._sample_ids(), prompted, strict=True):
+            mine, group = [records[i] for i in sample_id], sample_id // self.config.rollout.group_size
             with clock("rollout"):
-                batch = self._rollout(iteration, sample_id, records, schedules.of(group.to(self.model.device)))
+                batch = self._rollout(iteration, sample_id, its_prompts, schedules.of(group.to(self.model.device)))
             with clock("decode"):
                 images = self.model.decode(self.guards.samples.add(batch.trajectory), draft=True)
                 self.guards.samples.look(images)
             # Beside the next batch's rollout: only what is not done by its end is waited for.
-            prompts = [record["prompt"] for record in records]
-            waiting.append(self.scorer.submit(self.reward, images, prompts, records))
+            prompts = [record["prompt"] for record in mine]
+            waiting.append(self.scorer.submit(self.reward, images, prompts, mine))
             batches.append(batch)
             self.lifeline.stop_if_asked(within=True)
         with clock("reward"), self.ranks.together(RewardUnavailable, RewardError, Exception):
             scores = self.scorer.scores(waiting)
         return batches, self.reward.settled(self.ranks.gather(scores.to(self.model.device)))
 
-    def _rollout(self, iteration: int, sample_id: Tensor, records: list[dict], schedule: Schedule) -> Batch:
-        guidance_scale = self.config.rollout.guidance_scale
-        prompts = [as_prompt(record, self.model.image_conditioned) for record in records]
-        prompted = self.embeddings.prompted(prompts, guidance_scale)
+    def _rollout(self, iteration: int, sample_id: Tensor, prompted: Prompted, schedule: Schedule) -> Batch:
         address = noise_address(TRAIN, self.config.seed, iteration, sample_id.to(self.model.device))
         with self.updater.behaviour(), self.engine.rollout_policy() as policy, self.model.drafting():
-            trajectory = self.run_rollout(policy, schedule, address, prompted, guidance_scale)
+            trajectory = self.run_rollout(policy, schedule, address, prompted, self.config.rollout.guidance_scale)
         return Batch(sample_id=sample_id, prompted=prompted, schedule=schedule, trajectory=trajectory)
 
     def _read(self, iteration: int, clock: Stopwatch) -> tuple[list[Batch], None]:
         """This rank's batches of images that are there already, encoded; nothing scores them."""
-        settings, fields = self.config.rollout, self.parts.image_fields
-        lines = settings.groups * settings.group_size // len(fields)
-        chosen = prompts_of_iteration(len(self.prompts), lines, iteration - 1, self.config.seed)
-        records = image_records([self.prompts.metadata[i] for i in chosen], fields)
-        batches = []
-        for sample_id in self._sample_ids():
-            mine = [records[i] for i in sample_id]
+        records, batches = self.draws.records(iteration), []
+        with clock("data"):
+            prompted = self._prompted(iteration)
+        for sample_id, its_prompts in zip(self._sample_ids(), prompted, strict=True):
             with clock("data"):
-                trajectory = only_final(self.model.encode_images(load_targets(mine, self.model.size)))
+                targets = load_targets([records[i] for i in sample_id], self.model.size)
+                trajectory = only_final(self.model.encode_images(targets))
                 self.guards.samples.add(trajectory)
-                prompted = self.embeddings.prompted([record["prompt"] for record in mine], settings.guidance_scale)
-            batches.append(Batch(sample_id=sample_id, prompted=prompted, schedule=None, trajectory=trajectory))
+            batches.append(Batch(sample_id=sample_id, prompted=its_prompts, schedule=None, trajectory=trajectory))
         return batches, None
+
+    def _prompted(self, iteration: int) -> list[Prompted]:
+        """The conditioning of this rank's batches, which share the row of a prompt."""
+        settings = self.config.rollout
+        return self.embeddings.prompted(self._asked(iteration), settings.guidance_scale).split(settings.batch_size)
+
+    def _asked(self, iteration: int) -> list[str | ImagePrompt]:
+        """The prompts of this rank's samples, as the model reads them."""
+        records = self.draws.records(iteration)
+        return self._as_prompts(records[i] for sample_id in self._sample_ids() for i in sample_id)
+
+    def _as_prompts(self, records: Iterable[dict]) -> list[str | ImagePrompt]:
+        return [as_prompt(record, self.model.image_conditioned) for record in records]
 
     def _sample_ids(self) -> Iterable[Tensor]:
         """The samples of each of this rank's batches, numbered over all ranks."""
@@ -359,14 +369,8 @@ class Trainer:
 
     def _prompts_of(self, iteration: int, samples: Sequence[int]) -> list[str]:
         """The prompts that an iteration drew samples for, each once; samples: their numbers over all ranks."""
-        settings, fields = self.config.rollout, self.parts.image_fields
-        each = len(fields) or settings.group_size  # samples in a row that are of one line of the prompt file
-        lines = prompts_of_iteration(
-            len(self.prompts), settings.groups * settings.group_size // each, iteration - 1, self.config.seed,
-            None if fields else self.prompt_probabilities,
-        )  # fmt: skip
-        chosen = [lines[sample // each] for sample in samples]
-        return list(dict.fromkeys(self.prompts.metadata[i]["prompt"] for i in chosen))
+        records = self.draws.records(iteration)
+        return list(dict.fromkeys(records[sample]["prompt"] for sample in samples))
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
@@ -406,14 +410,16 @@ class Trainer:
             callback.on_checkpoint(self, self.config.output)
 
     def _embed(self) -> None:
-        """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
-        if self.config.prompts.cache is None:
+        """The embeddings of what the run draws on disk; then the text encoders may leave the device."""
+        config = self.config
+        if config.prompts.cache is None:
             return
-        records = (*self.prompts.metadata, *self.parts.held_out.metadata)
-        asking: list[str | ImagePrompt] = [as_prompt(record, self.model.image_conditioned) for record in records]
-        prompts = [*asking, *dict.fromkeys(without_text(prompt) for prompt in asking)]
-        self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
-        self.ranks.barrier()
+        trained = self.embeddings.asked(self._as_prompts(self.draws.of_run()), config.rollout.guidance_scale)
+        settings = config.evaluation
+        between = settings.images_between if 0 < settings.every < config.iterations else 0
+        held_out = self.evaluator.records(settings.images, between, settings.samples)
+        evaluated = self.embeddings.asked(self._as_prompts(held_out), settings.guidance_scale)
+        self.embeddings.prepare([*trained, *evaluated], self.ranks)
         self.model.release_encoders()
 
 

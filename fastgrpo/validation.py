@@ -87,6 +87,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_rewards(config.reward)
     _check_rollout(config)
+    _check_guidance(config)
     _check_advantage(config.advantage, config.rollout.group_size)
     _check_objective(config)
     _check_window(config)
@@ -134,6 +135,15 @@ def _check_rewards(reward: RewardConfig) -> None:
     for name in reward.settings:
         if name not in used:
             raise ConfigError(f"reward.settings.{name}: no such reward; {schema.nearest(name, used)}")
+
+
+def _check_guidance(config: Config) -> None:
+    if config.model.negative_prompt and config.rollout.guidance_scale == config.evaluation.guidance_scale == 1:
+        schema.refuse(
+            "model.negative_prompt", config.model.negative_prompt,
+            "rollout.guidance_scale and evaluation.guidance_scale are 1, so that nothing is compared with it; raise one of "
+            "them, or leave it out",
+        )  # fmt: skip
 
 
 def _check_rollout(config: Config) -> None:

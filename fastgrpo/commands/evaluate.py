@@ -12,7 +12,7 @@ from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved
 from fastgrpo.commands.trust import add_trust, trusted
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import IMAGE_FIELD, check_input_images, check_tags, load_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, check_input_images, check_not_empty, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
 from fastgrpo.evaluation import Evaluator
 from fastgrpo.files import json_text
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = saved_config(arguments.run, arguments.base, [*arguments.set, *reward_override])
     config = trusted(config, arguments.run, trust=arguments.trust, named=arguments.reward or (), overrides=arguments.set)
     settings, reward = config.evaluation, config.reward
-    fields = (IMAGE_FIELD,) if model_class(config.model.name).image_conditioned else ()
+    family = model_class(config.model.name)
+    fields = (IMAGE_FIELD,) if family.image_conditioned else ()
     files = {
         file: load_prompts(file, fields, images_outside=config.prompts.images_outside)
         for file in arguments.prompts or [config.prompts.eval]
@@ -66,15 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for prompts in files.values():
         if fields:
-            check_input_images(prompts, model_class(config.model.name).input_images, config.model.name)
+            check_input_images(prompts, family.input_images, config.model.name)
+        if family.empty_is_no_prompt:
+            check_not_empty(prompts, config.model.name)
         check_tags(prompts)
         rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)
-    check_cut(model, config.model.max_text_tokens, *((prompts, rewards) for prompts in files.values()))
+    negative_prompt = config.model.negative_prompt
+    check_cut(model, *((prompts, rewards) for prompts in files.values()), negative_prompt=negative_prompt)
     rows: list[Row] = []
     for file, prompts in files.items():
         evaluator = Evaluator(
-            model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
+            model=model, embeddings=Embeddings(model, negative_prompt=negative_prompt), prompts=prompts, reward=rewards,
             scorer=Scorer(config.reward.timeout),
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,

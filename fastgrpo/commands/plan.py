@@ -26,6 +26,7 @@ import torch
 from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.commands.counting import counted, flash_attention
 from fastgrpo.config.bounds import Above, AtLeast, AtMost
+from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.options import LARGEST_BUCKET
 from fastgrpo.files import json_text
 from fastgrpo.learning.objectives import OBJECTIVES, weighting
@@ -129,6 +130,18 @@ def micro_batch(config: Config) -> int:
     return size if isinstance(size, int) else config.rollout.batch_size
 
 
+def prompt_rows(config: Config, gpus: int) -> int:
+    """The most rows that a GPU holds of an iteration: one of each prompt, and of what guidance compares it with."""
+    rollout, objective = config.rollout, config.objective
+    each = len(TARGET_FIELDS[objective.name]) if objective.offline else rollout.group_size  # consecutive samples of a prompt
+    share = -(-rollout.groups * rollout.group_size // gpus)
+    starts = range(0, share * min(gpus, each), share)  # of the ranks; a later one begins within a group as one of these does
+    prompts = max((start + share - 1) // each - start // each + 1 for start in starts)
+    if passes(config) == 1:
+        return prompts
+    return 2 * prompts if model_class(config.model.name).image_conditioned else prompts + 1
+
+
 def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     """FLOPs that an image takes in an iteration, by what they are for."""
     forward, guided = counts.forward_flops, passes(config)
@@ -180,6 +193,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
     masters = 0 if config.model.dtype == "float32" else 4
     trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus
+    prompt, asked = counts.conditioning_bytes, passes(config) * counts.conditioning_bytes  # asked: for a sample
     # DeepSpeed copies gradients into a bucket, in stage 1 in float32. Without it they are those that autograd makes.
     bucket = min(counts.trained, LARGEST_BUCKET) * (0, 4, width, width)[stage]
     return Memory(
@@ -191,13 +205,13 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
             "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
             "average (EMA)": counts.trained * 4,
             "decoder": counts.vae_parameters * width,
-            "prompts": images * counts.conditioning_bytes,
+            "prompts": prompt_rows(config, gpus) * prompt,
             "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
         },
         phases={
-            "rollout": 0 if config.objective.offline else counts.rollout_bytes,
+            "rollout": 0 if config.objective.offline else counts.rollout_bytes + rollout.batch_size * asked,
             "decoding": 0 if config.objective.offline else counts.decode_bytes,
-            "update": counts.update_bytes + bucket,
+            "update": counts.update_bytes + micro_batch(config) * asked + bucket,
         },
     )
 
@@ -258,7 +272,7 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
         "The peak is all that is held and the largest of the phases, marked +, as one works at a time.",
         "Counted on shapes, not measured. Left out: text encoders (prompts.cache sends them away), the working memory of",
         "the reward, the optimiser and larger batches of an evaluation, workspaces of cuDNN but for the copies it makes,",
-        "fragmentation, the pool of a captured rollout, and in stage 3 the weights gathered at a time.",
+        "fragmentation, a captured rollout's inputs and pool, and in stage 3 the weights gathered at a time.",
         "Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
     ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from fastgrpo.commands.arguments import check_file, check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, given_prompts
+from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, check_not_empty, given_prompts
 from fastgrpo.models import model_class
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
@@ -49,13 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = saved_config(arguments.run, arguments.base, arguments.set)
     settings = config.evaluation
     _check_input(arguments.input, config.model.name)
-    given = given_prompts(arguments.prompt).prompts
+    given = given_prompts(arguments.prompt)
+    if model_class(config.model.name).empty_is_no_prompt:
+        check_not_empty(given, config.model.name)
     model = saved_model(config, arguments.run, arguments.base)
-    texts = [text for text in given for _ in range(arguments.images)]
+    texts = [text for text in given.prompts for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
-    prompted = Embeddings(model).prompted(prompts, guidance_scale)
+    prompted = Embeddings(model, negative_prompt=config.model.negative_prompt).prompted(prompts, guidance_scale)
     num_steps = arguments.steps or settings.num_steps
     images = generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
     save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())

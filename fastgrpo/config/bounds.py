@@ -9,6 +9,7 @@ class Bound:
     """A limit that a number must keep to; `str` says it in words."""
 
     limit: float
+    hint: str = ""  # what a refusal adds
     words: ClassVar[str]
 
     def holds(self, value: float) -> bool:

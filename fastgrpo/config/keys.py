@@ -16,7 +16,8 @@ IterationCount = Annotated[int, AtLeast(1), AtMost(10_000_000)]  # an iteration 
 BatchSize = Annotated[int, AtLeast(1), AtMost(10_000)]
 ImageCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
 Pixels = Annotated[int, AtLeast(1), AtMost(16_384)]
-Guidance = Annotated[float, Above(0), AtMost(1000)]
+# v_uncond + scale (v - v_uncond), so that 1 is without guidance.
+Guidance = Annotated[float, Above(0, "1 is without guidance; Z-Image's cards say 0: that is 1 here"), AtMost(1000)]
 Decay = Annotated[float, AtLeast(0), Below(1)]
 Seed = Annotated[int, AtLeast(0), AtMost(2**63 - 1)]  # an int64, as JSON's readers and torch's tensors have it
 Weight = Annotated[float, AtLeast(-1_000_000), AtMost(1_000_000)]
@@ -59,10 +60,14 @@ class ModelConfig:
     """Width of an image in pixels. Left out: the size that the model was made for."""
     num_frames: Annotated[int, AtLeast(1), AtMost(10_000)] | None = None
     """Number of frames of a video. Left out: the number that the model was made for."""
-    distilled_guidance: Guidance | None = None
+    distilled_guidance: Annotated[float, Above(0), AtMost(1000)] | None = None
     """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
-    max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] = 256
-    """Length of the text sequence, called max_sequence_length in the diffusers pipelines."""
+    max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] | None = None
+    """Length of the text sequence, called max_sequence_length in the diffusers pipelines. Left out: the family's own, which
+    is the stock pipeline's default."""
+    negative_prompt: str = ""
+    """Text that classifier-free guidance compares a prompt with, in rollouts, updates and evaluations alike; the input
+    images stay the same. Left empty: no text."""
     tiny_decoder: Path | None = None
     """Folder of an AutoencoderTiny that decodes training images, for rewards that tolerate it. Evaluation never uses it."""
     attention: Literal["native", "cudnn", "flash2", "flash3", "xformers"] = "native"
@@ -91,8 +96,11 @@ class PromptsConfig:
     """How often prompts of each category ("tag") are drawn, relative to the other categories, for example
     {counting: 2, position: 1}. Left out: every prompt equally often."""
     cache: Path | None = None
-    """Folder for the embeddings of all prompts, which are made once; the text encoders then leave the GPU. Left out:
-    embeddings are kept in memory."""
+    """Folder for the embeddings of the prompts that the run draws, which are made once, before it begins; the text encoders
+    then leave the GPU. Left out: prompts are encoded when they are drawn, and again when they have left the memory."""
+    in_memory: Annotated[float, Above(0), AtMost(100_000)] = 4.0
+    """GiB of the host's memory, for each process, in which the embeddings of the latest prompts are kept. On the GPU are
+    those of one iteration, each prompt's once."""
 
 
 @dataclass(frozen=True, kw_only=True)

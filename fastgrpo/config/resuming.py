@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "prompts.eval": "a place: the prompts in it count",
     "prompts.images_outside": "a place: the images count, not where they lie",
     "prompts.cache": "a place; embeddings that are not there are made again",
+    "prompts.in_memory": "how many embeddings are kept; others are read or made again, with the same bits",
     "checkpoint.every": "how often the state is saved",
     "checkpoint.keep": "how many checkpoints stay",
     "checkpoint.keep_best": "how many checkpoints stay",

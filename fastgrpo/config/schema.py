@@ -191,7 +191,8 @@ def _convert_any(value: Any, path: str) -> Any:
 
 def _within(value: Any, bounds: tuple[Bound, ...], path: str) -> Any:
     if not all(bound.holds(value) for bound in bounds):
-        refuse(path, value, f"must be {_in_words(bounds)}")
+        hints = [f"; {bound.hint}" for bound in bounds if bound.hint and not bound.holds(value)]
+        refuse(path, value, "".join([f"must be {_in_words(bounds)}", *hints]))
     return value
 
 

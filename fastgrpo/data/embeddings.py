@@ -1,129 +1,188 @@
-"""The conditioning of prompts: made once for each, kept in memory or on disk."""
+"""The conditioning of prompts: made once for each, kept on the host and, with a folder, on disk.
 
-import functools
-import hashlib
+    embeddings = Embeddings(model, folder)
+    embeddings.prepare(prompts, ranks)          those that are not there are made and written
+    embeddings.read_ahead(prompts, scale)       begins to read them from the disk, beside what comes next
+    embeddings.prompted(prompts, scale)         `Prompted` on the model's device: a row for each different prompt
+
+On the host and on disk a conditioning is without its padding, see `fastgrpo.data.padding`; on the device it is whole.
+"""
+
+import shutil
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.data.pictures import load_picture
+from fastgrpo.config.schema import ConfigError
+from fastgrpo.daemon_pool import DaemonPool
+from fastgrpo.data.embedding_files import EmbeddingFiles, Form, Kept, kept
+from fastgrpo.data.padding import fill
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.files import atomic_file
+from fastgrpo.engine.ranks import Ranks
+from fastgrpo.measure import GIB
 from fastgrpo.policy import Model
-from fastgrpo.records import Prompted, concatenate
-from fastgrpo.tensor_files import read_tensors
+from fastgrpo.records import Prompted
 
-IN_MEMORY = 1024  # prompts whose embeddings are kept in memory: 3 GB for SD3
-IN_BYTES = 4 * 2**30  # that they may take, where a prompt's are larger
+IN_MEMORY = 4.0  # GiB, where nobody says otherwise
 
 
 class Embeddings:
-    """The conditioning of prompts: the latest in memory, and with `folder` all of them on disk and for good.
+    """The conditioning of prompts: the latest on the host, and with `folder` all of them on disk and for good.
 
-    A file is named after what it was made from: the text encoders, the model's `encoder_settings` and the prompt. Prompts
-    are encoded one at a time: in a batch, the last bits would depend on which other prompts were new, and with them the
-    whole run after a resume.
+    Prompts are encoded one at a time: in a batch, the last bits would depend on which other prompts were new, and with them
+    the whole run after a resume.
+
+    negative_prompt: the text that guidance compares with; "": none. in_memory: GiB that the host keeps.
     """
 
-    def __init__(self, model: Model, folder: Path | None = None) -> None:
-        self._model, self._folder = model, folder
-        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()  # the one asked for last comes last
-        self._bytes = 0  # that they take
-        self._form: list[tuple] = []  # dtype and shape of each tensor, of the first one; of all others too
+    def __init__(
+        self, model: Model, folder: Path | None = None, *, negative_prompt: str = "", in_memory: float = IN_MEMORY
+    ) -> None:
+        self.model, self.negative_prompt = model, negative_prompt
+        self.files = None if folder is None else EmbeddingFiles(model, folder)
+        self.in_memory: OrderedDict[str | ImagePrompt, Kept] = OrderedDict()  # the one asked for last comes last
+        self._bytes, self._most = 0, in_memory * GIB  # that they take, and may take
+        self._form: Form = []  # of the first one; of all others too
+        self._reader = DaemonPool(1, "embeddings")
+        self._ahead: Future[None] | None = None  # what it reads
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
-        """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
-        cond = concatenate([self._one(prompt) for prompt in prompts])
+        """The conditioning of B prompts and, under guidance, what it is compared with."""
+        self._wait()
+        different = self.asked(prompts, guidance_scale)
+        place = {prompt: i for i, prompt in enumerate(different)}
+        rows = self._rows([self._one(prompt) for prompt in different])
+
+        def placed(these: Sequence[str | ImagePrompt]) -> Tensor:
+            return torch.tensor([place[prompt] for prompt in these], device=self.model.device)
+
         if guidance_scale == 1:
-            return Prompted(cond)
-        if not isinstance(prompts[0], str):
-            return Prompted(cond, concatenate([self._one(without_text(prompt)) for prompt in prompts]))
-        empty = self._one("")
-        return Prompted(cond, type(cond)(*(tensor.expand(len(prompts), *tensor.shape[1:]) for tensor in empty)))
+            return Prompted(rows, placed(prompts))
+        return Prompted(rows, placed(prompts), placed([self._compared(prompt) for prompt in prompts]))
 
-    def prepare(self, prompts: Sequence[str | ImagePrompt], show: bool = True) -> None:
-        """Puts the embeddings of all prompts into the folder, so that the text encoders are not asked again."""
-        if self._folder is None:
+    def asked(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> list[str | ImagePrompt]:
+        """The different ones of these prompts and, under guidance, of those that they are compared with."""
+        compared = [] if guidance_scale == 1 else [self._compared(prompt) for prompt in prompts]
+        return list(dict.fromkeys([*prompts, *compared]))
+
+    def prepare(self, prompts: Sequence[str | ImagePrompt], ranks: Ranks) -> None:
+        """Puts the embeddings of prompts into the folder, each rank its share, so that the encoders are not asked again.
+
+        Rank 0 says what they will take; ConfigError if the disk has less. Collective.
+        """
+        files = self._in_folder
+        with ranks.together(ValueError):  # no rank writes before all have looked
+            missing = self._missing(files, prompts)
+        with ranks.together(ValueError):
+            said = self._room_for(files, missing) if missing else ""
+        if said and ranks.rank == 0:
+            tqdm.write(said, file=sys.stderr)
+        mine = self._missing(files, missing[ranks.rank :: ranks.world_size])
+        for prompt in tqdm(mine, desc="embeddings", disable=ranks.rank != 0 or not mine, dynamic_ncols=True):
+            files.write(prompt, self._encoded(prompt))
+        ranks.barrier()
+
+    @staticmethod
+    def _missing(files: EmbeddingFiles, prompts: Sequence[str | ImagePrompt]) -> list[str | ImagePrompt]:
+        """Those of the prompts that are not in the folder, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not files.file(prompt).exists()]
+
+    def _room_for(self, files: EmbeddingFiles, missing: Sequence[str | ImagePrompt]) -> str:
+        """Makes the first of these prompts, and says what all of them will take; ConfigError if the disk has less."""
+        files.write(missing[0], self._encoded(missing[0]))
+        needed, free = files.file(missing[0]).stat().st_size * len(missing), shutil.disk_usage(files.folder).free
+        said = f"embeddings of {len(missing)} prompts take about {needed / 1e9:.3g} GB"
+        if needed > free:
+            raise ConfigError(
+                f"prompts.cache = {files.folder}: {said}, and {free / 1e9:.3g} GB are free; name a folder on a larger disk, "
+                "or leave it out, and prompts are encoded when they are drawn"
+            )
+        return f"{said} in {files.folder}"
+
+    def read_ahead(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> None:
+        """Begins to read from the disk what `prompted` will be asked for next; what fails here will fail there."""
+        self._wait()
+        if self.files is not None:
+            self._ahead = self._reader.submit(self._read_ahead, self.files, self.asked(prompts, guidance_scale))
+
+    def _read_ahead(self, files: EmbeddingFiles, prompts: Sequence[str | ImagePrompt]) -> None:
+        read = 0
+        with suppress(Exception):
+            for prompt in prompts:
+                if prompt not in self.in_memory and not files.file(prompt).exists():
+                    continue  # it is not for this thread to encode
+                read += self._one(prompt).nbytes
+                if read > self._most:  # one more would take the place of the first
+                    return
+
+    def _wait(self) -> None:
+        """Until nothing is read ahead, so that one thread at a time is at the memory."""
+        if self._ahead is not None:
+            self._ahead.result()
+            self._ahead = None
+
+    @property
+    def _in_folder(self) -> EmbeddingFiles:
+        if self.files is None:
             raise ValueError("these embeddings are kept in memory: give Embeddings a folder to prepare them in")
-        for prompt in tqdm(prompts, desc="embeddings", disable=not show, dynamic_ncols=True):
-            if not (path := self._file(self._folder, prompt)).exists():
-                self._write(path, self._model.encode([prompt]))
+        return self.files
 
-    def _one(self, prompt: str | ImagePrompt) -> tuple:
+    def _compared(self, prompt: str | ImagePrompt) -> str | ImagePrompt:
+        """The prompt that guidance compares this one with."""
+        return compared_with(prompt, self.negative_prompt)
+
+    def _rows(self, found: Sequence[Kept]) -> tuple:
+        """A whole row on the device for each: tensors (P, ...)."""
+        rows = [torch.zeros(len(found), *shape[1:], dtype=dtype, device=self.model.device) for dtype, shape in self._form]
+        for i, one in enumerate(found):
+            for row, tensor in zip(rows, one.tensors, strict=True):
+                fill(row[i], tensor)
+        return self.model.Conditioning(*rows)
+
+    def _one(self, prompt: str | ImagePrompt) -> Kept:
         if prompt not in self.in_memory:
-            self.in_memory[prompt] = self._like_others(prompt, self._read(prompt))
-            self._bytes += _size(self.in_memory[prompt])
-            while len(self.in_memory) > IN_MEMORY or (self._bytes > IN_BYTES and len(self.in_memory) > 1):
-                self._bytes -= _size(self.in_memory.popitem(last=False)[1])
+            self.in_memory[prompt] = one = self._pinned(self._like_others(prompt, self._found(prompt)))
+            self._bytes += one.nbytes
+            while self._bytes > self._most and len(self.in_memory) > 1:
+                self._bytes -= self.in_memory.popitem(last=False)[1].nbytes
         self.in_memory.move_to_end(prompt)
         return self.in_memory[prompt]
 
-    def _like_others(self, prompt: str | ImagePrompt, conditioning: tuple) -> tuple:
+    def _found(self, prompt: str | ImagePrompt) -> Kept:
+        """From the folder, where there is one, else from the encoders."""
+        if self.files is None:
+            return self._encoded(prompt)
+        if not self.files.file(prompt).exists():
+            self.files.write(prompt, self._encoded(prompt))
+        return self.files.read(prompt)
+
+    def _encoded(self, prompt: str | ImagePrompt) -> Kept:
+        return kept(self.model.encode([prompt]))
+
+    def _like_others(self, prompt: str | ImagePrompt, one: Kept) -> Kept:
         """The conditioning, which must be of one form with all others: ValueError, with the file if it is of one."""
-        form = [(tensor.dtype, tensor.shape) for tensor in conditioning]
-        self._form = self._form or form
-        if form != self._form:
-            place = prompt if self._folder is None else self._file(self._folder, prompt)
+        self._form = self._form or one.form
+        if one.form != self._form:
+            place = prompt if self.files is None else self.files.file(prompt)
             raise ValueError(
-                f"{place}: holds {form} and other prompts {self._form}; remove such files, and they are made again"
+                f"{place}: holds {one.form} and other prompts {self._form}; remove such files, and they are made again"
             )
-        return conditioning
+        return one
 
-    def _read(self, prompt: str | ImagePrompt) -> tuple:
-        if self._folder is None:
-            return self._model.encode([prompt])
-        path = self._file(self._folder, prompt)
-        if not path.exists():
-            self._write(path, self._model.encode([prompt]))
-        tensors = read_tensors(path, self._model.device)[0]
-        fields = set(self._model.Conditioning._fields)
-        if tensors.keys() != fields or any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise ValueError(
-                f"{path}: holds {shapes} and not one prompt's {sorted(fields)}; remove it, and it is made again"
-            )
-        return self._model.Conditioning(**tensors)
-
-    def _file(self, folder: Path, prompt: str | ImagePrompt) -> Path:
-        text = prompt if isinstance(prompt, str) else "\n".join([prompt.text, *map(_content, prompt.images)])
-        name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
-        return folder / name[:2] / f"{name}.safetensors"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
-        digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
-        for encoder in self._model.encoders:
-            for name, tensor in encoder.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                picked = tensor.flatten()[:: max(1, tensor.numel() // 256)]
-                digest.update(picked.double().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    @staticmethod
-    def _write(path: Path, conditioning: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:  # another process may be reading or writing the same prompt
-            save_file({name: tensor.contiguous() for name, tensor in conditioning._asdict().items()}, partial)
+    def _pinned(self, one: Kept) -> Kept:
+        """In memory that a GPU reads by itself."""
+        if self.model.device.type != "cuda":
+            return one
+        return one._replace(tensors=tuple(tensor.pin_memory() for tensor in one.tensors))
 
 
-def _size(conditioning: tuple) -> int:
-    """In bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in conditioning)
-
-
-def without_text(prompt: str | ImagePrompt) -> str | ImagePrompt:
-    """The prompt that classifier-free guidance compares this one with."""
-    return "" if isinstance(prompt, str) else prompt._replace(text="")
-
-
-@functools.cache
-def _content(image: Path) -> str:
-    """A hash of the pixels that a model reads, so that another way of reading the file is another content."""
-    picture = load_picture(image)
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+def compared_with(prompt: str | ImagePrompt, negative_prompt: str = "") -> str | ImagePrompt:
+    """The prompt that classifier-free guidance compares this one with: of the same images, with another text."""
+    return negative_prompt if isinstance(prompt, str) else prompt._replace(text=negative_prompt)

@@ -5,6 +5,7 @@ metadata files have it. A folder of images, each with its caption in a .txt of t
 offline training. Every line is looked at before anything else is loaded, those that a program hands in too.
 """
 
+import functools
 import json
 import math
 import os
@@ -175,6 +176,13 @@ def check_input_images(prompts: PromptSet, counts: range, family: str) -> None:
             raise ValueError(f'{place}: "{IMAGE_FIELD}" has {found} images, and {family} reads {reads}')
 
 
+def check_not_empty(prompts: PromptSet, family: str) -> None:
+    """Refuse a prompt without a text, for families that take one for no prompt at all."""
+    for place, record in prompts.judged:
+        if not record["prompt"]:
+            raise ValueError(f"{place}: the prompt is empty, which {family} reads as no prompt at all; write a text")
+
+
 def check_held_out(train: PromptSet, evaluation: PromptSet) -> None:
     """Refuse evaluation prompts that are trained on, whatever their case, spaces and ways to write a character."""
 
@@ -238,5 +246,19 @@ def prompts_of_iteration(
     return np.array([shuffles[p // num_prompts][p % num_prompts] for p in positions])
 
 
+def prompts_of_run(
+    num_prompts: int, groups: int, iterations: range, seed: int, probabilities: np.ndarray | None = None
+) -> np.ndarray:
+    """The indices, in order, of all prompts that `prompts_of_iteration` gives these iterations."""
+    drawn = np.zeros(num_prompts, dtype=bool)
+    possible = num_prompts if probabilities is None else int((probabilities > 0).sum())
+    for iteration in iterations:
+        drawn[prompts_of_iteration(num_prompts, groups, iteration, seed, probabilities)] = True
+        if drawn.sum() == possible:
+            break
+    return drawn.nonzero()[0]
+
+
+@functools.lru_cache(maxsize=2)  # an iteration may end one epoch and begin the next
 def _shuffle(num_prompts: int, epoch: int, seed: int) -> np.ndarray:
     return numpy_generator(seed, epoch).permutation(num_prompts)

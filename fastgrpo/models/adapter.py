@@ -41,6 +41,8 @@ class Adapter(Trainable, Accelerated):
     takes: ClassVar[frozenset[str]] = frozenset()  # which of num_frames, distilled_guidance it has an input for
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with input images
     input_images: ClassVar[range] = range(1, 2)  # how many, if so
+    longest_text: ClassVar[int | None] = None  # the most max_text_tokens that it reads; None: its weights tell, or nothing
+    empty_is_no_prompt: ClassVar[bool] = False  # whether "" cannot be drawn, as it stands for a context without a prompt
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: GuidanceRule | None = None
     cuts_are_known = False  # whether anybody was told that prompts are cut
@@ -68,6 +70,11 @@ class Adapter(Trainable, Accelerated):
     # What all families share: sizes and settings.
 
     def _check_settings(self) -> None:
+        tokens = self.settings.max_text_tokens
+        if self.longest_text is not None and tokens > self.longest_text:
+            raise ValueError(
+                f"model.max_text_tokens = {tokens}: {type(self).__name__} reads at most {self.longest_text}; lower it"
+            )
         for name in ("num_frames", "distilled_guidance"):
             value = getattr(self.settings, name)
             if value is not None and name not in self.takes:
@@ -117,6 +124,17 @@ class Adapter(Trainable, Accelerated):
                 cut[prompt] = part
         self.cuts_are_known = self.cuts_are_known or bool(cut)
         return cut
+
+    @property
+    def other_length(self) -> str:
+        """What a run says where the length of the text is part of the model and not the stock pipeline's; else ""."""
+        tokens, stock = self.settings.max_text_tokens, self.stock_text_tokens
+        if tokens == stock or self.masks or not self.text_encoders:
+            return ""
+        return (
+            f"model.max_text_tokens = {tokens}: another sequence than the stock pipeline reads, which pads to {stock} "
+            f"tokens and attends to the padding; draw from the trained model with max_sequence_length={tokens}"
+        )
 
     def reading(self, text: str) -> Reading:
         """How a prompt's text comes to its tokenizer; here as it is, and to the last of several, which reads the most."""

@@ -60,6 +60,8 @@ class BagelPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 class Bagel(Adapter):
     pipeline_class = "BagelPipeline"
     Conditioning = BagelConditioning
+    stock_text_tokens = 256  # BAGEL's own code pads nothing, so that the number is of no consequence
+    empty_is_no_prompt = True
     lora_targets = (
         "self_attn.q_proj_moe_gen", "self_attn.k_proj_moe_gen", "self_attn.v_proj_moe_gen", "self_attn.o_proj_moe_gen",
         "mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj",

@@ -204,7 +204,8 @@ class BagelTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             text, k, v = layer.read(text, by)
             pairs.append((k, v))
         known = (position < length[:, None])[:, None, None, :, None]
-        keys, values = (torch.stack(side, dim=1) * known for side in zip(*pairs, strict=True))
+        # Not times 0, which would leave negative zeros, and those are no padding.
+        keys, values = (torch.where(known, torch.stack(side, dim=1), 0) for side in zip(*pairs, strict=True))
         return keys, values
 
     def forward(

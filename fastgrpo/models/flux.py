@@ -38,6 +38,7 @@ class FluxFamily(Adapter):
     """The network that FLUX.1 and Kontext share, and all that they do alike."""
 
     takes = frozenset({"distilled_guidance"})
+    longest_text = 512
     lora_targets: tuple[str, ...] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

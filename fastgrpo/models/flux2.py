@@ -32,6 +32,7 @@ class Flux2(Adapter):
     pipeline_class = "Flux2Pipeline"
     Conditioning = Flux2Conditioning
     takes = frozenset({"distilled_guidance"})
+    longest_text = 512  # that it was trained on; the stock pipeline does not refuse more
 
     def _check_settings(self) -> None:
         super()._check_settings()

@@ -31,10 +31,13 @@ class LoadedPipeline:
 
     pipeline_class: ClassVar[str]
     vae_dtype: ClassVar[torch.dtype | None] = None  # the decoder's dtype, where it is not the model's
+    stock_text_tokens: ClassVar[int] = 512  # max_text_tokens where the settings name none: the stock pipeline's default
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
         self.pipeline = pipeline.to(device)
-        self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
+        self.dtype, self.device = dtype, device
+        tokens = settings.get("max_text_tokens")
+        self.settings = Settings(**settings | {"max_text_tokens": self.stock_text_tokens if tokens is None else tokens})
         self._check_settings()
         take_no_shortcuts(dtype)
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):

@@ -8,7 +8,7 @@ Letters: B samples, L text tokens, E text width, N latent tokens, C their channe
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,19 +78,11 @@ class QwenFamily(Adapter):
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
     masks = "the padding of prompts"
-    longest_text: ClassVar[int] = 1024  # tokens; the stock pipeline allows no larger max_sequence_length
+    longest_text = 1024  # the stock pipeline allows no larger max_sequence_length
 
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
         super().__init__(pipeline, **arguments)
         self.transformer.set_attn_processor(MaskedAttention())
-
-    def _check_settings(self) -> None:
-        super()._check_settings()
-        if self.settings.max_text_tokens > self.longest_text:
-            raise ValueError(
-                f"model.max_text_tokens = {self.settings.max_text_tokens}: "
-                f"{type(self).__name__} reads at most {self.longest_text}; lower it"
-            )
 
     @staticmethod
     def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ class SD3Conditioning(NamedTuple):
 class SD3(Adapter):
     pipeline_class = "StableDiffusion3Pipeline"
     Conditioning = SD3Conditioning
+    stock_text_tokens, longest_text = 256, 512
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -8,7 +8,7 @@ from typing import Any
 class Settings:
     """How a model is used, beside its weights. A family refuses a setting that it has no use for."""
 
-    max_text_tokens: int = 256
+    max_text_tokens: int
     height: int | None = None  # pixels; None is the size that the transformer was made for
     width: int | None = None
     num_frames: int | None = None  # frames of a video

@@ -1,8 +1,8 @@
 """Wan 2.1 text-to-video and Wan2.2-TI2V-5B (arXiv 2503.20314): videos, prompts read by UMT5, true guidance.
 
 The published folders sample with UniPC. Here the schedule is that of the Euler scheduler with the same shift, because the
-steps of this project's samplers are the Euler steps of the flow. Guidance compares with the empty prompt, as Flow-GRPO does:
-the long negative prompt that Wan publishes would be one more thing that training has to undo.
+steps of this project's samplers are the Euler steps of the flow. Guidance compares with the empty prompt, as Flow-GRPO does,
+unless model.negative_prompt says Wan's own (docs/models.md).
 TI2V-5B draws from text alone here. Its pipeline gives each token a timestep of its own, so that an input frame could be
 clean. Without an input frame all of them are equal, and one timestep a sample says the same in a fraction of the memory.
 
@@ -37,6 +37,7 @@ class Wan(Adapter):
     # As Flow-GRPO trains it: both attentions, to the video (attn1) and to the text (attn2), without the feed-forward layers.
     lora_targets = tuple(f"{a}.{layer}" for a in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     takes = frozenset({"num_frames"})
+    longest_text = 512  # that it was trained on; the stock pipeline does not refuse more
     vae_dtype = torch.float32  # as Wan's own code and Flow-GRPO run the decoder
 
     @classmethod

@@ -65,9 +65,10 @@ class CapturedRollout:
     def __call__(
         self, policy: Policy, schedule: Schedule, address: NoiseAddress, prompted: Prompted, guidance_scale: float
     ) -> Trajectory:
+        prompted = prompted.unshared()
         values = _flat(schedule, address, prompted)
         # Numbers of the schedule count as they are: another length of the window or of the prefix is another loop.
-        key = (id(policy), type(prompted.cond), prompted.guided, guidance_scale, *(_shape(value) for value in values))
+        key = (id(policy), type(prompted.rows), prompted.guided, guidance_scale, *(_shape(value) for value in values))
         if key not in self.graphs:
             self.graphs[key] = self._record(policy, schedule, address, prompted, guidance_scale)
         graph = self.graphs[key]
@@ -81,13 +82,13 @@ class CapturedRollout:
         self, policy: Policy, schedule: Schedule, address: NoiseAddress, prompted: Prompted, guidance_scale: float
     ) -> _Captured:
         schedule, address = _copied(schedule), _copied(address)
-        prompted = Prompted(_copied(prompted.cond), None if prompted.uncond is None else _copied(prompted.uncond))
+        prompted = _copied(prompted)._replace(rows=_copied(prompted.rows))
         result, replay = self._capture(lambda: rollout(policy, schedule, address, prompted, guidance_scale))
         return _Captured(policy, _tensors(_flat(schedule, address, prompted)), result, replay)
 
 
 def _flat(schedule: Schedule, address: NoiseAddress, prompted: Prompted) -> tuple:
-    return (*schedule, *address, *prompted.cond, *(prompted.uncond or ()))
+    return (*schedule, *address, *prompted.rows, prompted.cond_row, prompted.uncond_row)
 
 
 def _tensors(values: tuple) -> tuple[Tensor, ...]:

@@ -135,10 +135,12 @@ def test_memory_of_lora_by_stage(stage: int) -> None:
         "weights": 1100 * 2 / (4 if stage == 3 else 1) + 40,
         "reference copy": 0, "8-bit copy": 0,
         "gradients": 400 / (4 if stage >= 2 else 1),
-        "optimiser": 100 * 12 / 4, "average (EMA)": 400, "decoder": 100, "prompts": 192 * 9,
+        "optimiser": 100 * 12 / 4, "average (EMA)": 400, "decoder": 100, "prompts": 8 * 9,
         "trajectories": 192 * 64 * (4 * 4 + 2 * 3),
     }  # fmt: skip
-    assert found.phases == {"rollout": 500, "decoding": 600, "update": 7000 + 100 * (4 if stage == 1 else 2)}
+    asked = 8 * 9  # the conditioning of a batch
+    update = 7000 + asked + 100 * (4 if stage == 1 else 2)
+    assert found.phases == {"rollout": 500 + asked, "decoding": 600, "update": update}
     assert found.peak == sum(found.held.values()) + found.phases["update"]
 
 
@@ -147,7 +149,7 @@ def test_memory_of_full_fine_tuning() -> None:
     counts = Counts(**{**vars(COUNTS), "trained": 1000})
     found = memory(load_config(CONFIG, settings), counts, gpus=1, stage=0)
     assert found.held["weights"] == 4040 and found.held["reference copy"] == 4000 and found.held["optimiser"] == 8000
-    assert found.held["gradients"] == 0 and found.phases["update"] == 7000  # in which they are
+    assert found.held["gradients"] == 0 and found.phases["update"] == 7000 + 2 * 8 * 9  # in which they are
 
 
 def test_the_peak_is_that_of_the_hungriest_phase() -> None:

@@ -14,6 +14,7 @@ from support.fuzzing import as_json, damaged, damages, odd_json, odd_texts, work
 from torch import Tensor, nn
 
 from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.models.lora_file import read_lora
 from fastgrpo.models.trained import check_state
 from fastgrpo.tensor_files import read_tensors
@@ -63,7 +64,7 @@ def check_lora(file: Path, network: nn.Module) -> None:
 def embeddings(file: Callable[[Path], None], folder: Path) -> None:
     """Puts a file where the embeddings of a prompt are looked for, and asks for them."""
     cache = Embeddings(Model(), folder)
-    cache.prepare(["a", "b"], show=False)
+    cache.prepare(["a", "b"], OneRank())
     for place in folder.rglob("*.safetensors"):
         if place.stem == max(one.stem for one in folder.rglob("*.safetensors")):
             file(place)

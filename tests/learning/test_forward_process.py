@@ -28,7 +28,7 @@ def batch_of(samples: int = 5, levels: int = 2, seed: int = 3, noise_id: Tensor 
     sigma = torch.rand(samples, levels, generator=generator)
     noise_id = torch.arange(samples) if noise_id is None else noise_id
     experience = add_noise(
-        x0, sigma, noise_address(FORWARD, seed, 4, noise_id), Prompted(Number(torch.arange(samples))),
+        x0, sigma, noise_address(FORWARD, seed, 4, noise_id), Prompted.of(Number(torch.arange(samples))),
         torch.randn(samples, generator=generator), torch.ones(samples),
     )  # fmt: skip
     return x0, sigma, experience

@@ -74,7 +74,7 @@ def test_gradient_is_that_of_the_published_formula(tuned_model, guidance_scale: 
                 hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=rows.embeds.double(),
                 pooled_projections=rows.pooled.double(),
             ).sample
-            for rows in experience.prompted
+            for rows in (experience.prompted.cond, experience.prompted.uncond)
         )  # fmt: skip
         return v if v_uncond is None else v_uncond + guidance_scale * (v - v_uncond)
 

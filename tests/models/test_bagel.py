@@ -11,6 +11,7 @@ from support.drawing import ode_arguments
 from support.helpers import NoSync
 from transformers import Qwen3Config, Qwen3Model
 
+from fastgrpo.data.embedding_files import EmbeddingFiles
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.bagel import Bagel, BagelConditioning
@@ -191,7 +192,7 @@ def test_a_long_prompt_keeps_both_marks(model: Bagel) -> None:
 def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
     """So what is kept of it never goes stale, on disk neither."""
     model = load(folder)
-    before, name = model.encode(PROMPTS), Embeddings(model).fingerprint
+    before, name = model.encode(PROMPTS), EmbeddingFiles(model, Path()).fingerprint
     model.add_lora(rank=4, alpha=8)
     with torch.no_grad():
         for n, parameter in model.transformer.named_parameters():
@@ -199,7 +200,7 @@ def test_training_leaves_what_reads_the_prompt_as_it_is(folder: Path) -> None:
             if "lora" in n:
                 parameter.normal_()
     assert all(torch.equal(a, b) for a, b in zip(model.encode(PROMPTS), before, strict=True))
-    assert Embeddings(model).fingerprint == name
+    assert EmbeddingFiles(model, Path()).fingerprint == name
 
 
 def test_full_training_copies_only_what_it_trains(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from support.drawing import drawn
 from support.runs import ForkServer
 
-from fastgrpo.data.embeddings import without_text
+from fastgrpo.data.embeddings import compared_with
 from fastgrpo.models import MODELS, load_model, model_class
 from fastgrpo.models.loading import ARCHITECTURES, read_architecture
 from fastgrpo.models.sd3 import SD3
@@ -94,7 +94,7 @@ def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, s
     assert len(fed) == STEPS
     with torch.no_grad():
         conditioning, sigmas = model.encode([prompt]), model.sigmas(STEPS)
-        without = None if scale == 1 else model.encode([without_text(prompt)])
+        without = None if scale == 1 else model.encode([compared_with(prompt)])
         assert torch.equal(sigmas, scheduler.sigmas.cpu().float())
         for (x, expected), sigma in zip(fed, sigmas, strict=False):
             found = guided(model, x, sigma[None], conditioning, without, scale, family.guided_together)

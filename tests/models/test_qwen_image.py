@@ -230,7 +230,8 @@ def test_no_text_keeps_the_image(load) -> None:
     nothing, space, full = (model.encode([prompt._replace(text=text)]) for text in ("", " ", prompt.text))
     assert all(torch.equal(a, b) for a, b in zip(nothing, space, strict=True))
     assert torch.equal(nothing.image, full.image) and nothing.mask.sum() < full.mask.sum()
-    cond, uncond = Embeddings(model).prompted(EDITS, 4.0)
+    prompted = Embeddings(model).prompted(EDITS, 4.0)
+    cond, uncond = prompted.cond, prompted.uncond
     assert torch.equal(cond.image, uncond.image) and not torch.equal(cond.image[0], cond.image[1])
 
 

@@ -97,10 +97,10 @@ def test_a_run_counts_them_and_refuses_those_whose_text_is_cut_off(tiny_model, c
     reward = RewardSum(rewards={"ocr": Reading()}, weights={"ocr": 1.0})
     fine = prompts('"hi"', f'says "hi" {LONG}', f'says "hi" {LONG} "ho"', '"ho"')
     for show in (True, False):
-        check_cut(tiny_model, 1, (fine, reward), (prompts("a cat"), None), show=show)
+        check_cut(tiny_model, (fine, reward), (prompts("a cat"), None), show=show)
         said = capsys.readouterr().err
         assert said.startswith("2 of 5 prompts are longer than model.max_text_tokens = 1 and are cut, for example") == show
     for text in (f'{LONG} says "hi"', f'says "{LONG}"'):
         with pytest.raises(ValueError, match=r"^a\.txt:1: model\.max_text_tokens = 1 cuts this prompt: reward 'ocr': "):
-            check_cut(tiny_model, 1, (prompts('"ho"', text), reward), show=False)
-        check_cut(tiny_model, 1, (prompts('"ho"', text), None), show=False)
+            check_cut(tiny_model, (prompts('"ho"', text), reward), show=False)
+        check_cut(tiny_model, (prompts('"ho"', text), None), show=False)

@@ -17,7 +17,7 @@ class Toy(NamedTuple):
 
 def toy_prompts(offset: Tensor, uncond: float | None = None) -> Prompted:
     """Conditionings that add `offset` (B, 1, 1, 1) to the velocity and, under guidance, `uncond` without the prompt."""
-    return Prompted(Toy(offset), None if uncond is None else Toy(torch.full_like(offset, uncond)))
+    return Prompted.of(Toy(offset), None if uncond is None else Toy(torch.full_like(offset, uncond)))
 
 
 class ToyPolicy(nn.Module):
