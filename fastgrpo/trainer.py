@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fastgrpo.callbacks import Callback, FolderLog
 from fastgrpo.config.keys import Config
+from fastgrpo.config.sizes import evaluation_size, iteration_size, training_sizes
 from fastgrpo.data.embeddings import Embeddings, without_text
 from fastgrpo.data.images import image_records, load_targets
 from fastgrpo.data.prompts import ImagePrompt, as_prompt, prompt_probabilities, prompts_of_iteration
@@ -41,7 +42,7 @@ from fastgrpo.lifeline import Lifeline
 from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
-from fastgrpo.policy import Model, Policy
+from fastgrpo.policy import Model, Policy, sized
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
@@ -88,7 +89,7 @@ class Trainer:
         self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
-        self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
+        self.parts.check_cut(config, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
         prepare(self.model, config)
@@ -108,7 +109,7 @@ class Trainer:
         self.evaluator = Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
             scorer=self.scorer, num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
-            batch_size=config.evaluation.batch_size, seed=config.seed, ranks=self.ranks,
+            batch_size=config.evaluation.batch_size, size=evaluation_size(config), seed=config.seed, ranks=self.ranks,
         )  # fmt: skip
         self.run_rollout, self.rollout_form = captured_or_eager(config.rollout.cuda_graph, self.model.device)
         self.iteration, self.seconds = 0, 0.0  # done so far, and how long they took
@@ -190,8 +191,19 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict:
         """One rollout and its updates; returns the iteration's metrics."""
-        clock = Stopwatch(self.model.device)
         began = time.perf_counter()
+        with sized(self.model, iteration_size(self.config, iteration)):
+            metrics = self._iterate(iteration)
+        self.guards.check(metrics)
+        self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
+        for callback in self.callbacks:
+            callback.on_iteration(self, metrics)
+        if self.config.checkpoint.in_memory:  # last: an iteration of which something is missing is done anew
+            self.saving.keep(self.iteration, self.seconds)
+        return metrics
+
+    def _iterate(self, iteration: int) -> dict:
+        clock = Stopwatch(self.model.device)
         self.guards.begin(self.engine.trained_state)
         batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
         self.lifeline.stop_if_asked()
@@ -205,8 +217,9 @@ class Trainer:
             weights = self.engine.trained_state()
             self.ema.update(weights)
             seen = self.guards.after_update(iteration, weights, self.ema.weights)
-        metrics = {
+        return {
             "iteration": iteration,
+            **(dict(zip(("height", "width"), self.model.size, strict=True)) if self.config.rollout.sizes else {}),
             **({} if scores is None else reward_metrics(self.reward, scores, advantages, group_size, whole)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
             **updates,
@@ -216,13 +229,6 @@ class Trainer:
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
-        self.guards.check(metrics)
-        self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
-        for callback in self.callbacks:
-            callback.on_iteration(self, metrics)
-        if self.config.checkpoint.in_memory:  # last: an iteration of which something is missing is done anew
-            self.saving.keep(self.iteration, self.seconds)
-        return metrics
 
     def close(self) -> None:
         """Frees the engine and the model; the trainer is of no use afterwards."""
@@ -409,10 +415,15 @@ class Trainer:
         """Every prompt's embeddings on disk, each rank its share; then the text encoders may leave the device."""
         if self.config.prompts.cache is None:
             return
-        records = (*self.prompts.metadata, *self.parts.held_out.metadata)
-        asking: list[str | ImagePrompt] = [as_prompt(record, self.model.image_conditioned) for record in records]
-        prompts = [*asking, *dict.fromkeys(without_text(prompt) for prompt in asking)]
-        self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
+        for records, sizes in (
+            (self.prompts.metadata, list(training_sizes(self.config))),
+            (self.parts.held_out.metadata, [evaluation_size(self.config)]),
+        ):
+            asking: list[str | ImagePrompt] = [as_prompt(record, self.model.image_conditioned) for record in records]
+            prompts = [*asking, *dict.fromkeys(without_text(prompt) for prompt in asking)]
+            for size in sizes:
+                with sized(self.model, size):
+                    self.embeddings.prepare(prompts[self.ranks.rank :: self.ranks.world_size], show=self.ranks.rank == 0)
         self.ranks.barrier()
         self.model.release_encoders()
 

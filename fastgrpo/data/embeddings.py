@@ -32,9 +32,12 @@ class Embeddings:
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
         self._model, self._folder = model, folder
-        self.in_memory: OrderedDict[str | ImagePrompt, tuple] = OrderedDict()  # the one asked for last comes last
+        # By the model's settings and the prompt; the one asked for last comes last.
+        self.in_memory: OrderedDict[tuple[str, str | ImagePrompt], tuple] = OrderedDict()
         self._bytes = 0  # that they take
-        self._form: list[tuple] = []  # dtype and shape of each tensor, of the first one; of all others too
+        self._forms: dict[
+            str, list[tuple]
+        ] = {}  # by settings: dtype and shape of each tensor, of the first one and all others
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, that of the empty prompt beside each."""
@@ -55,23 +58,22 @@ class Embeddings:
                 self._write(path, self._model.encode([prompt]))
 
     def _one(self, prompt: str | ImagePrompt) -> tuple:
-        if prompt not in self.in_memory:
-            self.in_memory[prompt] = self._like_others(prompt, self._read(prompt))
-            self._bytes += _size(self.in_memory[prompt])
+        key = repr(self._model.encoder_settings), prompt
+        if key not in self.in_memory:
+            self.in_memory[key] = self._like_others(*key, self._read(prompt))
+            self._bytes += _size(self.in_memory[key])
             while len(self.in_memory) > IN_MEMORY or (self._bytes > IN_BYTES and len(self.in_memory) > 1):
                 self._bytes -= _size(self.in_memory.popitem(last=False)[1])
-        self.in_memory.move_to_end(prompt)
-        return self.in_memory[prompt]
+        self.in_memory.move_to_end(key)
+        return self.in_memory[key]
 
-    def _like_others(self, prompt: str | ImagePrompt, conditioning: tuple) -> tuple:
+    def _like_others(self, settings: str, prompt: str | ImagePrompt, conditioning: tuple) -> tuple:
         """The conditioning, which must be of one form with all others: ValueError, with the file if it is of one."""
         form = [(tensor.dtype, tensor.shape) for tensor in conditioning]
-        self._form = self._form or form
-        if form != self._form:
+        others = self._forms.setdefault(settings, form)
+        if form != others:
             place = prompt if self._folder is None else self._file(self._folder, prompt)
-            raise ValueError(
-                f"{place}: holds {form} and other prompts {self._form}; remove such files, and they are made again"
-            )
+            raise ValueError(f"{place}: holds {form} and other prompts {others}; remove such files, and they are made again")
         return conditioning
 
     def _read(self, prompt: str | ImagePrompt) -> tuple:
@@ -94,10 +96,15 @@ class Embeddings:
         name = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
         return folder / name[:2] / f"{name}.safetensors"
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
-        digest = hashlib.sha256(repr((type(self._model).__name__, self._model.dtype, self._model.encoder_settings)).encode())
+        settings = type(self._model).__name__, self._model.dtype, self._model.encoder_settings
+        return hashlib.sha256(repr((settings, self._weights)).encode()).hexdigest()
+
+    @cached_property
+    def _weights(self) -> str:
+        digest = hashlib.sha256()
         for encoder in self._model.encoders:
             for name, tensor in encoder.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

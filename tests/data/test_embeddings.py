@@ -101,7 +101,7 @@ def test_memory_is_bounded(tiny_model, tmp_path: Path, monkeypatch, by: str, on_
     embeddings, model = Embeddings(tiny_model, tmp_path if on_disk else None), Counting(tiny_model)
     for prompt in ("a red circle", "two blue squares", "a red circle", "one green square"):
         embeddings.prompted([prompt], 1.0)
-    assert list(embeddings.in_memory) == ["a red circle", "one green square"]
+    assert [prompt for _, prompt in embeddings.in_memory] == ["a red circle", "one green square"]
     assert equal(embeddings.prompted(["two blue squares"], 1.0), Embeddings(model).prompted(["two blue squares"], 1.0))
 
 
@@ -109,7 +109,7 @@ def test_a_prompt_larger_than_the_memory_is_kept_until_the_next(tiny_model, monk
     monkeypatch.setattr(module, "IN_BYTES", 1)
     embeddings = Embeddings(tiny_model)
     embeddings.prompted(["a red circle", "two blue squares"], 1.0)
-    assert list(embeddings.in_memory) == ["two blue squares"]
+    assert [prompt for _, prompt in embeddings.in_memory] == ["two blue squares"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
