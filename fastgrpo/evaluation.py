@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.config.sizes import Size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet, as_prompt
 from fastgrpo.engine.ranks import Ranks
 from fastgrpo.finite import NotFinite
-from fastgrpo.policy import Model, Policy
+from fastgrpo.policy import Model, Policy, sized
 from fastgrpo.records import EVALUATION, SAMPLE, noise_address
 from fastgrpo.rewards import RewardError, RewardSum, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
@@ -35,6 +36,7 @@ class Evaluator:
     num_steps: int
     guidance_scale: float
     batch_size: int
+    size: Size = Size()  # of an image; what it leaves open is as the model has it
     seed: int
     ranks: Ranks
 
@@ -102,11 +104,12 @@ class Evaluator:
 
     def _draw(self, policy: Policy, metadata: list[dict], sample_id: Tensor, stream: int) -> Tensor:
         prompts = [as_prompt(record, self.model.image_conditioned) for record in metadata]
-        return generate(
-            self.model,
-            policy,
-            self.embeddings.prompted(prompts, self.guidance_scale),
-            noise_address(stream, self.seed, 0, sample_id.to(self.model.device)),
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-        )
+        with sized(self.model, self.size):
+            return generate(
+                self.model,
+                policy,
+                self.embeddings.prompted(prompts, self.guidance_scale),
+                noise_address(stream, self.seed, 0, sample_id.to(self.model.device)),
+                num_steps=self.num_steps,
+                guidance_scale=self.guidance_scale,
+            )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from fastgrpo.config.keys import Config
+from fastgrpo.config.sizes import Size, evaluation_size, named_sizes, training_sizes
+from fastgrpo.data.embeddings import compared_with
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import (
     IMAGE_FIELD,
@@ -30,7 +32,7 @@ from fastgrpo.data.prompts import (
 from fastgrpo.inputs import Inputs, changes, inputs_of
 from fastgrpo.models import configured_model, model_class
 from fastgrpo.models.reading import cut_line
-from fastgrpo.policy import Model
+from fastgrpo.policy import Model, check_sizes, sized
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
 
@@ -129,37 +131,49 @@ class Parts:
         inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
         changed = changes(config.output, inputs)
         model = configured_model(config.model, device) if objects.model is None else objects.model
+        check_sizes(model, named_sizes(config))
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
         )  # fmt: skip
 
-    def check_texts(self, negative_prompt: str, show: bool) -> None:
-        """`check_cut` of all its prompts, with the rewards that score them; and say it where their length is another's."""
-        trained = self.prompts, None if self.image_fields else self.reward
-        check_cut(self.model, trained, (self.held_out, self.held_out_reward), negative_prompt=negative_prompt, show=show)
+    def check_texts(self, config: Config, show: bool) -> None:
+        """`check_cut` of all its prompts, with their rewards and sizes; and say it where their length is another's."""
+        trained = self.prompts, None if self.image_fields else self.reward, *training_sizes(config)
+        held_out = self.held_out, self.held_out_reward, evaluation_size(config)
+        check_cut(self.model, trained, held_out, negative_prompt=config.model.negative_prompt, show=show)
         if show and (line := getattr(self.model, "other_length", "")):
             print(line, file=sys.stderr)
 
 
-def check_cut(model: Any, *scored: tuple[PromptSet, RewardSum | None], negative_prompt: str = "", show: bool = True) -> None:
+def check_cut(
+    model: Any,
+    *scored: tuple[PromptSet, RewardSum | None, *tuple[Size, ...]],
+    negative_prompt: str = "",
+    show: bool = True,
+) -> None:
     """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
 
-    scored: prompts, with the rewards that score their images; None: nothing does.
+    scored: prompts, with the rewards that score their images, None where nothing does, and the sizes of the images besides
+    the model's own: a model that reads an input image may have less room for text beside a larger one.
     """
     ask = getattr(model, "read_in_part", None)
     if ask is None:
         return
     max_text_tokens = model.settings.max_text_tokens
-    if part := ask([negative_prompt]):
+    compared = compared_with(as_prompt(scored[0][0].metadata[0], model.image_conditioned), negative_prompt)
+    if part := ask([compared]):
         raise ValueError(
             f"model.negative_prompt = {negative_prompt!r}: model.max_text_tokens = {max_text_tokens} cuts it after "
-            f"{part[negative_prompt]!r}; shorten it, or raise model.max_text_tokens"
+            f"{part[compared]!r}; shorten it, or raise model.max_text_tokens"
         )
     cut: dict[str | ImagePrompt, str] = {}
-    for prompts, reward in scored:
+    for prompts, reward, *sizes in scored:
         asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]
-        found = ask(asked)
+        found: dict[str | ImagePrompt, str] = {}
+        for size in sizes or [Size()]:
+            with sized(model, size):
+                found |= ask(asked)
         cut |= found
         read = [
             (f"{place}: model.max_text_tokens = {max_text_tokens} cuts this prompt", {**record, "prompt": found[prompt]})
@@ -168,7 +182,7 @@ def check_cut(model: Any, *scored: tuple[PromptSet, RewardSum | None], negative_
         if reward is not None:
             reward.check(read)
     if cut and show:
-        print(cut_line(cut, sum(len(prompts) for prompts, _ in scored), max_text_tokens), file=sys.stderr)
+        print(cut_line(cut, sum(len(prompts) for prompts, *_ in scored), max_text_tokens), file=sys.stderr)
 
 
 def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str], outside: bool) -> PromptSet:

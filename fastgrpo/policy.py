@@ -4,13 +4,15 @@ v = network(x, sigma, conditioning)          under guidance one pass over both c
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.config.schema import ConfigError
+from fastgrpo.config.sizes import Size
 from fastgrpo.records import Prompted
 from fastgrpo_kernels import Guided
 
@@ -132,13 +134,47 @@ class Policy(nn.Module):
         super().__init__()
         self.transformer = model.transformer
         self.velocity = lambda *args: model.velocity(*args)  # as it is at the time: `compile` replaces it
-        self.latent_shape: tuple[int, ...] = model.latent_shape
+        self._shapes = lambda: (model.latent_shape, model.size)  # as they are at the time too
         self.dtype: torch.dtype = model.dtype  # of what the network reads
         self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """*D, the shape of one latent."""
+        return self._shapes()[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W), the size of an image in pixels; latents of one shape may be of several."""
+        return self._shapes()[1]
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
         """The velocity v = noise - data at x (B, *D) and sigma (B,)."""
         return self.velocity(x, sigma, conditioning)
+
+
+def sized(model: Model, size: Size) -> AbstractContextManager[None]:
+    """Inside, the model's images are of a size, as far as it says one. ValueError: the model makes none of that size.
+
+    An object of your own needs the method `sized(size)`, such a context, only where a run has other sizes than its own.
+    """
+    resizable: Any = model
+    return resizable.sized(size) if size.given else nullcontext()
+
+
+def check_sizes(model: Model, sizes: Mapping[str, Size]) -> None:
+    """Refuse sizes that the model cannot make: ConfigError. sizes: each by the key that asks for it."""
+    for key, size in sizes.items():
+        if not hasattr(model, "sized"):
+            raise ConfigError(
+                f"{key} = {size}: {type(model).__name__} has no method `sized`, see fastgrpo.policy.sized, so all its "
+                "images have its own size; leave the key out, or give it that method"
+            )
+        try:
+            with sized(model, size):
+                pass
+        except ValueError as error:
+            raise ConfigError(f"{key} = {size}, in place of the model's own size: {error}") from None
 
 
 def prompted_velocity(

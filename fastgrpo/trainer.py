@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fastgrpo.callbacks import Callback, FolderLog
 from fastgrpo.config.keys import Config
+from fastgrpo.config.sizes import evaluation_size, iteration_size, training_sizes
 from fastgrpo.data.draws import Draws
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.images import load_targets
@@ -42,7 +43,7 @@ from fastgrpo.lifeline import Lifeline
 from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
-from fastgrpo.policy import Model, Policy
+from fastgrpo.policy import Model, Policy, sized
 from fastgrpo.records import TRAIN, Batch, Prompted, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
@@ -89,7 +90,7 @@ class Trainer:
         self.config, self.objects = objects.naming_them(config), objects
         self.parts = Parts.of(self.config, self.ranks.device, objects)
         self.model, self.prompts, self.reward = self.parts.model, self.parts.prompts, self.parts.reward
-        self.parts.check_texts(config.model.negative_prompt, show=self.ranks.rank == 0)
+        self.parts.check_texts(config, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.draws = Draws(self.prompts, config, self.parts.image_fields)
         prepare(self.model, config)
@@ -111,7 +112,7 @@ class Trainer:
         self.evaluator = Evaluator(
             model=self.model, embeddings=self.embeddings, prompts=self.parts.held_out, reward=self.parts.held_out_reward,
             scorer=self.scorer, num_steps=config.evaluation.num_steps, guidance_scale=config.evaluation.guidance_scale,
-            batch_size=config.evaluation.batch_size, seed=config.seed, ranks=self.ranks,
+            batch_size=config.evaluation.batch_size, size=evaluation_size(config), seed=config.seed, ranks=self.ranks,
         )  # fmt: skip
         self._embed()
         self.run_rollout, self.rollout_form = captured_or_eager(config.rollout.cuda_graph, self.model.device)
@@ -194,15 +195,27 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict:
         """One rollout and its updates; returns the iteration's metrics."""
-        clock = Stopwatch(self.model.device)
         began = time.perf_counter()
+        with sized(self.model, iteration_size(self.config, iteration)):
+            metrics = self._iterate(iteration)
+        self.guards.check(metrics)
+        self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
+        for callback in self.callbacks:
+            callback.on_iteration(self, metrics)
+        if self.config.checkpoint.in_memory:  # last: an iteration of which something is missing is done anew
+            self.saving.keep(self.iteration, self.seconds)
+        return metrics
+
+    def _iterate(self, iteration: int) -> dict:
+        clock = Stopwatch(self.model.device)
         self.guards.begin(self.engine.trained_state)
         batches, scores = self._sample(iteration, clock) if not self.parts.image_fields else self._read(iteration, clock)
         self.lifeline.stop_if_asked()
         group_size, rewards = self.config.rollout.group_size, None if scores is None else self.reward.total(scores)
         batches, whole = self.guards.leave_out(iteration, batches, rewards)
         if iteration < self.config.iterations:
-            self.embeddings.read_ahead(self._asked(iteration + 1), self.config.rollout.guidance_scale)
+            with sized(self.model, iteration_size(self.config, iteration + 1)):
+                self.embeddings.read_ahead(self._asked(iteration + 1), self.config.rollout.guidance_scale)
         with clock("update"):
             advantages, pairs = self._advantages(scores, whole)
             updates = means_over_ranks(self.ranks, self.updater.update(iteration, batches, advantages, pairs))
@@ -211,8 +224,9 @@ class Trainer:
             weights = self.engine.trained_state()
             self.ema.update(weights)
             seen = self.guards.after_update(iteration, weights, self.ema.weights)
-        metrics = {
+        return {
             "iteration": iteration,
+            **(dict(zip(("height", "width"), self.model.size, strict=True)) if self.config.rollout.sizes else {}),
             **({} if scores is None else reward_metrics(self.reward, scores, advantages, group_size, whole)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
             **updates,
@@ -222,13 +236,6 @@ class Trainer:
             "images": iteration * len(advantages.values),
             "seconds": clock.seconds,
         }
-        self.guards.check(metrics)
-        self.iteration, self.seconds = iteration, self.seconds + time.perf_counter() - began
-        for callback in self.callbacks:
-            callback.on_iteration(self, metrics)
-        if self.config.checkpoint.in_memory:  # last: an iteration of which something is missing is done anew
-            self.saving.keep(self.iteration, self.seconds)
-        return metrics
 
     def close(self) -> None:
         """Frees the engine and the model; the trainer is of no use afterwards."""
@@ -419,7 +426,11 @@ class Trainer:
         between = settings.images_between if 0 < settings.every < config.iterations else 0
         held_out = self.evaluator.records(settings.images, between, settings.samples)
         evaluated = self.embeddings.asked(self._as_prompts(held_out), settings.guidance_scale)
-        self.embeddings.prepare([*trained, *evaluated], self.ranks)
+        for size in training_sizes(config):
+            with sized(self.model, size):
+                self.embeddings.prepare(trained, self.ranks)
+        with sized(self.model, evaluation_size(config)):
+            self.embeddings.prepare(evaluated, self.ranks)
         self.model.release_encoders()
 
 

@@ -18,6 +18,7 @@ from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, Mode
 from fastgrpo.config.reading import differences, dump_config, read_config
 from fastgrpo.config.resuming import MAY_CHANGE, forbidden_changes
 from fastgrpo.config.schema import ConfigError
+from fastgrpo.config.sizes import training_sizes
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.checkpoint_folders import complete_checkpoints
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
@@ -88,6 +89,7 @@ def check(config: Config) -> None:
     _check_rewards(config.reward)
     _check_rollout(config)
     _check_guidance(config)
+    _check_sizes(config)
     _check_advantage(config.advantage, config.rollout.group_size)
     _check_objective(config)
     _check_window(config)
@@ -155,6 +157,13 @@ def _check_rollout(config: Config) -> None:
         schema.refuse("rollout.precision", "fp8", way_out)
     if config.model.train != "lora":
         schema.refuse("rollout.precision", "fp8", "only frozen weights have an 8-bit copy: take model.train=lora")
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuse a size that is listed twice, whose weight would be anybody's guess; the model refuses what it cannot make."""
+    if config.rollout.sizes and len(sizes := training_sizes(config)) < len(config.rollout.sizes):
+        way_out = f"{len(config.rollout.sizes)} sizes, and one stands there twice: list each once, with its weight"
+        schema.refuse("rollout.sizes", [str(size) for size in sizes], way_out)
 
 
 def _check_advantage(advantage: AdvantageConfig, group_size: int) -> None:

@@ -33,6 +33,7 @@ from fastgrpo.commands.arguments import add_set, check_file, of_type, path
 from fastgrpo.config import schema
 from fastgrpo.config.bounds import AtLeast, AtMost
 from fastgrpo.config.keys import BatchSize
+from fastgrpo.config.sizes import at_size, training_sizes
 from fastgrpo.data.prompts import as_prompt
 from fastgrpo.engine.ranks import Ranks, finish, start
 from fastgrpo.files import json_text, write_atomically
@@ -53,8 +54,13 @@ FORMAT = 1  # of the JSON file
 Say = Callable[..., None]  # (name, **values): called with every measurement as soon as it is there
 
 
-def bench_config(path: str | Path, overrides: Sequence[str], random_weights: bool, output: Path) -> Config:
-    """The configuration with the smallest iteration that is whole, and nothing in it that would leave work out."""
+def bench_config(
+    path: str | Path, overrides: Sequence[str], random_weights: bool, output: Path, size: str | None = None
+) -> Config:
+    """The configuration with the smallest iteration that is whole, and nothing in it that would leave work out.
+
+    size: one of `rollout.sizes`, which all images get; None: the first.
+    """
     fixed = [f"output={output}", "update.skip_dead=false"]
     if random_weights:
         fixed += ["model.random_weights=true", "prompts.cache=null"]  # placeholders are not for the disk
@@ -63,7 +69,12 @@ def bench_config(path: str | Path, overrides: Sequence[str], random_weights: boo
         config = read_config(path, fixed)
         images = math.lcm(config.rollout.batch_size * config.update.steps_per_rollout, config.rollout.group_size)
         fixed.append(f"rollout.groups={images // config.rollout.group_size}")
-    return load_config(path, fixed)
+    config = load_config(path, fixed)
+    sizes = {str(one): one for one in training_sizes(config)}
+    if size not in (None, *sizes):
+        known = ", ".join(filter(None, sizes)) or "none, so set model.height and model.width"
+        raise ConfigError(f"--size {size}: is not in rollout.sizes; there are {known}")
+    return at_size(config, next(iter(sizes.values())) if size is None else sizes[size])
 
 
 def counts_of(config: Config) -> plan.Counts:
@@ -248,6 +259,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=path, metavar="FILE", help="YAML configuration, see configs/")
     add_set(parser, "seed=1")
     parser.add_argument(
+        "--size", metavar="HEIGHTxWIDTH", help="the size of all images, one of rollout.sizes (default: the first of them)"
+    )
+    parser.add_argument(
         "--random-weights", action="store_true", help="take the architecture with random weights, without a checkpoint"
     )
     parser.add_argument(
@@ -282,7 +296,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = arguments.json or Path(f"bench_{arguments.config.stem}_{device}.json")
     check_file("--json", file)
     with tempfile.TemporaryDirectory() as folder:
-        config = bench_config(arguments.config, arguments.set, arguments.random_weights, Path(folder))
+        config = bench_config(arguments.config, arguments.set, arguments.random_weights, Path(folder), arguments.size)
         print(about(config, arguments.config, found), flush=True)
         keys = schema.plain(config)
         say = Record(file, {"machine": found, "name": arguments.config.stem, "configuration": keys})

@@ -11,6 +11,7 @@ from fastgrpo.commands.arguments import check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.commands.trust import add_trust, trusted
 from fastgrpo.config.keys import ImageCount, Seed
+from fastgrpo.config.sizes import evaluation_size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_input_images, check_not_empty, check_tags, load_prompts
 from fastgrpo.engine.ranks import OneRank
@@ -74,13 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
         rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)
     negative_prompt = config.model.negative_prompt
-    check_cut(model, *((prompts, rewards) for prompts in files.values()), negative_prompt=negative_prompt)
+    size = evaluation_size(config)
+    check_cut(model, *((prompts, rewards, size) for prompts in files.values()), negative_prompt=negative_prompt)
     rows: list[Row] = []
     for file, prompts in files.items():
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model, negative_prompt=negative_prompt), prompts=prompts, reward=rewards,
             scorer=Scorer(config.reward.timeout),
-            num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
+            num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size, size=size,
             guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
             seed=config.seed if arguments.seed is None else arguments.seed,
             ranks=OneRank(device=model.device),

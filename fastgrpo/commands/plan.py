@@ -11,12 +11,14 @@ one image, B its forward and backward pass with what is trained, g = 2 under cla
 
 S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
 
+With `rollout.sizes` FLOPs are the mean over the sizes, as often as each is drawn, and memory is that of the largest.
+
 The peak of memory is what is held all the time and, on top, the most that one phase works with: rollout, decoding or update.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ import torch
 from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.commands.counting import counted, flash_attention
 from fastgrpo.config.bounds import Above, AtLeast, AtMost
+from fastgrpo.config.sizes import at_size, training_sizes
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.options import LARGEST_BUCKET
 from fastgrpo.files import json_text
@@ -217,19 +220,33 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
 
 
 def plan(config: Config, gpus: int, mfu: float, peak: float) -> dict[str, Any]:
-    """All that is counted and expected. `peak` is the FLOP/s of one GPU in the model's dtype."""
-    counts = count(config)
-    per_image = flops_per_image(config, counts)
+    """All that is counted and expected. `peak` is the FLOP/s of one GPU in the model's dtype.
+
+    Of several sizes the FLOPs are the mean over iterations, and the memory is that of the hungriest.
+    """
+    shares = training_sizes(config)
+    counts = {size: count(at_size(config, size)) for size in shares}
+    flops = {size: flops_per_image(config, one) for size, one in counts.items()}
+    largest = max(shares, key=lambda size: counts[size].latent_elements)
+    per_image = {name: sum(shares[size] * one[name] for size, one in flops.items()) for name in flops[largest]}
     total = sum(per_image.values())
     images = config.rollout.groups * config.rollout.group_size
     speed = mfu * peak / total
     return {
         "architecture": config.model.architecture, "dtype": config.model.dtype, "gpus": gpus,
-        "counts": vars(counts), "flops_per_image": per_image | {"total": total},
-        "memory_bytes": {f"stage {stage}": memory(config, counts, gpus, stage).as_dict() for stage in stages(config)},
+        "counts": vars(counts[largest]), "flops_per_image": per_image | {"total": total},
+        "sizes": {
+            str(size): {"share": share, "flops_per_image": sum(flops[size].values())} for size, share in shares.items()
+        } if config.rollout.sizes else {},
+        "memory_bytes": {f"stage {stage}": most_memory(config, counts.values(), gpus, stage) for stage in stages(config)},
         "mfu": mfu, "peak_flops": peak, "images_per_second_and_gpu": speed,
         "seconds_per_iteration": images / (speed * gpus),
     }  # fmt: skip
+
+
+def most_memory(config: Config, counts: Iterable[Counts], gpus: int, stage: int) -> dict[str, Any]:
+    """The memory at the size that takes the most. counts: of each size."""
+    return max((memory(config, one, gpus, stage) for one in counts), key=lambda one: one.peak).as_dict()
 
 
 def stages(config: Config) -> list[int]:
@@ -255,6 +272,7 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
         f"{counts.train_flops / counts.forward_flops:.2f} times that with backward",
         "",
         "TFLOP an image  " + "   ".join(f"{name} {value / 1e12:.1f}" for name, value in per_image.items() if value),
+        *by_size(result["sizes"]),
         f"expected        {result['images_per_second_and_gpu']:8.2f} images a second and GPU, "
         f"{result['seconds_per_iteration']:.1f} s an iteration, "
         f"at {result['mfu']:.0%} of {result['peak_flops'] / 1e12:.0f} TFLOP/s",
@@ -276,6 +294,17 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
         "Expected speed leaves out communication, rewards and launches, and is as good as its MFU.",
     ]
     return "\n".join(lines)
+
+
+def by_size(sizes: dict[str, dict[str, float]]) -> list[str]:
+    """The line of what an image of each size takes; none where all have the model's own."""
+    if not sizes:
+        return []
+    each = (f"{name} {one['flops_per_image'] / 1e12:.1f} ({one['share']:.0%})" for name, one in sizes.items())
+    return [
+        "  by size       " + "   ".join(each),
+        "  Above is the mean of the sizes; counts and memory are those of the largest.",
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

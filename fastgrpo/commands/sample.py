@@ -13,10 +13,11 @@ from PIL import Image
 from fastgrpo.commands.arguments import check_file, check_set, of_type, path
 from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
+from fastgrpo.config.sizes import evaluation_size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, check_not_empty, given_prompts
 from fastgrpo.models import model_class
-from fastgrpo.policy import Policy
+from fastgrpo.policy import Policy, sized
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
 from fastgrpo.sampling.generate import generate
@@ -27,7 +28,7 @@ READ = ("model", "evaluation")  # the keys that --set may change
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    add_run_arguments(parser, "model.height=512")
+    add_run_arguments(parser, "evaluation.height=512")
     parser.add_argument("--prompt", action="append", required=True, help="a prompt to draw; may be given more than once")
     parser.add_argument(
         "--images", type=of_type(ImageCount), default=4, help="number of images for each prompt (default: %(default)s)"
@@ -57,9 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
-    prompted = Embeddings(model, negative_prompt=config.model.negative_prompt).prompted(prompts, guidance_scale)
     num_steps = arguments.steps or settings.num_steps
-    images = generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
+    with sized(model, evaluation_size(config)):
+        prompted = Embeddings(model, negative_prompt=config.model.negative_prompt).prompted(prompts, guidance_scale)
+        images = generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
     save_grid(arguments.output, as_pictures(images).permute(0, 2, 3, 1).cpu().numpy())
     print(arguments.output)
     return 0

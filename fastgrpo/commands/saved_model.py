@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fastgrpo.commands.arguments import add_set, of_type, path
 from fastgrpo.config.keys import Guidance, StepCount
+from fastgrpo.config.sizes import named_sizes
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import configured_model
-from fastgrpo.policy import Model
+from fastgrpo.policy import Model, check_sizes
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.validation import Config, ConfigError, load_config
 
@@ -40,6 +41,7 @@ def saved_config(run: Path, base: bool, overrides: Sequence[str] = ()) -> Config
 def saved_model(config: Config, run: Path, base: bool) -> Model:
     """The model on this machine's device: the trained one, or the one that the run started from."""
     model = configured_model(config.model, DEVICE)
+    check_sizes(model, named_sizes(config))
     if not base:
         model.load_trained(run)
     return model

@@ -18,6 +18,7 @@ ImageCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
 Pixels = Annotated[int, AtLeast(1), AtMost(16_384)]
 # v_uncond + scale (v - v_uncond), so that 1 is without guidance.
 Guidance = Annotated[float, Above(0, "1 is without guidance; Z-Image's cards say 0: that is 1 here"), AtMost(1000)]
+FrameCount = Annotated[int, AtLeast(1), AtMost(10_000)]
 Decay = Annotated[float, AtLeast(0), Below(1)]
 Seed = Annotated[int, AtLeast(0), AtMost(2**63 - 1)]  # an int64, as JSON's readers and torch's tensors have it
 Weight = Annotated[float, AtLeast(-1_000_000), AtMost(1_000_000)]
@@ -58,7 +59,7 @@ class ModelConfig:
     """Height of an image in pixels. Left out: the size that the model was made for."""
     width: Pixels | None = None
     """Width of an image in pixels. Left out: the size that the model was made for."""
-    num_frames: Annotated[int, AtLeast(1), AtMost(10_000)] | None = None
+    num_frames: FrameCount | None = None
     """Number of frames of a video. Left out: the number that the model was made for."""
     distilled_guidance: Annotated[float, Above(0), AtMost(1000)] | None = None
     """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
@@ -166,6 +167,20 @@ class AfterWindow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SizeConfig:
+    """One of the sizes of `rollout.sizes`, with how often it is drawn."""
+
+    height: Pixels
+    """Height of an image in pixels."""
+    width: Pixels
+    """Width of an image in pixels."""
+    num_frames: FrameCount | None = None
+    """Number of frames of a video. Left out: that of the model."""
+    weight: Annotated[float, Above(0), AtMost(1_000_000)] = 1.0
+    """How many iterations have this size, relative to the other sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How training images are drawn."""
 
@@ -173,6 +188,10 @@ class RolloutConfig:
     """Number of denoising steps of a training rollout. The last is never trained, so there are at least two."""
     sampler: str = "flow_sde"
     """Sampler of the steps in the window: flow_sde, dance_sde, cps or ode. All other steps follow the ODE."""
+    sizes: tuple[tuple[Pixels, Pixels] | SizeConfig, ...] = ()
+    """Sizes of training images, of which each iteration has one: [height, width], or {height, width, num_frames, weight}
+    with the frames of a video and how many iterations have this size, relative to the others. Left out: all images have
+    the model's own size (model.height, model.width, model.num_frames)."""
     noise_level: Annotated[float, Above(0), AtMost(10)] = 0.7
     """Noise of the sampler, called a in flow_sde and eta in dance_sde and cps."""
     guidance_scale: Guidance = 1.0
@@ -318,6 +337,12 @@ class EvaluationConfig:
     """Number of iterations between evaluations. At 0 only the first and the last are left."""
     num_steps: StepCount = 40
     """Number of ODE steps for each image of an evaluation."""
+    height: Pixels | None = None
+    """Height of an evaluation's images in pixels. Left out: model.height."""
+    width: Pixels | None = None
+    """Width of an evaluation's images in pixels. Left out: model.width."""
+    num_frames: FrameCount | None = None
+    """Number of frames of an evaluation's videos. Left out: model.num_frames."""
     guidance_scale: Guidance = 1.0
     """Classifier-free guidance of an evaluation. At 1 there is none, which halves the cost."""
     images: ImageCount = 400

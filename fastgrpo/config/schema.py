@@ -228,10 +228,14 @@ def _convert_union(value: Any, hints: tuple[Any, ...], path: str) -> Any:
             return convert(value, hint, path)
         except ConfigError:
             continue
-    mappings = [hint for hint in hints if typing.get_origin(hint) is dict and isinstance(value, dict)]
+    mappings = [hint for hint in hints if _is_mapping(hint) and isinstance(value, dict)]
     names = [hint for hint in hints if typing.get_origin(hint) is Literal and isinstance(value, str)]
-    single = [hint for hint in hints if typing.get_origin(hint) is not dict]
+    single = [hint for hint in hints if not _is_mapping(hint)]
     return convert(value, (*mappings, *names, *single, *hints)[0], path)
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint)
 
 
 def plain(value: Any) -> Any:
@@ -240,7 +244,7 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Path):
         return str(value.resolve())
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flat(data: dict, prefix: str = "") -> dict[str, Any]:

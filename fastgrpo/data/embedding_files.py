@@ -64,9 +64,9 @@ class EmbeddingFiles:
         with atomic_file(path) as partial:  # another process may be reading or writing the same prompt
             save_file(dict(zip(names, one.tensors, strict=True)), partial, metadata={"shapes": json.dumps(shapes)})
 
-    def read(self, prompt: str | ImagePrompt) -> Kept:
-        """A prompt's embedding. ValueError with the file: it is no whole one."""
-        path, names = self.file(prompt), self.model.Conditioning._fields
+    def read(self, path: Path) -> Kept:
+        """The embedding in such a file. ValueError with its name: it is no whole one."""
+        names = self.model.Conditioning._fields
         tensors, notes = read_tensors(path)
         form = _form(tensors, notes, names)
         if form is None:
@@ -75,12 +75,17 @@ class EmbeddingFiles:
         # Copies: they are the mapped file, which would be read only when they are used, and end the process if it is cut.
         return Kept(tuple(tensors[name].clone() for name in names), form)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of everything besides the prompt that an embedding depends on: settings, and samples of all the weights."""
         model = self.model
-        digest = hashlib.sha256(repr((FORMAT, type(model).__name__, model.dtype, model.encoder_settings)).encode())
-        for encoder in model.encoders:
+        settings = FORMAT, type(model).__name__, model.dtype, model.encoder_settings
+        return hashlib.sha256(repr((settings, self._weights)).encode()).hexdigest()
+
+    @cached_property
+    def _weights(self) -> str:
+        digest = hashlib.sha256()
+        for encoder in self.model.encoders:
             for name, tensor in encoder.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 picked = tensor.flatten()[:: max(1, tensor.numel() // 256)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ from fastgrpo.records import Prompted
 IN_MEMORY = 4.0  # GiB, where nobody says otherwise
 
 
+class Key(NamedTuple):
+    """By which an embedding is kept: the same prompt is read otherwise for an image of another size."""
+
+    prompt: str | ImagePrompt
+    settings: str  # of the model, that an embedding depends on
+    file: Path | None  # on the disk, where there is a folder
+
+
 class Embeddings:
     """The conditioning of prompts: the latest on the host, and with `folder` all of them on disk and for good.
 
@@ -47,9 +56,9 @@ class Embeddings:
     ) -> None:
         self.model, self.negative_prompt = model, negative_prompt
         self.files = None if folder is None else EmbeddingFiles(model, folder)
-        self.in_memory: OrderedDict[str | ImagePrompt, Kept] = OrderedDict()  # the one asked for last comes last
+        self.in_memory: OrderedDict[Key, Kept] = OrderedDict()  # the one asked for last comes last
         self._bytes, self._most = 0, in_memory * GIB  # that they take, and may take
-        self._form: Form = []  # of the first one; of all others too
+        self._forms: dict[str, Form] = {}  # by settings: of the first one, and of all others too
         self._reader = DaemonPool(1, "embeddings")
         self._ahead: Future[None] | None = None  # what it reads
 
@@ -58,7 +67,7 @@ class Embeddings:
         self._wait()
         different = self.asked(prompts, guidance_scale)
         place = {prompt: i for i, prompt in enumerate(different)}
-        rows = self._rows([self._one(prompt) for prompt in different])
+        rows = self._rows([self._one(key) for key in self._keys(different)])
 
         def placed(these: Sequence[str | ImagePrompt]) -> Tensor:
             return torch.tensor([place[prompt] for prompt in these], device=self.model.device)
@@ -110,15 +119,15 @@ class Embeddings:
         """Begins to read from the disk what `prompted` will be asked for next; what fails here will fail there."""
         self._wait()
         if self.files is not None:
-            self._ahead = self._reader.submit(self._read_ahead, self.files, self.asked(prompts, guidance_scale))
+            self._ahead = self._reader.submit(self._read_ahead, self._keys(self.asked(prompts, guidance_scale)))
 
-    def _read_ahead(self, files: EmbeddingFiles, prompts: Sequence[str | ImagePrompt]) -> None:
+    def _read_ahead(self, keys: Sequence[Key]) -> None:
         read = 0
         with suppress(Exception):
-            for prompt in prompts:
-                if prompt not in self.in_memory and not files.file(prompt).exists():
+            for key in keys:
+                if key not in self.in_memory and not (key.file and key.file.exists()):
                     continue  # it is not for this thread to encode
-                read += self._one(prompt).nbytes
+                read += self._one(key).nbytes
                 if read > self._most:  # one more would take the place of the first
                     return
 
@@ -140,39 +149,45 @@ class Embeddings:
 
     def _rows(self, found: Sequence[Kept]) -> tuple:
         """A whole row on the device for each: tensors (P, ...)."""
-        rows = [torch.zeros(len(found), *shape[1:], dtype=dtype, device=self.model.device) for dtype, shape in self._form]
+        form = found[0].form
+        rows = [torch.zeros(len(found), *shape[1:], dtype=dtype, device=self.model.device) for dtype, shape in form]
         for i, one in enumerate(found):
             for row, tensor in zip(rows, one.tensors, strict=True):
                 fill(row[i], tensor)
         return self.model.Conditioning(*rows)
 
-    def _one(self, prompt: str | ImagePrompt) -> Kept:
-        if prompt not in self.in_memory:
-            self.in_memory[prompt] = one = self._pinned(self._like_others(prompt, self._found(prompt)))
+    def _keys(self, prompts: Sequence[str | ImagePrompt]) -> list[Key]:
+        """By which each is kept, as the model is set now."""
+        settings, files = repr(self.model.encoder_settings), self.files
+        return [Key(prompt, settings, None if files is None else files.file(prompt)) for prompt in prompts]
+
+    def _one(self, key: Key) -> Kept:
+        if key not in self.in_memory:
+            self.in_memory[key] = one = self._pinned(self._like_others(key, self._found(key)))
             self._bytes += one.nbytes
             while self._bytes > self._most and len(self.in_memory) > 1:
                 self._bytes -= self.in_memory.popitem(last=False)[1].nbytes
-        self.in_memory.move_to_end(prompt)
-        return self.in_memory[prompt]
+        self.in_memory.move_to_end(key)
+        return self.in_memory[key]
 
-    def _found(self, prompt: str | ImagePrompt) -> Kept:
+    def _found(self, key: Key) -> Kept:
         """From the folder, where there is one, else from the encoders."""
-        if self.files is None:
-            return self._encoded(prompt)
-        if not self.files.file(prompt).exists():
-            self.files.write(prompt, self._encoded(prompt))
-        return self.files.read(prompt)
+        if self.files is None or key.file is None:
+            return self._encoded(key.prompt)
+        if not key.file.exists():
+            self.files.write(key.prompt, self._encoded(key.prompt))
+        return self.files.read(key.file)
 
     def _encoded(self, prompt: str | ImagePrompt) -> Kept:
         return kept(self.model.encode([prompt]))
 
-    def _like_others(self, prompt: str | ImagePrompt, one: Kept) -> Kept:
+    def _like_others(self, key: Key, one: Kept) -> Kept:
         """The conditioning, which must be of one form with all others: ValueError, with the file if it is of one."""
-        self._form = self._form or one.form
-        if one.form != self._form:
-            place = prompt if self.files is None else self.files.file(prompt)
+        form = self._forms.setdefault(key.settings, one.form)
+        if one.form != form:
             raise ValueError(
-                f"{place}: holds {one.form} and other prompts {self._form}; remove such files, and they are made again"
+                f"{key.file or key.prompt}: holds {one.form} and other prompts {form}; remove such files, and they are made "
+                "again"
             )
         return one
 

@@ -34,8 +34,16 @@ class Updater:
         schedule = config.forward.old_policy
         decay = lagging(schedule.rate, schedule.limit, schedule.start)
         self.old = Ema(engine.trained_state(), decay) if schedule.limit > 0 else None
-        self.learner = self._learner()
-        self._micro_batch_known = config.update.micro_batch_size != "largest"
+        self.learners: dict[tuple[int, ...], Learner] = {}  # by the shape of a latent
+        self._tried: set[tuple[int, ...]] = set()  # shapes whose largest micro-batch is known
+
+    @property
+    def learner(self) -> Learner:
+        """That of the model's present size, with which the clip range is scaled."""
+        shape = self.model.latent_shape
+        if shape not in self.learners:
+            self.learners[shape] = self._learner()
+        return self.learners[shape]
 
     def _learner(self) -> Learner:
         objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
@@ -65,7 +73,7 @@ class Updater:
         bad_losses and bad_gradients have a number for each of the U steps, (U,), see `fastgrpo.guards`; others are scalars.
         """
         experiences = [self._experience(iteration, batch, advantages, pairs) for batch in batches]
-        if not self._micro_batch_known:
+        if self.config.update.micro_batch_size == "largest" and self.model.latent_shape not in self._tried:
             self._try_micro_batches(experiences[0])
         size = len(batches) // self.config.update.steps_per_rollout
         parts = []
@@ -117,10 +125,11 @@ class Updater:
             return [[recompute_old(self.learner, experience) for experience in part] for part in parts]
 
     def _try_micro_batches(self, experience: Experience) -> None:
-        """The largest micro-batch that every rank can hold, once and for all."""
+        """The largest micro-batch of this size that every rank can hold, once and for all."""
         held = torch.tensor([largest_micro_batch(self.learner, experience)], device=self.model.device)
-        size = int(self.engine.ranks.all_reduce(held, "min"))
-        self.learner, self._micro_batch_known = replace(self.learner, micro_batch_size=size), True
+        size, shape = int(self.engine.ranks.all_reduce(held, "min")), self.model.latent_shape
+        self.learners[shape] = replace(self.learner, micro_batch_size=size)
+        self._tried.add(shape)
         if self.engine.ranks.rank == 0:
             tqdm.write(f"update: {size} transitions a forward pass, the most that memory holds")
 

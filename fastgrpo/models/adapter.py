@@ -7,6 +7,7 @@
         latent_shape, encode_text, velocity, placeholder            always
         vae_latents, sigmas, guide, own_parts, ...                  where the family differs from what is here
 
+A model's size changes while it is used (`sized`): what a family makes of it is a property, or `cached_by_settings`.
 The shortest family to read is `fastgrpo.models.sd3`. How a model is loaded is in `loading`, how it is trained and saved in
 `trained`, what makes it faster in `speed`. Outside of this folder it is known as a `fastgrpo.policy.Model`.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from fastgrpo.finite import check_finite
 from fastgrpo.models.reading import Reading, cut_line, part_read
+from fastgrpo.models.settings import cached_by_settings
 from fastgrpo.models.speed import Accelerated
 from fastgrpo.models.trained import Trainable
 from fastgrpo.policy import GuidanceRule
@@ -46,7 +48,6 @@ class Adapter(Trainable, Accelerated):
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: GuidanceRule | None = None
     cuts_are_known = False  # whether anybody was told that prompts are cut
-    _inverse_was_tried = False
 
     # What a family defines.
 
@@ -82,6 +83,9 @@ class Adapter(Trainable, Accelerated):
         for name, value in (("height", self.settings.height), ("width", self.settings.width)):
             if value is not None and value % self.pixels_per_token:
                 raise ValueError(f"model.{name} = {value}: must be a multiple of {self.pixels_per_token}")
+        for name, value, most in zip(("height", "width"), self.size, self.largest_size or self.size, strict=True):
+            if value > most:
+                raise ValueError(f"model.{name} = {value}: this model's positions end at {most}; take at most that")
 
     @property
     def pixels_per_token(self) -> int:
@@ -97,6 +101,11 @@ class Adapter(Trainable, Accelerated):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.settings.height or self.default_size, self.settings.width or self.default_size
+
+    @property
+    def largest_size(self) -> tuple[int, int] | None:
+        """The most height and width in pixels, where the network has a table of positions; None: there is no end."""
+        return None
 
     # Prompts.
 
@@ -214,18 +223,21 @@ class Adapter(Trainable, Accelerated):
     def from_vae(self, encoded: Tensor) -> Tensor:
         """The inverse of `vae_latents`, for any family in which that reorders the numbers, then scales and shifts each.
 
-        The first call tries it on random numbers. NotImplementedError: this family's `vae_latents` does something else.
+        The first call at a size tries it on random numbers. NotImplementedError: this family's `vae_latents` does something
+        else.
         """
-        if not self._inverse_was_tried:
-            numbers = torch.randn(encoded[:1].shape, generator=torch.Generator().manual_seed(0)).to(encoded)
-            again = self.vae_latents(self._inverse(numbers), self.pipeline.vae)
-            if not torch.allclose(again, numbers, rtol=1e-3, atol=1e-3):
-                raise NotImplementedError(
-                    f"{type(self).__name__}.vae_latents does more than reorder numbers and scale and shift each, so "
-                    f"Adapter.from_vae does not invert it: give {type(self).__name__} a from_vae of its own"
-                )
-            self._inverse_was_tried = True
+        if not self._inverse_holds:
+            raise NotImplementedError(
+                f"{type(self).__name__}.vae_latents does more than reorder numbers and scale and shift each, so "
+                f"Adapter.from_vae does not invert it: give {type(self).__name__} a from_vae of its own"
+            )
         return self._inverse(encoded)
+
+    @cached_by_settings
+    def _inverse_holds(self) -> bool:
+        like = self.vae_latents(self._full(1, 0.0), self.pipeline.vae)
+        numbers = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        return torch.allclose(self.vae_latents(self._inverse(numbers), self.pipeline.vae), numbers, rtol=1e-3, atol=1e-3)
 
     def _inverse(self, encoded: Tensor) -> Tensor:
         vae = self.pipeline.vae

@@ -95,9 +95,10 @@ class Bagel(Adapter):
             raise ValueError(
                 f"model.max_text_tokens = {self.settings.max_text_tokens}: two are the prompt's marks; take more"
             )
-        for name, value in zip(("height", "width"), self.size, strict=True):
-            if value > self.default_size:
-                raise ValueError(f"model.{name} = {value}: BAGEL has positions for {self.default_size} pixels at most")
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        return self.default_size, self.default_size
 
     @property
     def grid(self) -> tuple[int, int]:

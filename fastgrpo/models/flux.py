@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.settings import cached_by_settings
 
 
 class FluxConditioning(NamedTuple):
@@ -48,9 +49,7 @@ class FluxFamily(Adapter):
 
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
         super().__init__(pipeline, **arguments)
-        # The same for all samples and steps. Made in `velocity` they would be made again in every step of a rollout.
         self.text_ids = torch.zeros(self.settings.max_text_tokens, 3, device=self.device, dtype=self.dtype)  # (L, 3)
-        self.latent_ids = self._latent_ids()  # (N, 3), for Kontext (2 N, 3)
         guidance = self.settings.distilled_guidance
         self.guidance = None if guidance is None else torch.full([1], guidance, device=self.device)  # (1,) float32
 
@@ -78,8 +77,9 @@ class FluxFamily(Adapter):
         rows, columns = self.token_grid
         return rows * columns, self.transformer.config.in_channels
 
-    def _latent_ids(self) -> Tensor:
-        """The position of each token: 0, row, column."""
+    @cached_by_settings
+    def latent_ids(self) -> Tensor:
+        """The position of each token, the same for all samples and steps: 0, row, column. (N, 3), for Kontext (2 N, 3)."""
         return self.pipeline._prepare_latent_image_ids(1, *self.token_grid, self.device, self.dtype)
 
     def sigmas(self, num_steps: int) -> Tensor:
@@ -147,11 +147,12 @@ class FluxKontext(FluxFamily):
     lora_targets = (*FluxFamily.lora_targets, "proj_mlp")
     published_guidance = 2.5
 
-    def _latent_ids(self) -> Tensor:
+    @cached_by_settings
+    def latent_ids(self) -> Tensor:
         """The positions of the sample's tokens, then of the input image's, which begin with 1 instead of 0."""
-        ids = super()._latent_ids()
+        ids = super().latent_ids
         image_ids = ids.clone()
-        image_ids[:, 0] = 1
+        image_ids[:, 0].fill_(1)
         return torch.cat([ids, image_ids])
 
     @property

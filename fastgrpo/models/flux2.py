@@ -10,7 +10,6 @@ Letters: B samples, N = h w image tokens of C channels each, L text tokens, E te
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.reading import Reading
+from fastgrpo.models.settings import cached_by_settings
 
 
 class Flux2Conditioning(NamedTuple):
@@ -87,7 +87,7 @@ class Flux2(Adapter):
         shape = batch, self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
         return Flux2Conditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
 
-    @cached_property
+    @cached_by_settings
     def positions(self) -> tuple[Tensor, Tensor]:
         """(frame, row, column, place in the text) of all text tokens (L, 4) and image tokens (N, 4).
 

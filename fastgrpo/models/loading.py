@@ -7,7 +7,9 @@ import hashlib
 import inspect
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,6 +17,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 import torch
 
+from fastgrpo.config.sizes import Size
 from fastgrpo.finite import first_not_finite, in_words
 from fastgrpo.models.folder import check_folder
 from fastgrpo.models.settings import Settings
@@ -99,6 +102,17 @@ class LoadedPipeline:
         """The transformer, the autoencoder and the text encoders, by the names of the pipeline's parts."""
         parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config if not name.startswith("_")}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+    @contextmanager
+    def sized(self, size: Size) -> Iterator[None]:
+        """Inside, images are of another size, as far as it says one. ValueError: the model makes none of that size."""
+        before = self.settings
+        try:
+            self.settings = replace(before, **size.given)
+            self._check_settings()
+            yield
+        finally:
+            self.settings = before
 
     def check_numbers(self, where: str) -> None:
         """Refuse weights that are not finite: ValueError with the part and the parameter. where: how the message begins.

@@ -32,6 +32,11 @@ class SD3(Adapter):
     )  # fmt: skip
 
     @property
+    def largest_size(self) -> tuple[int, int]:
+        side = self.transformer.config.pos_embed_max_size * self.pixels_per_token
+        return side, side
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         height, width = (side // self.pipeline.vae_scale_factor for side in self.size)
         return self.transformer.config.in_channels, height, width

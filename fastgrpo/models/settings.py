@@ -1,7 +1,15 @@
-"""The settings of a model: the keys of a configuration's `model` section that a model family reads."""
+"""The settings of a model: the keys of a configuration's `model` section that a model family reads.
 
+A model may have other settings for a while, another size above all (`fastgrpo.models.loading.LoadedPipeline.sized`). So
+what follows from them is a property, and what takes time to make is `cached_by_settings`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +26,17 @@ class Settings:
 def model_settings(section: Any) -> dict[str, Any]:
     """The `Settings` of a configuration's `model` section, by name."""
     return {field.name: getattr(section, field.name) for field in fields(Settings)}
+
+
+def cached_by_settings(function: Callable[[Any], T]) -> property:
+    """A property of a model that is made once for each of its settings and stays: captured graphs read it by address."""
+
+    @wraps(function)
+    def found(model: Any) -> T:
+        made = vars(model).setdefault("_made", {})
+        key = function, model.settings
+        if key not in made:
+            made[key] = function(model)
+        return made[key]
+
+    return property(found)

@@ -50,19 +50,18 @@ class ZImage(Adapter):
     def _check_settings(self) -> None:
         super()._check_settings()
         # Beyond the ends of its tables of rotations the network would read out of bounds, which ends the process on a GPU.
-        places, rows, columns = self.transformer.config.axes_lens
-        most = {
-            "max_text_tokens": (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF,
-            "height": rows * self.pixels_per_token,
-            "width": columns * self.pixels_per_token,
-        }
-        for name, value in zip(most, (self.settings.max_text_tokens, *self.size), strict=True):
-            if value > most[name]:
-                raise ValueError(f"model.{name} = {value}: this model's positions end at {most[name]}; take at most that")
+        most = (self.transformer.config.axes_lens[0] - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
+        if (tokens := self.settings.max_text_tokens) > most:
+            raise ValueError(f"model.max_text_tokens = {tokens}: this model's positions end at {most}; take at most that")
 
     @property
     def default_size(self) -> int:
         return 1024  # the pipeline's default, which it keeps in no attribute
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        _, rows, columns = self.transformer.config.axes_lens
+        return rows * self.pixels_per_token, columns * self.pixels_per_token
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

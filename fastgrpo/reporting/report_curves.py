@@ -24,6 +24,7 @@ def training(run: SavedRun) -> str:
     apart = _by_name((row["iteration"], row["rewards"]) for row in run.metrics if isinstance(row.get("rewards"), dict))
     bodies |= {f"Reward {title(name)}": _chart(points, name) for name, points in list(apart.items())[:MAX_NAMES]}
     left_out = f"Rewards that are not shown: {len(apart) - MAX_NAMES}." if len(apart) > MAX_NAMES else ""
+    bodies["Sizes of the training images"] = _size_table(run.metrics)
     return cards(bodies) + (note(left_out) if left_out else "") or sentence(NOTHING_RECORDED)
 
 
@@ -73,6 +74,22 @@ def _time_table(total: dict[str, float], iterations: int) -> str:
         for i, (name, value) in enumerate(total.items())
     )
     return html_table(["phase", "", "share", "each", "total"], rows)
+
+
+def _size_table(rows: list[dict[str, Any]]) -> str:
+    """How many iterations had each size, with their mean reward and seconds; empty where the metrics name no size."""
+    by_size: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if is_number(row.get("height")) and is_number(row.get("width")):
+            by_size.setdefault(f"{row['height']:g} x {row['width']:g}", []).append(row)
+    shown, text = list(by_size.items())[:MAX_NAMES], ""
+    for i, (size, part) in enumerate(shown):
+        rewards = [row["reward"] for row in part if is_number(row.get("reward"))]
+        reward = f"{sum(rewards) / len(rewards):.3g}" if rewards else ""
+        seconds = sum(sum(phase_seconds(row).values()) for row in part) / len(part)
+        text += f'<tr><th>{size}</th><td class="bars">{bar(color_class(i), len(part) / len(rows))}</td>'
+        text += number_cells(str(len(part)), reward, f"{seconds:.3g} s") + "</tr>"
+    return html_table(["height x width", "", "iterations", "reward", "each"], text) if text else ""
 
 
 def _held_out(run: SavedRun) -> str:

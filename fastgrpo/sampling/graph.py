@@ -54,8 +54,8 @@ class _Captured(NamedTuple):
 class CapturedRollout:
     """`fastgrpo.sampling.rollout.rollout`, its arguments and its result, bit for bit, from graphs.
 
-    One graph a policy, a guidance scale and a set of shapes and dtypes. What Python decides inside the policy is frozen at
-    capture: switch an adapter off and the graph does not follow.
+    One graph a policy, a size, a guidance scale and a set of shapes and dtypes. What Python decides inside the policy is
+    frozen at capture: switch an adapter off and the graph does not follow.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -67,8 +67,10 @@ class CapturedRollout:
     ) -> Trajectory:
         prompted = prompted.unshared()
         values = _flat(schedule, address, prompted)
-        # Numbers of the schedule count as they are: another length of the window or of the prefix is another loop.
-        key = (id(policy), type(prompted.rows), prompted.guided, guidance_scale, *(_shape(value) for value in values))
+        # Numbers of the schedule count as they are: another length of the window or of the prefix is another loop. So does
+        # the size: a wide image and a tall one may have latents of one shape, and other positions.
+        shapes = (policy.size, policy.latent_shape, *(_shape(value) for value in values))
+        key = (id(policy), type(prompted.rows), prompted.guided, guidance_scale, *shapes)
         if key not in self.graphs:
             self.graphs[key] = self._record(policy, schedule, address, prompted, guidance_scale)
         graph = self.graphs[key]

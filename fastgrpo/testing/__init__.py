@@ -8,7 +8,7 @@ They serve the tests of this project and of yours: a reward, a sampler or an obj
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ class Family:
     """A tiny pipeline of a model family, and how to run it as the stock pipeline."""
 
     make: Callable[[], Any]  # makes the pipeline, always with the same weights
-    # (pipeline, prompts, latents (B, *D), num_steps, guidance_scale) -> (B, 3, H, W) or (B, T, 3, H, W) float, 0 to 1
-    call: Callable[[Any, Sequence[Any], Tensor, int, float], Tensor]
+    # (pipeline, prompts, latents (B, *D), num_steps, guidance_scale) -> (B, 3, H, W) or (B, T, 3, H, W) float, 0 to 1;
+    # some take height, width and num_frames besides
+    call: Callable[..., Tensor]
     settings: dict[str, Any] = field(default_factory=dict)  # the settings that its model is loaded with
     guidance: tuple[float, ...] = (1.0, 3.0)  # guidance scales that the family is capable of
     guided_together: bool = False  # whether the stock pipeline runs both halves of guidance as one batch

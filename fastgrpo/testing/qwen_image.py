@@ -89,14 +89,15 @@ def padded(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, **i
 
 
 def call(
-    pipeline: QwenImagePipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float
-) -> Tensor:
+    pipeline: QwenImagePipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
+    height: int = SIZE, width: int = SIZE,
+) -> Tensor:  # fmt: skip
     embeds, mask = padded(pipeline, prompts, TEXT_TOKENS)
     negative, negative_mask = padded(pipeline, [" "] * len(prompts), TEXT_TOKENS)
     return pipeline(
         prompt_embeds=embeds, prompt_embeds_mask=mask, negative_prompt_embeds=negative,
         negative_prompt_embeds_mask=negative_mask, num_inference_steps=num_steps, true_cfg_scale=guidance_scale,
-        latents=latents, height=SIZE, width=SIZE, output_type="pt",
+        latents=latents, height=height, width=width, output_type="pt",
     ).images  # fmt: skip
 
 

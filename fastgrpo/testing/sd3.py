@@ -11,6 +11,7 @@ from fastgrpo.testing import Family
 from fastgrpo.testing.tokenizers import clip_tokenizer, t5_tokenizer
 
 T5_TOKENS = 24
+SIZE = 16  # pixels
 
 
 def make() -> StableDiffusion3Pipeline:
@@ -53,11 +54,12 @@ def t5_encoder(vocabulary: int, width: int = 32) -> T5EncoderModel:
 
 
 def call(
-    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float
-) -> Tensor:
+    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
+    height: int = SIZE, width: int = SIZE,
+) -> Tensor:  # fmt: skip
     return pipeline(
         list(prompts), num_inference_steps=num_steps, guidance_scale=guidance_scale, latents=latents,
-        max_sequence_length=T5_TOKENS, height=16, width=16, output_type="pt",
+        max_sequence_length=T5_TOKENS, height=height, width=width, output_type="pt",
     ).images  # fmt: skip
 
 

@@ -44,10 +44,13 @@ def umt5_encoder(vocabulary: int, width: int = 32) -> UMT5EncoderModel:
     )).eval()  # fmt: skip
 
 
-def call(pipeline: WanPipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float) -> Tensor:
+def call(
+    pipeline: WanPipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
+    height: int = SIDE, width: int = SIDE, num_frames: int = FRAMES,
+) -> Tensor:  # fmt: skip
     return pipeline(
         list(prompts), num_inference_steps=num_steps, guidance_scale=guidance_scale, latents=latents,
-        max_sequence_length=TEXT_TOKENS, height=SIDE, width=SIDE, num_frames=FRAMES, output_type="pt",
+        max_sequence_length=TEXT_TOKENS, height=height, width=width, num_frames=num_frames, output_type="pt",
     ).frames  # fmt: skip
 
 

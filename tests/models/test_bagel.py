@@ -314,7 +314,7 @@ def test_sizes_and_tokens_that_are_missing_are_named(broken: Path) -> None:
 
 
 def test_settings_that_cannot_be_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.width = 260: BAGEL has positions for 256 pixels at most"):
+    with pytest.raises(ValueError, match=r"model\.width = 260: this model's positions end at 256"):
         load(folder, width=260)
     with pytest.raises(ValueError, match=r"model\.height = 18: must be a multiple of 4"):
         load(folder, height=18)

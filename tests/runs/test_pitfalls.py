@@ -234,7 +234,7 @@ def losses_of(trainer: Trainer) -> list[tuple]:
         found.append((step, advantages))
         return learner.objective(moments, step, advantages, weight)
 
-    trainer.updater.learner = replace(learner, objective=record)
+    trainer.updater.learners[trainer.model.latent_shape] = replace(learner, objective=record)
     return found
 
 

@@ -23,7 +23,7 @@ def toy_prompts(offset: Tensor, uncond: float | None = None) -> Prompted:
 class ToyPolicy(nn.Module):
     """A velocity that depends on everything it is given, element by element."""
 
-    latent_shape, dtype, guide = SHAPE, torch.float32, None
+    latent_shape, size, dtype, guide = SHAPE, SHAPE[1:], torch.float32, None
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
         return torch.tanh(x) * sigma.view(-1, 1, 1, 1) + conditioning.offset
