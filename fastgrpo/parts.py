@@ -104,7 +104,8 @@ class Parts:
         """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
         family: Any = objects.model or model_class(config.model.name)
         if objects.model is None and not config.model.random_weights:
-            family.check_files(config.model.path)
+            section = config.model
+            family.check_files(section.path, transformer=section.transformer, variant=section.variant)
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
