@@ -126,6 +126,8 @@ class Parts:
         inputs = inputs_of(config, prompts, held_out, own_model=objects.model is not None)
         changed = changes(config.output, inputs)
         model = configured_model(config.model, device) if objects.model is None else objects.model
+        check_guidance(model, "rollout.guidance_scale", config.rollout.guidance_scale)
+        check_guidance(model, "evaluation.guidance_scale", config.evaluation.guidance_scale)
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
@@ -135,6 +137,13 @@ class Parts:
         """`check_cut` of all its prompts, with the rewards that score them."""
         trained = self.prompts, None if self.image_fields else self.reward
         check_cut(self.model, max_text_tokens, trained, (self.held_out, self.held_out_reward), show=show)
+
+
+def check_guidance(model: Model, key: str, scale: float) -> None:
+    """Refuse a guidance scale that the model was not made for, if it says so: ValueError."""
+    ask = getattr(model, "check_guidance", None)
+    if ask is not None:
+        ask(key, scale)
 
 
 def check_cut(model: Model, max_text_tokens: int, *scored: tuple[PromptSet, RewardSum | None], show: bool = True) -> None:

@@ -18,7 +18,7 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.files import json_text
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import model_class
-from fastgrpo.parts import check_cut
+from fastgrpo.parts import check_cut, check_guidance
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_tags(prompts)
         rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)
+    guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    check_guidance(model, "guidance", guidance_scale)
     check_cut(model, config.model.max_text_tokens, *((prompts, rewards) for prompts in files.values()))
     rows: list[Row] = []
     for file, prompts in files.items():
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             model=model, embeddings=Embeddings(model), prompts=prompts, reward=rewards,
             scorer=Scorer(config.reward.timeout),
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size,
-            guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+            guidance_scale=guidance_scale,
             seed=config.seed if arguments.seed is None else arguments.seed,
             ranks=OneRank(device=model.device),
         )  # fmt: skip

@@ -16,6 +16,7 @@ from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, given_prompts
 from fastgrpo.models import model_class
+from fastgrpo.parts import check_guidance
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = [text for text in given for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    check_guidance(model, "guidance", guidance_scale)
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
     prompted = Embeddings(model).prompted(prompts, guidance_scale)
     num_steps = arguments.steps or settings.num_steps

@@ -76,8 +76,8 @@ def _in_diffusers(kind: Any, folder: Path, state: dict[str, Tensor], single_file
     with torch.device(META):
         network = _made(kind.from_config, config)
     own = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    if single_file and not own.keys() <= state.keys():
-        state = _converted(kind, config, state)
+    if single_file and own.keys() != state.keys():  # as diffusers decides it
+        state = _converted(kind, config, state, own)
     network._fix_state_dict_keys_on_load(state)
     # A buffer that is not there keeps the value that the network was built with.
     missing = [name for name, _ in network.named_parameters() if name not in state]
@@ -102,12 +102,18 @@ def _made(make: Any, config: Any) -> Any:
         raise ValueError(f"has a config.json that makes no network ({type(error).__name__}: {error})") from None
 
 
-def _converted(kind: Any, config: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint of another program under diffusers' names."""
+def _converted(kind: Any, config: Mapping[str, Any], state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint of another program under diffusers' names, or as they are where those fit better."""
     rule = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
     if rule is None:
         raise ValueError(f"is one file, which diffusers does not read into a {kind.__name__}; take a folder")
+    more = [name for name in state if name not in own]
+    if own.keys() <= state.keys():
+        raise ValueError(f"holds {more[0]}, one of {len(more)} tensors that a {kind.__name__} does not have; take them out")
     try:
-        return dict(rule["checkpoint_mapping_fn"](checkpoint=state, config=dict(config)))
+        found = dict(rule["checkpoint_mapping_fn"](checkpoint=dict(state), config=dict(config)))
     except Exception as error:  # it looks for the names that it knows, and says nothing better
-        raise ValueError(f"holds no weights of a {kind.__name__} ({type(error).__name__}: {error})") from None
+        if len(more) > len(state) / 2:
+            raise ValueError(f"holds no weights of a {kind.__name__} ({type(error).__name__}: {error})") from None
+        return state
+    return max(found, state, key=lambda names: len(own.keys() & names.keys()))

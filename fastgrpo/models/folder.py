@@ -113,7 +113,7 @@ def check_weights(part: Path, folder: Path, where: str, variant: str | None = No
 def check_network(part: Path, folder: Path, kind: Any, where: str, variant: str | None = None) -> None:
     """Refuse the folder of a network of the class `kind` that cannot be loaded: ValueError. No weights are read."""
     files = check_weights(part, folder, where, variant)
-    name = f"{where}: {part.relative_to(folder)}/"
+    name = f"{where}:" if part == folder else f"{where}: {part.relative_to(folder)}/"
     method = quantization(part)
     if method is not None:  # its tensors are those that the quantisation makes of the network's
         if method in PACKAGES or is_of_diffusers(kind):  # transformers reads more methods

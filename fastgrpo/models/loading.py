@@ -61,11 +61,13 @@ class LoadedPipeline:
         cls.check_files(path, transformer=transformer, variant=variant)
         dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
         with quiet("diffusers", "transformers"):
-            parts = cls.own_parts(path)
+            own = cls.own_parts(path)
+            parts = dict.fromkeys(own)  # set later: diffusers asks that a part is of the class that the folder names
             if transformer is not None:
                 parts["transformer"] = load_transformer(transformer, path, dtype=dtype, variant=variant)
             kind = cls.part_class(cls.pipeline_class)
             pipeline = kind.from_pretrained(path, dtype=dtypes, variant=variant, local_files_only=True, **parts)
+            pipeline.register_modules(**own)
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod

@@ -43,6 +43,7 @@ class Accelerated(LoadedPipeline):
 
     def compile(self) -> None:
         """torch.compile each of the transformer's blocks, see `fastgrpo.models.compiled`, and an image's decoder."""
+        self.refuse_quantized("model.compile = true", "take false, or the plain weights")
         # There is a program for each shape and each kind of block, with and without its adapter. The compiler's own limit is
         # lower, and past it blocks would run eagerly with no more than a line in the log.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
