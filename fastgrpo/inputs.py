@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.config.keys import Config
+from fastgrpo.config.keys import Config, ModelConfig
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, files_of
 from fastgrpo.engine.checkpoint_folders import latest_checkpoint
@@ -39,7 +39,7 @@ def inputs_of(config: Config, prompts: PromptSet, held_out: PromptSet, *, own_mo
     """The hash of each input. own_model: the model was handed in, and is not the one that the configuration names."""
     inputs = {"prompts.train": prompts_hash(prompts), "prompts.eval": prompts_hash(held_out)}
     if not own_model and not config.model.random_weights:
-        inputs |= _folder_hashes("model.path", config.model.path)
+        inputs |= _model_hashes(config.model)
     if config.model.tiny_decoder:
         inputs |= _folder_hashes("model.tiny_decoder", config.model.tiny_decoder)
     for name in dict.fromkeys([*weights_of(config.reward.train), *weights_of(config.reward.eval)]):
@@ -90,6 +90,17 @@ def prompts_hash(prompts: PromptSet) -> str:
 
 def _is_file(value: object) -> bool:
     return isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file()
+
+
+def _model_hashes(model: ModelConfig) -> Inputs:
+    """Those of the files that the model is read from."""
+    inputs = _folder_hashes("model.path", model.path)
+    if model.transformer is None:
+        return inputs
+    inputs.pop("model.path/transformer", None)  # of which no weights are read
+    if model.transformer.is_dir():
+        return inputs | _folder_hashes("model.transformer", model.transformer)
+    return inputs | {"model.transformer": _file_hash(model.transformer)}
 
 
 def _folder_hashes(name: str, folder: Path) -> Inputs:

@@ -107,7 +107,8 @@ class Parts:
         """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
         family: Any = objects.model or model_class(config.model.name)
         if objects.model is None and not config.model.random_weights:
-            family.check_files(config.model.path)
+            section = config.model
+            family.check_files(section.path, transformer=section.transformer, variant=section.variant)
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
@@ -132,6 +133,8 @@ class Parts:
         changed = changes(config.output, inputs)
         model = configured_model(config.model, device) if objects.model is None else objects.model
         check_sizes(model, named_sizes(config))
+        check_guidance(model, "rollout.guidance_scale", config.rollout.guidance_scale)
+        check_guidance(model, "evaluation.guidance_scale", config.evaluation.guidance_scale)
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
@@ -144,6 +147,13 @@ class Parts:
         check_cut(self.model, trained, held_out, negative_prompt=config.model.negative_prompt, show=show)
         if show and (line := getattr(self.model, "other_length", "")):
             print(line, file=sys.stderr)
+
+
+def check_guidance(model: Model, key: str, scale: float) -> None:
+    """Refuse a guidance scale that the model was not made for, if it says so: ValueError."""
+    ask = getattr(model, "check_guidance", None)
+    if ask is not None:
+        ask(key, scale)
 
 
 def check_cut(

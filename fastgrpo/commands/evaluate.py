@@ -19,7 +19,7 @@ from fastgrpo.evaluation import Evaluator
 from fastgrpo.files import json_text
 from fastgrpo.measure import DEVICE
 from fastgrpo.models import model_class
-from fastgrpo.parts import check_cut
+from fastgrpo.parts import check_cut, check_guidance
 from fastgrpo.policy import Policy
 from fastgrpo.reporting.text import Row, score_table, scores_by_reward
 from fastgrpo.rewards import load_rewards
@@ -77,13 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     negative_prompt = config.model.negative_prompt
     size = evaluation_size(config)
     check_cut(model, *((prompts, rewards, size) for prompts in files.values()), negative_prompt=negative_prompt)
+    guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    check_guidance(model, "guidance", guidance_scale)
     rows: list[Row] = []
     for file, prompts in files.items():
         evaluator = Evaluator(
             model=model, embeddings=Embeddings(model, negative_prompt=negative_prompt), prompts=prompts, reward=rewards,
             scorer=Scorer(config.reward.timeout),
             num_steps=arguments.steps or settings.num_steps, batch_size=settings.batch_size, size=size,
-            guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+            guidance_scale=guidance_scale,
             seed=config.seed if arguments.seed is None else arguments.seed,
             ranks=OneRank(device=model.device),
         )  # fmt: skip

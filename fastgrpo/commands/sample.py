@@ -17,6 +17,7 @@ from fastgrpo.config.sizes import evaluation_size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, ImagePrompt, PromptSet, check_input_images, check_not_empty, given_prompts
 from fastgrpo.models import model_class
+from fastgrpo.parts import check_guidance
 from fastgrpo.policy import Policy, sized
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures, save_grid
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = [text for text in given.prompts for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
+    check_guidance(model, "guidance", guidance_scale)
     address = noise_address(SAMPLE, arguments.seed, 0, torch.arange(len(prompts), device=model.device))
     num_steps = arguments.steps or settings.num_steps
     with sized(model, evaluation_size(config)):

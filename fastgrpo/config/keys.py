@@ -48,6 +48,12 @@ class ModelConfig:
     """Folder of the pretrained pipeline in the diffusers format, or of BAGEL as published."""
     name: str = "sd3"
     """The model's family, one of those in fastgrpo/models."""
+    transformer: Path | None = None
+    """Weights that take the place of the pipeline's transformer: a folder with a config.json, as full fine-tuning writes it,
+    or one .safetensors or .gguf file, under the names of diffusers or of the model's own code. Left out: the pipeline's."""
+    variant: str | None = None
+    """Read the files of this variant where a part of the pipeline has them, for example fp16 for model.fp16.safetensors.
+    Left out: the files without one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights and of the network's arithmetic; float32 is without TF32. Latents and transitions are float32
     whatever stands here."""

@@ -38,12 +38,18 @@ def model_class(name: str) -> "type[Adapter]":
     return getattr(importlib.import_module(module), attribute)
 
 
+def families_of(pipeline_class: str) -> list[str]:
+    """The names of the families that read pipelines of a class of diffusers."""
+    return [name for name in MODELS if model_class(name).pipeline_class == pipeline_class]
+
+
 def load_model(name: str, **arguments: Any) -> "Adapter":
     """A pretrained model of the family `name`, made by its class's `load`. ValueError: a weight in it is not finite.
 
         load_model("sd3", path=Path("stable-diffusion-3.5-medium"), dtype=torch.bfloat16, device=torch.device("cuda"))
 
-    Further arguments are the fields of `fastgrpo.models.settings.Settings`, such as height=512.
+    transformer=FOLDER_OR_FILE takes the transformer from there, variant="fp16" the weights of that variant. Further
+    arguments are the fields of `fastgrpo.models.settings.Settings`, such as height=512.
     """
     model = model_class(name).load(**arguments)
     model.check_numbers(f"model.path = {arguments.get('path')}")
@@ -58,4 +64,5 @@ def configured_model(section: Any, device: "torch.device") -> "Model":
     dtype = getattr(torch, section.dtype)
     if section.random_weights:
         return model_class(section.name).random(section.architecture, dtype=dtype, device=device, **settings)
-    return load_model(section.name, path=section.path, dtype=dtype, device=device, **settings)
+    base = {"path": section.path, "transformer": section.transformer, "variant": section.variant}
+    return load_model(section.name, **base, dtype=dtype, device=device, **settings)

@@ -87,6 +87,9 @@ class Adapter(Trainable, Accelerated):
             if value > most:
                 raise ValueError(f"model.{name} = {value}: this model's positions end at {most}; take at most that")
 
+    def check_guidance(self, key: str, scale: float) -> None:
+        """Refuse a scale of true guidance that the model was not made for: ValueError. key: that names the scale."""
+
     @property
     def pixels_per_token(self) -> int:
         """Edge of the square of pixels that is one token of the transformer."""
@@ -187,11 +190,12 @@ class Adapter(Trainable, Accelerated):
     def shifted_sigmas(self, spaced: Any, tokens: int) -> Tensor:
         """`sigmas` of pipelines that shift evenly spaced ones towards noise, further for images of more tokens.
 
-        spaced: (num_steps,) numbers from 1 down, an array or a list.
+        spaced: (num_steps,) numbers from 1 down, an array or a list; or num_steps alone, for the scheduler's own spacing.
         """
         scheduler = self.scheduler()
         config = scheduler.config
-        scheduler.set_timesteps(sigmas=spaced, mu=calculate_shift(
+        how = {"num_inference_steps": spaced} if isinstance(spaced, int) else {"sigmas": spaced}
+        scheduler.set_timesteps(**how, mu=calculate_shift(
             tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5), config.get("max_shift", 1.15),
         ))  # fmt: skip

@@ -69,9 +69,18 @@ class Bagel(Adapter):
     masks = "the end of short prompts"
 
     @classmethod
-    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        transformer: Path | None = None,
+        variant: str | None = None,
+        **settings: Any,
+    ) -> Self:
         """The model in the published folder. Nothing is downloaded."""
-        cls.check_files(path)
+        cls.check_files(path, transformer=transformer, variant=variant)
         with quiet("diffusers", "transformers"):
             tokenizer = read_tokenizer(path)
             pipeline = BagelPipeline(
@@ -81,7 +90,10 @@ class Bagel(Adapter):
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod
-    def check_files(cls, path: Path) -> None:
+    def check_files(cls, path: Path, *, transformer: Path | None = None, variant: str | None = None) -> None:
+        for key, value in (("transformer", transformer), ("variant", variant)):
+            if value is not None:
+                raise ValueError(f"model.{key} = {value}: BAGEL is read from its published folder alone; leave it out")
         check_bagel_folder(path)
 
     @classmethod

@@ -6,7 +6,6 @@ llm_config.json    sizes of the language model
 tokenizer files    Qwen2's tokenizer
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
+from fastgrpo.files import json_value
 from fastgrpo.models.bagel_network import BagelTransformer
 from fastgrpo.models.folder import check_file, readable
 from fastgrpo.models.loading import build
@@ -38,6 +38,11 @@ GROUPS = 32  # groups of its norms
 
 def check_bagel_folder(path: Path) -> None:
     """Refuse a folder in which a file is missing or not whole, before anything is loaded: ValueError."""
+    shards = path / f"{NETWORK}.index.json"
+    if shards.is_file() and not (path / NETWORK).is_file():
+        raise ValueError(
+            f"model.path = {path}: {NETWORK} is in shards ({shards.name}); save it as the one file of that name"
+        )
     lists = min(TOKENIZERS, key=lambda names: len(_absent(path, names)))
     absent = _absent(path, (SIZES, NETWORK, AUTOENCODER, *lists))
     if absent:
@@ -73,7 +78,8 @@ def read_tokenizer(path: Path) -> Qwen2Tokenizer:
 
 def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
     """The generation path of ema.safetensors; each tensor is read straight to its device."""
-    sizes = json.loads((path / SIZES).read_text(encoding="utf-8"))
+    sizes = json_value((path / SIZES).read_bytes())
+    sizes = {**(sizes.get("rope_parameters") or {}), **sizes}  # where transformers 5 puts rope_theta
     absent = [key for key in SIZE_KEYS if key not in sizes]
     if absent:
         raise ValueError(f"model.path = {path}: {SIZES} lacks {', '.join(absent)}")

@@ -1,8 +1,8 @@
 """FLUX.2: dev, whose guidance is distilled into an input of the network, and klein, with true guidance. Text to image only.
 
 Both are one transformer over packed latents, with a token for each square of two by two latents. They differ in the text
-encoder, of which three layers are read: dev has Mistral 3, whose processor of texts and images needs torchvision, klein has
-Qwen3. The transformer attends to a prompt's padding too, so `max_text_tokens` is part of the model: 512 as published.
+encoder, of which three layers are read: dev has Mistral 3, klein has Qwen3. The transformer attends to a prompt's padding
+too, so `max_text_tokens` is part of the model: 512 as published.
 
 The klein of 4 steps was distilled without guidance: take `guidance_scale` 1. klein-base, of 50 steps, was published with 4.
 
@@ -10,16 +10,26 @@ Letters: B samples, N = h w image tokens of C channels each, L text tokens, E te
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
+from transformers import ProcessorMixin
 
+from fastgrpo.files import json_value
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.reading import Reading
 from fastgrpo.models.settings import cached_by_settings
+
+
+class TextProcessor(ProcessorMixin):
+    """Pixtral's processor of texts and images without its part for images, which cannot be loaded without torchvision."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
 
 
 class Flux2Conditioning(NamedTuple):
@@ -33,6 +43,13 @@ class Flux2(Adapter):
     Conditioning = Flux2Conditioning
     takes = frozenset({"distilled_guidance"})
     longest_text = 512  # that it was trained on; the stock pipeline does not refuse more
+
+    @classmethod
+    def own_parts(cls, path: Path) -> dict[str, Any]:
+        _, reader = json_value((path / "model_index.json").read_bytes())["tokenizer"]
+        if not reader.endswith("Processor"):
+            return {}
+        return {"tokenizer": TextProcessor.from_pretrained(path / "tokenizer", local_files_only=True)}
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -120,6 +137,13 @@ class Flux2(Adapter):
 
 class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
+
+    def check_guidance(self, key: str, scale: float) -> None:
+        if scale != 1 and self.pipeline.config.is_distilled:
+            raise ValueError(
+                f"{key} = {scale:g}: this klein was distilled to run without guidance, and its pipeline ignores the scale; "
+                "take 1, or klein-base"
+            )
 
     def reading(self, text: str) -> Reading:
         asked, tokenizer = [{"role": "user", "content": text}], self.pipeline.tokenizer

@@ -20,7 +20,9 @@ import torch
 from fastgrpo.config.sizes import Size
 from fastgrpo.finite import first_not_finite, in_words
 from fastgrpo.models.folder import check_folder
+from fastgrpo.models.quantized import method_of
 from fastgrpo.models.settings import Settings
+from fastgrpo.models.sources import check_transformer, load_transformer
 from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -47,19 +49,39 @@ class LoadedPipeline:
             module.requires_grad_(False)
 
     @classmethod
-    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
-        """The model in a folder in the diffusers format. Nothing is downloaded. settings: see `Settings`."""
-        cls.check_files(path)
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        transformer: Path | None = None,
+        variant: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The model in a folder in the diffusers format. Nothing is downloaded.
+
+        transformer: a folder or a file that takes the place of the folder's own, see `fastgrpo.models.sources`. variant: the
+        ending of the files to read, such as fp16, where a part has them. settings: see `Settings`.
+        """
+        cls.check_files(path, transformer=transformer, variant=variant)
         dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
         with quiet("diffusers", "transformers"):
+            own = cls.own_parts(path)
+            parts = dict.fromkeys(own)  # set later: diffusers asks that a part is of the class that the folder names
+            if transformer is not None:
+                parts["transformer"] = load_transformer(transformer, path, dtype=dtype, variant=variant)
             kind = cls.part_class(cls.pipeline_class)
-            pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
+            pipeline = kind.from_pretrained(path, dtype=dtypes, variant=variant, local_files_only=True, **parts)
+            pipeline.register_modules(**own)
         return cls(pipeline, dtype=dtype, device=device, **settings)
 
     @classmethod
-    def check_files(cls, path: Path) -> None:
-        """Refuse a folder that `load` could not read: ValueError. It reads no weights."""
-        check_folder(path, cls.pipeline_class)
+    def check_files(cls, path: Path, *, transformer: Path | None = None, variant: str | None = None) -> None:
+        """Refuse what `load` could not read: ValueError. It reads no weights."""
+        check_folder(path, cls.pipeline_class, variant=variant, elsewhere=("transformer",) if transformer else ())
+        if transformer is not None:
+            check_transformer(transformer, path, variant)
 
     @classmethod
     def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
@@ -102,6 +124,16 @@ class LoadedPipeline:
         """The transformer, the autoencoder and the text encoders, by the names of the pipeline's parts."""
         parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config if not name.startswith("_")}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+    @property
+    def quantized(self) -> str | None:
+        """The method by which the transformer's weights are quantised, such as gguf; None: they are plain numbers."""
+        return method_of(self.transformer)
+
+    def refuse_quantized(self, asked: str, way_out: str) -> None:
+        """Refuse what no quantised transformer can do: ValueError. asked: the key and its value."""
+        if self.quantized:
+            raise ValueError(f"{asked}: the transformer's weights are quantised ({self.quantized}); {way_out}")
 
     @contextmanager
     def sized(self, size: Size) -> Iterator[None]:
@@ -151,7 +183,8 @@ def _content(file: Path) -> bytes:
 
 def check_numbers(where: str, network: torch.nn.Module) -> None:
     """Refuse a network with weights that are not finite: ValueError. where: how the message begins, its part at the end."""
-    weights = dict(network.named_parameters())
+    # Quantised weights are codes of another layout, in whole numbers or in tensors of their package's own class.
+    weights = {name: p for name, p in network.named_parameters() if type(p.data) is torch.Tensor and p.is_floating_point()}
     name = first_not_finite(weights)
     if name is not None:
         raise ValueError(f"{where}: {name} is {in_words(weights[name])}: was the file damaged? Get it again")

@@ -41,6 +41,11 @@ class SD3(Adapter):
         height, width = (side // self.pipeline.vae_scale_factor for side in self.size)
         return self.transformer.config.in_channels, height, width
 
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The scheduler's own; one that shifts dynamically takes more noise for more tokens."""
+        height, width = (side // self.transformer.config.patch_size for side in self.latent_shape[1:])
+        return self.shifted_sigmas(num_steps, height * width)
+
     def encode_text(self, prompts: Sequence[str]) -> SD3Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, do_classifier_free_guidance=False,

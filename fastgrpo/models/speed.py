@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from fastgrpo.models.attention import use_attention
 from fastgrpo.models.compiled import CompiledVelocity, Velocity
-from fastgrpo.models.folder import check_weights, readable
+from fastgrpo.models.folder import check_network, readable
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.quiet import quiet
@@ -43,6 +43,7 @@ class Accelerated(LoadedPipeline):
 
     def compile(self) -> None:
         """torch.compile each of the transformer's blocks, see `fastgrpo.models.compiled`, and an image's decoder."""
+        self.refuse_quantized("model.compile = true", "take false, or the plain weights")
         # There is a program for each shape and each kind of block, with and without its adapter. The compiler's own limit is
         # lower, and past it blocks would run eagerly with no more than a line in the log.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
@@ -64,6 +65,7 @@ class Accelerated(LoadedPipeline):
 
     def prepare_drafts(self) -> None:
         """Make ready for `drafting`, once the trained weights are in place."""
+        self.refuse_quantized("rollout.precision = 'fp8'", "take model, or the plain weights")
         self._drafted = prepare_fp8(self.blocks)
 
     def drafting(self) -> AbstractContextManager[None]:
@@ -75,7 +77,7 @@ class Accelerated(LoadedPipeline):
         if not (path / "config.json").is_file():
             raise ValueError(f"model.tiny_decoder = {path}: holds no config.json, so it is no AutoencoderTiny folder")
         with readable(where := f"model.tiny_decoder = {path}"):
-            check_weights(path, path, where)
+            check_network(path, path, AutoencoderTiny, where)
         with quiet("diffusers", "transformers"):
             decoder = AutoencoderTiny.from_pretrained(path, torch_dtype=self.dtype, local_files_only=True)
         channels = self.pipeline.vae.config.latent_channels

@@ -55,9 +55,14 @@ class Trainable(LoadedPipeline):
                 name = type(self.transformer).__name__
                 raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
         self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
+        if self.quantized:  # whose layers have no dtype that PEFT could take for the LoRA
+            for parameter in self.transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.dtype)
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable. keep_reference: keep a frozen copy for `reference` too."""
+        self.refuse_quantized("model.train = 'full'", "take lora, or the plain weights")
         if keep_reference:
             self.untrained = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)

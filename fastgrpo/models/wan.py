@@ -41,8 +41,8 @@ class Wan(Adapter):
     vae_dtype = torch.float32  # as Wan's own code and Flow-GRPO run the decoder
 
     @classmethod
-    def check_files(cls, path: Path) -> None:
-        super().check_files(path)
+    def check_files(cls, path: Path, **base: Any) -> None:
+        super().check_files(path, **base)
         if json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("transformer_2", [None])[0]:
             raise ValueError(
                 f"model.path = {path}: holds two transformers (transformer_2), as Wan2.2-A14B, one for high noise and one "
