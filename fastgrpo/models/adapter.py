@@ -38,7 +38,7 @@ class Adapter(Trainable, Accelerated):
     """A model family: its network, schedule, encoders and decoder."""
 
     Conditioning: ClassVar[Any]
-    takes: ClassVar[frozenset[str]] = frozenset()  # which of num_frames, distilled_guidance it has an input for
+    takes: ClassVar[frozenset[str]] = frozenset()  # which of the settings below it has a use for
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with input images
     input_images: ClassVar[range] = range(1, 2)  # how many, if so
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
@@ -68,7 +68,7 @@ class Adapter(Trainable, Accelerated):
     # What all families share: sizes and settings.
 
     def _check_settings(self) -> None:
-        for name in ("num_frames", "distilled_guidance"):
+        for name in ("num_frames", "distilled_guidance", "input_size"):
             value = getattr(self.settings, name)
             if value is not None and name not in self.takes:
                 raise ValueError(f"model.{name} = {value}: {type(self).__name__} has no such input; leave it out")

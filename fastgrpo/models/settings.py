@@ -1,7 +1,7 @@
 """The settings of a model: the keys of a configuration's `model` section that a model family reads."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +11,7 @@ class Settings:
     max_text_tokens: int = 256
     height: int | None = None  # pixels; None is the size that the transformer was made for
     width: int | None = None
+    input_size: int | Literal["output"] | None = None  # of an input image: the side in pixels of the square of its area
     num_frames: int | None = None  # frames of a video
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
 

@@ -23,6 +23,7 @@ FAMILIES = {
     "flux_kontext": "fastgrpo.testing.flux:KONTEXT",
     "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
+    "qwen_image_edit_plus": "fastgrpo.testing.qwen_image:EDIT_PLUS",
     "wan": "fastgrpo.testing.wan:FAMILY",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",
