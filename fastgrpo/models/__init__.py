@@ -22,6 +22,7 @@ MODELS = {
     "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
     "qwen_image_edit": "fastgrpo.models.qwen_image_edit:QwenImageEdit",
     "qwen_image_edit_plus": "fastgrpo.models.qwen_image_edit:QwenImageEditPlus",
+    "qwen_image_21": "fastgrpo.models.qwen_image_21:QwenImage21",
     "wan": "fastgrpo.models.wan:Wan",
     "bagel": "fastgrpo.models.bagel:Bagel",
     "flux2": "fastgrpo.models.flux2:Flux2",

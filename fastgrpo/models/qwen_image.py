@@ -34,20 +34,10 @@ class QwenConditioning(NamedTuple):
 
 
 class QwenFamily(Adapter):
-    """The network that Qwen-Image and those that edit images share, and all that they do alike."""
+    """What all Qwen-Image models do alike."""
 
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
-    )  # fmt: skip
     masks = "the padding of prompts"
-    longest_text: ClassVar[int] = 1024  # tokens; the stock pipeline allows no larger max_sequence_length
-
-    def __init__(self, pipeline: Any, **arguments: Any) -> None:
-        super().__init__(pipeline, **arguments)
-        for encoder in self.text_encoders:
-            encoder.register_forward_pre_hook(tell_images_from_text, with_kwargs=True)
+    longest_text: ClassVar[int]  # tokens
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -56,12 +46,6 @@ class QwenFamily(Adapter):
                 f"model.max_text_tokens = {self.settings.max_text_tokens}: "
                 f"{type(self).__name__} reads at most {self.longest_text}; lower it"
             )
-
-    @staticmethod
-    def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """v_uncond + scale (v - v_uncond), each token rescaled to the norm that it has in v."""
-        combined = v_uncond + scale * (v - v_uncond)
-        return combined * (torch.norm(v, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -78,33 +62,76 @@ class QwenFamily(Adapter):
         """The noise levels as the pipeline's scheduler shifts them for an image of this many tokens."""
         return self.shifted_sigmas(np.linspace(1.0, 1 / num_steps, num_steps), self.latent_shape[0])
 
-    def _read(self, text: str, **image: Any) -> QwenConditioning:
-        """The text encoder's output (1, L, E), padded with zeros, and which tokens are the prompt's (1, L)."""
-        length = self.settings.max_text_tokens
-        embeds, _ = self.pipeline.encode_prompt(
-            [text or " "], device=self.text_encoders[0].device, max_sequence_length=length, **image
-        )
-        found = embeds.shape[1]
+    def _padded(self, text: str, embeds: Tensor) -> QwenConditioning:
+        """The text encoder's output (1, n, E), padded with zeros to L tokens, and which of them are the prompt's."""
+        length, found = self.settings.max_text_tokens, embeds.shape[1]
         if found > length:  # a prompt that may be cut has been cut by the pipeline
             self._refuse(text, found)
         mask = torch.arange(length, device=self.device) < found
         return QwenConditioning(pad(embeds.to(self.device), (0, 0, 0, length - found)), mask[None])
 
     def _refuse(self, text: str, found: int) -> None:
+        length, whole = self.settings.max_text_tokens, " with its images" if self.image_conditioned else ""
+        raise ValueError(f"model.max_text_tokens = {length}: {text!r}{whole} is {found} tokens; raise it")
+
+    def _random_text(self, batch: int, width: int) -> QwenConditioning:
+        """Random numbers in place of the text encoder's output, which is E = width wide, without padding."""
         length = self.settings.max_text_tokens
-        raise ValueError(f"model.max_text_tokens = {length}: {text!r} with its image is {found} tokens; raise it")
+        return QwenConditioning(
+            torch.randn(batch, length, width, device=self.device, dtype=self.dtype),
+            torch.ones(batch, length, device=self.device, dtype=torch.bool),
+        )
+
+    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
+        height, width = self.size
+        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (decoder.config.latents_mean, decoder.config.latents_std)
+        )
+        return latents * std + mean
+
+    def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
+        return super().decode(latents, draft=draft)[:, :, 0]  # the autoencoder is one of videos; this is its one frame
+
+    def load_tiny_decoder(self, path: Path) -> None:
+        raise ValueError(f"model.tiny_decoder = {path}: no AutoencoderTiny reads latents of Qwen-Image; leave it out")
+
+
+class DoubleStream(QwenFamily):
+    """The network that Qwen-Image and those that edit images share: text and image have weights of their own."""
+
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
+    longest_text = 1024  # the stock pipeline allows no larger max_sequence_length
+
+    def __init__(self, pipeline: Any, **arguments: Any) -> None:
+        super().__init__(pipeline, **arguments)
+        for encoder in self.text_encoders:
+            encoder.register_forward_pre_hook(tell_images_from_text, with_kwargs=True)
+
+    @staticmethod
+    def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """v_uncond + scale (v - v_uncond), each token rescaled to the norm that it has in v."""
+        combined = v_uncond + scale * (v - v_uncond)
+        return combined * (torch.norm(v, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
 
     def reading(self, text: str) -> Reading:
         text, room = text or " ", self.settings.max_text_tokens + self.pipeline.prompt_template_encode_start_idx
         return super().reading(text)._replace(text=self.pipeline.prompt_template_encode.format(text), room=room)
 
-    def _random_text(self, batch: int) -> QwenConditioning:
-        """Random numbers in place of the text encoder's output, without padding."""
-        length, width = self.settings.max_text_tokens, self.transformer.config.joint_attention_dim
-        return QwenConditioning(
-            torch.randn(batch, length, width, device=self.device, dtype=self.dtype),
-            torch.ones(batch, length, device=self.device, dtype=torch.bool),
+    def _read(self, text: str, **image: Any) -> QwenConditioning:
+        """What the text encoder makes of a prompt and, where there are any, of its images."""
+        length, device = self.settings.max_text_tokens, self.text_encoders[0].device
+        return self._padded(
+            text, self.pipeline.encode_prompt([text or " "], device=device, max_sequence_length=length, **image)[0]
         )
+
+    def placeholder(self, batch: int) -> Any:
+        return self._random_text(batch, self.transformer.config.joint_attention_dim)
 
     def _run(
         self, x: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, images: Sequence[Tensor] = ()
@@ -126,32 +153,14 @@ class QwenFamily(Adapter):
         v = network.proj_out(network.norm_out(tokens, temb[: len(x)]))
         return v[:, : x.shape[1]].contiguous()
 
-    def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
-        height, width = self.size
-        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (decoder.config.latents_mean, decoder.config.latents_std)
-        )
-        return latents * std + mean
 
-    def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
-        return super().decode(latents, draft=draft)[:, :, 0]  # the autoencoder is one of videos; this is its one frame
-
-    def load_tiny_decoder(self, path: Path) -> None:
-        raise ValueError(f"model.tiny_decoder = {path}: no AutoencoderTiny reads latents of Qwen-Image; leave it out")
-
-
-class QwenImage(QwenFamily):
+class QwenImage(DoubleStream):
     pipeline_class = "QwenImagePipeline"
     Conditioning = QwenConditioning
 
     def encode_text(self, prompts: Sequence[str]) -> QwenConditioning:
         # One by one, so that the encoding of a prompt does not depend on the others.
         return concatenate([self._read(prompt) for prompt in prompts])
-
-    def placeholder(self, batch: int) -> QwenConditioning:
-        return self._random_text(batch)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: QwenConditioning) -> Tensor:
         return self._run(x, sigma, conditioning.embeds, conditioning.mask)

@@ -33,7 +33,7 @@ from transformers import Qwen2VLProcessor
 
 from fastgrpo.data.pictures import load_picture, picture_size
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.models.qwen_image import QwenFamily
+from fastgrpo.models.qwen_image import DoubleStream
 from fastgrpo.records import concatenate
 
 PUBLISHED_SIDE = 1024  # of the square whose area an input image has
@@ -72,7 +72,7 @@ class ImageProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
-class QwenImageEdit(QwenFamily):
+class QwenImageEdit(DoubleStream):
     pipeline_class = "QwenImageEditPipeline"
     Conditioning: ClassVar[Any] = QwenEditConditioning
     image_conditioned = True
@@ -170,7 +170,7 @@ class QwenImageEdit(QwenFamily):
         grid = height // self.pixels_per_token, width // self.pixels_per_token
         shape = batch, *grid, self.latent_shape[1]
         images = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in self.input_images]
-        return self._with_images(*self._random_text(batch), images)
+        return self._with_images(*super().placeholder(batch), images)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         embeds, mask, *images = conditioning
