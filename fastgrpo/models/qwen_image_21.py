@@ -62,18 +62,18 @@ class Pipeline(QwenImage21Pipeline):
         self, scheduler: Any, vae: Any, text_encoder: Any, processor: Any, transformer: Any, sample_sigmas: Any = None
     ) -> None:
         super().__init__(scheduler, vae, text_encoder, processor or _NoProcessor(), transformer, sample_sigmas)
-        self.register_modules(processor=processor)
+        self.processor = processor
 
 
 class BlockCausalAttention(QwenImage21AttnProcessor):
     """The stock attention, and one for `velocity`, with positions of their own for each sample."""
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, rotary_emb: Any = None, **stock: Any
+        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, rotary_emb: Any = None, *rest: Any, **stock: Any
     ) -> Any:
         """hidden_states: (B, S, H K). attention_mask: (B, L) bool, of the text. rotary_emb: (B, S, K / 2) complex."""
         if rotary_emb.dim() == 2:
-            return super().__call__(attn, hidden_states, attention_mask, rotary_emb, **stock)
+            return super().__call__(attn, hidden_states, attention_mask, rotary_emb, *rest, **stock)
         layers = attn.to_q, attn.to_k, attn.to_v
         q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers)  # (B, S, H, K)
         q, k = (rotated(norm(x).to(v.dtype), rotary_emb) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))

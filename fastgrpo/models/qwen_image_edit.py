@@ -170,7 +170,8 @@ class QwenImageEdit(DoubleStream):
         grid = height // self.pixels_per_token, width // self.pixels_per_token
         shape = batch, *grid, self.latent_shape[1]
         images = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in self.input_images]
-        return self._with_images(*super().placeholder(batch), images)
+        embeds, mask = super().placeholder(batch)
+        return self._with_images(embeds, mask, images)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         embeds, mask, *images = conditioning
