@@ -65,6 +65,9 @@ class ModelConfig:
     """Height of an image in pixels. Left out: the size that the model was made for."""
     width: Pixels | None = None
     """Width of an image in pixels. Left out: the size that the model was made for."""
+    input_size: Pixels | Literal["output"] | None = None
+    """Size of an input image that Qwen-Image-Edit reads: the side in pixels of the square that has its area, whatever its
+    proportions, or `output`, which stretches it to the size of the output. Left out: 1024, as in the published pipelines."""
     num_frames: FrameCount | None = None
     """Number of frames of a video. Left out: the number that the model was made for."""
     distilled_guidance: Annotated[float, Above(0), AtMost(1000)] | None = None

@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 MAX_BYTES = 2**29  # of a file: 89 million pixels, Pillow's limit, of 16-bit RGB without compression
+TURNED = (5, 6, 7, 8)  # orientations in EXIF whose rows are the columns of the file
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -43,6 +44,13 @@ def load_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path}: has more than {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS); scale it down") from None
     except Exception as error:  # the readers of Pillow raise whatever they meet in a damaged file
         raise ValueError(f"{path}: cannot be read ({error or type(error).__name__})") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of the picture that `load_picture` returns, read from the file's beginning alone."""
+    with Image.open(path) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        return (image.height, image.width) if lies else image.size
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -40,7 +40,7 @@ class Adapter(Trainable, Accelerated):
     """A model family: its network, schedule, encoders and decoder."""
 
     Conditioning: ClassVar[Any]
-    takes: ClassVar[frozenset[str]] = frozenset()  # which of num_frames, distilled_guidance it has an input for
+    takes: ClassVar[frozenset[str]] = frozenset()  # which of the settings below it has a use for
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with input images
     input_images: ClassVar[range] = range(1, 2)  # how many, if so
     longest_text: ClassVar[int | None] = None  # the most max_text_tokens that it reads; None: its weights tell, or nothing
@@ -76,7 +76,7 @@ class Adapter(Trainable, Accelerated):
             raise ValueError(
                 f"model.max_text_tokens = {tokens}: {type(self).__name__} reads at most {self.longest_text}; lower it"
             )
-        for name in ("num_frames", "distilled_guidance"):
+        for name in ("num_frames", "distilled_guidance", "input_size"):
             value = getattr(self.settings, name)
             if value is not None and name not in self.takes:
                 raise ValueError(f"model.{name} = {value}: {type(self).__name__} has no such input; leave it out")

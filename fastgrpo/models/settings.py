@@ -7,7 +7,7 @@ what follows from them is a property, and what takes time to make is `cached_by_
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -19,6 +19,7 @@ class Settings:
     max_text_tokens: int
     height: int | None = None  # pixels; None is the size that the transformer was made for
     width: int | None = None
+    input_size: int | Literal["output"] | None = None  # of an input image: the side in pixels of the square of its area
     num_frames: int | None = None  # frames of a video
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
 

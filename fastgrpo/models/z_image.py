@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.blocks import run
 from fastgrpo.models.reading import Reading
 
 PATCH = "2-1"  # the key of the layers for patches of two by two pixels and one frame; no others are published
@@ -121,13 +122,6 @@ class ZImage(Adapter):
         for block in network.layers:
             both = run(network, block, both, mask, rotations, time)
         return -images(network.all_final_layer[PATCH](both, c=time), x)  # the network's own sign is data - noise
-
-
-def run(network: Any, block: Any, *inputs: Any) -> Tensor:
-    """The output of a block. With gradient checkpointing its activations are computed again in the backward pass."""
-    if network.gradient_checkpointing and torch.is_grad_enabled():
-        return network._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)
 
 
 def patches(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ FAMILIES = {
     "flux_kontext": "fastgrpo.testing.flux:KONTEXT",
     "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
+    "qwen_image_edit_plus": "fastgrpo.testing.qwen_image:EDIT_PLUS",
+    "qwen_image_21": "fastgrpo.testing.qwen_image_21:FAMILY",
     "wan": "fastgrpo.testing.wan:FAMILY",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",

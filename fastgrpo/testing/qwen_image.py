@@ -1,6 +1,8 @@
-"""A tiny Qwen-Image and a tiny Qwen-Image-Edit."""
+"""A tiny Qwen-Image, a tiny Qwen-Image-Edit and a tiny Qwen-Image-Edit-Plus."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -8,25 +10,27 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from diffusers.utils import load_image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.models.qwen_image import ImageProcessor
+from fastgrpo.models.qwen_image_edit import ImageProcessor
 from fastgrpo.testing import Family
 from fastgrpo.testing.pictures import picture
 from fastgrpo.testing.tokenizers import qwen_tokenizer
 
 SIZE = 16  # pixels on each side
+INPUT = 32  # and of an input image: no side of one is shorter
 BOX = (3, 4, 11, 12)  # where a picture's shape is
 # A letter is a token of the tiny tokenizer, and the templates of the pipelines are long.
-TEXT_TOKENS, EDIT_TOKENS = 192, 320
+TEXT_TOKENS, EDIT_TOKENS, EDIT_PLUS_TOKENS = 192, 320, 400
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -35,20 +39,28 @@ def make() -> QwenImagePipeline:
 
 
 def make_edit() -> QwenImageEditPipeline:
-    shared = parts()
+    return _editing(QwenImageEditPipeline, parts())
+
+
+def make_edit_plus() -> QwenImageEditPlusPipeline:
+    """As published in 2511: input images are modulated as at a noise level of 0."""
+    return _editing(QwenImageEditPlusPipeline, parts(zero_cond_t=True))
+
+
+def _editing(kind: Any, shared: dict) -> Any:
     pixels = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=1 << 20)
-    pipeline = QwenImageEditPipeline(**shared, processor=ImageProcessor(pixels, shared["tokenizer"]))
+    pipeline = kind(**shared, processor=ImageProcessor(pixels, shared["tokenizer"]))
     pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as in a downloaded folder
     return pipeline
 
 
-def parts() -> dict:
+def parts(**transformer: Any) -> dict:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer(VISION)
     return {
         "transformer": QwenImageTransformer2DModel(
             patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **transformer,
         ),
         # Its latents are two times smaller on each side.
         "vae": AutoencoderKLQwenImage(
@@ -104,26 +116,63 @@ def call(
 def call_edit(
     pipeline: QwenImageEditPipeline, prompts: Sequence[ImagePrompt], latents: Tensor, num_steps: int, guidance_scale: float
 ) -> Tensor:
-    """The stock pipeline, kept from enlarging the images to a megapixel."""
-    images, texts = [load_image(str(p.images[0])) for p in prompts], [p.text for p in prompts]
-    embeds, mask = padded(pipeline, texts, EDIT_TOKENS, image=images)
-    negative, negative_mask = padded(pipeline, [" "] * len(prompts), EDIT_TOKENS, image=images)
-    with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (SIZE, SIZE, None)):
-        return pipeline(
-            image=images, prompt_embeds=embeds, prompt_embeds_mask=mask, negative_prompt_embeds=negative,
-            negative_prompt_embeds_mask=negative_mask, num_inference_steps=num_steps, true_cfg_scale=guidance_scale,
-            latents=latents, height=SIZE, width=SIZE, output_type="pt",
-        ).images  # fmt: skip
+    (prompt,) = prompts
+    with smaller_inputs(INPUT):
+        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(1024 * 1024, 1.0)
+        image = pipeline.image_processor.resize(load_image(str(prompt.images[0])), height, width)
+        return _call_with_images(pipeline, prompt.text, image, EDIT_TOKENS, latents, num_steps, guidance_scale)
+
+
+def call_edit_plus(
+    pipeline: QwenImageEditPlusPipeline,
+    prompts: Sequence[ImagePrompt],
+    latents: Tensor,
+    num_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    (prompt,) = prompts
+    with smaller_inputs(INPUT):
+        images = [pipeline.image_processor.resize(load_image(str(image)), INPUT, INPUT) for image in prompt.images]
+        return _call_with_images(pipeline, prompt.text, images, EDIT_PLUS_TOKENS, latents, num_steps, guidance_scale)
+
+
+def _call_with_images(
+    pipeline: Any, text: str, image: Any, tokens: int, latents: Tensor, num_steps: int, guidance_scale: float
+) -> Tensor:
+    embeds, mask = padded(pipeline, [text], tokens, image=image)
+    negative, negative_mask = padded(pipeline, [" "], tokens, image=image)
+    return pipeline(
+        image=image, prompt_embeds=embeds, prompt_embeds_mask=mask, negative_prompt_embeds=negative,
+        negative_prompt_embeds_mask=negative_mask, num_inference_steps=num_steps, true_cfg_scale=guidance_scale,
+        latents=latents, height=SIZE, width=SIZE, output_type="pt",
+    ).images  # fmt: skip
+
+
+@contextmanager
+def smaller_inputs(side: int) -> Iterator[None]:
+    """Inside, the stock pipelines scale input images to the area of this square instead of a megapixel."""
+    dimensions, plus = pipeline_qwenimage_edit.calculate_dimensions, pipeline_qwenimage_edit_plus
+    with (
+        patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: dimensions(side * side, ratio)),
+        patch.object(plus, "VAE_IMAGE_SIZE", side * side),
+        patch.object(plus, "CONDITION_IMAGE_SIZE", side * side),
+    ):
+        yield
 
 
 SETTINGS = {"height": SIZE, "width": SIZE}
+DISC = picture("disc", (SIZE, SIZE), "white", "red", BOX)
+SQUARE = picture("square", (SIZE, SIZE), "navy", "yellow", BOX, "rectangle")
 FAMILY = Family(make=make, call=call, settings=SETTINGS | {"max_text_tokens": TEXT_TOKENS})
 EDIT = Family(
     make=make_edit,
     call=call_edit,
-    settings=SETTINGS | {"max_text_tokens": EDIT_TOKENS},
-    prompts=(
-        ImagePrompt("make it blue", (picture("disc", (SIZE, SIZE), "white", "red", BOX),)),
-        ImagePrompt("add a green circle", (picture("square", (SIZE, SIZE), "navy", "yellow", BOX, "rectangle"),)),
-    ),
+    settings=SETTINGS | {"max_text_tokens": EDIT_TOKENS, "input_size": INPUT},
+    prompts=(ImagePrompt("make it blue", (DISC,)), ImagePrompt("add a green circle", (SQUARE,))),
+)
+EDIT_PLUS = Family(
+    make=make_edit_plus,
+    call=call_edit_plus,
+    settings=SETTINGS | {"max_text_tokens": EDIT_PLUS_TOKENS, "input_size": INPUT},
+    prompts=(ImagePrompt("put one into the other", (DISC, SQUARE)), ImagePrompt("make both green", (SQUARE, DISC))),
 )

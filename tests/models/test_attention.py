@@ -87,7 +87,9 @@ def test_families_that_mask_take_torchs_own_only(name: str, kernels: str) -> Non
 
 
 def test_which_families_mask() -> None:
-    assert {name for name in MODELS if model_class(name).masks} == {"qwen_image", "qwen_image_edit", "z_image", "bagel"}
+    assert {name for name in MODELS if model_class(name).masks} == {
+        "qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "qwen_image_21", "z_image", "bagel",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("native", "cudnn")])

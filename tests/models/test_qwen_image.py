@@ -1,4 +1,7 @@
-"""What is particular to Qwen-Image and Qwen-Image-Edit; what they share with other families is in test_models."""
+"""What is particular to Qwen-Image and its family; what they share with other families is in test_models.
+
+What the models that edit images do with those is in test_qwen_image_edit.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,28 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from support.drawing import drawn, ode_arguments
-from support.files import seen_alike
+from support.drawing import drawn, noise, ode_arguments
 from support.helpers import NoSync
 from torch import Tensor
 
-from fastgrpo.data.embeddings import Embeddings
-from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
 from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.policy import Policy
-from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.testing import load_family
 from fastgrpo.testing.qwen_image import TEXT_TOKENS
-from fastgrpo_kernels import INITIAL_STEP, normal
 
-NAMES = ("qwen_image", "qwen_image_edit")
+NAMES = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
 PROMPTS = load_family("qwen_image").prompts
-EDITS = load_family("qwen_image_edit").prompts
 LONG = "a cat " * 30
 
 
@@ -48,12 +44,6 @@ def load(folders):
         return model
 
     return load
-
-
-def noise(model: Any, count: int) -> Tensor:
-    address = noise_address(SAMPLE, 0, 0, torch.arange(count))
-    shape = model.latent_shape
-    return normal(address, INITIAL_STEP, torch.Size(shape).numel()).view(count, *shape)
 
 
 def fed_by(model: Any, run: Callable[[], Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -208,81 +198,3 @@ def test_the_loop_has_no_host(load, name: str, scale: float) -> None:
     with NoSync():
         result = rollout(Policy(model), schedule, *arguments)
     assert result.final.isfinite().all()
-
-
-# Editing
-
-
-def test_the_image_is_read_by_the_encoder_and_by_the_transformer(load) -> None:
-    model = load("qwen_image_edit")
-    one, other = (model.encode([EDITS[0]._replace(images=prompt.images)]) for prompt in EDITS)
-    assert not torch.equal(one.embeds, other.embeds) and not torch.equal(one.image, other.image)
-    x, sigma = noise(model, 1), torch.tensor([0.7])
-    with torch.no_grad():
-        v = model.velocity(x, sigma, one)
-        assert v.shape == x.shape
-        for swapped in (one._replace(embeds=other.embeds), one._replace(image=other.image)):
-            assert (model.velocity(x, sigma, swapped) - v).abs().max() > 1e-3
-
-
-def test_no_text_keeps_the_image(load) -> None:
-    model, prompt = load("qwen_image_edit"), EDITS[0]
-    nothing, space, full = (model.encode([prompt._replace(text=text)]) for text in ("", " ", prompt.text))
-    assert all(torch.equal(a, b) for a, b in zip(nothing, space, strict=True))
-    assert torch.equal(nothing.image, full.image) and nothing.mask.sum() < full.mask.sum()
-    prompted = Embeddings(model).prompted(EDITS, 4.0)
-    cond, uncond = prompted.cond, prompted.uncond
-    assert torch.equal(cond.image, uncond.image) and not torch.equal(cond.image[0], cond.image[1])
-
-
-def test_an_edit_that_does_not_fit_is_refused(load) -> None:
-    model = load("qwen_image_edit", max_text_tokens=100)
-    with pytest.raises(ValueError, match=r"model\.max_text_tokens = 100: .*is \d+ tokens; raise it"):
-        model.encode([EDITS[0]])
-
-
-def test_embeddings_of_another_size_are_others(load) -> None:
-    small, large = load("qwen_image_edit"), load("qwen_image_edit", height=32)
-    assert small.encoder_settings != large.encoder_settings
-    assert small.encoder_settings == load("qwen_image_edit").encoder_settings
-
-
-def test_an_edit_that_is_no_square(load, tmp_path: Path) -> None:
-    """Also from an image of another size and mode."""
-    Image.new("L", (50, 31), 200).save(tmp_path / "grey.png")
-    model = load("qwen_image_edit", height=24, width=16)
-    images = drawn(model, [ImagePrompt("draw a line", (tmp_path / "grey.png",))], num_steps=2, guidance_scale=4.0)
-    assert images.shape == (1, 3, 24, 16)
-
-
-def test_an_image_to_edit_is_read_as_people_see_it(load, tmp_path: Path) -> None:
-    model = load("qwen_image_edit")
-    plain, hiding = (model.encode([ImagePrompt("draw a line", (file,))]) for file in seen_alike(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(plain, hiding, strict=True))
-
-
-def test_at_a_megapixel_a_square_image_is_prepared_as_in_the_stock_pipeline(load, tmp_path: Path) -> None:
-    """What the text encoder and the VAE are shown, to the last bit."""
-    file = tmp_path / "noise.png"
-    Image.effect_noise((300, 300), 80).convert("RGB").save(file)
-    model = load("qwen_image_edit", height=1024, width=1024)
-    pipeline, shown = model.pipeline, []
-
-    def encode_prompt(*_: Any, image: Any, **__: Any) -> tuple[Tensor, None]:
-        shown.append(image)
-        return torch.zeros(1, 1, 32), None
-
-    def encode_image(image: Tensor, **_: Any) -> Tensor:
-        shown.append(image)
-        return torch.zeros(1, 4, 1, 512, 512)
-
-    def stop(sigmas: Any, **_: Any) -> None:
-        raise StopIteration
-
-    pipeline.encode_prompt, pipeline._encode_vae_image, pipeline.scheduler.set_timesteps = encode_prompt, encode_image, stop
-    model.encode([ImagePrompt("a", (file,))])
-    with pytest.raises(StopIteration):
-        pipeline(Image.open(file), "a", num_inference_steps=2)
-    pixels, picture, stock_picture, stock_pixels = shown
-    assert picture.size == (1024, 1024) and picture.tobytes() == stock_picture.tobytes()
-    assert torch.equal(pixels, stock_pixels)

@@ -11,7 +11,7 @@ from fastgrpo.policy import Model, Policy
 from fastgrpo.records import SAMPLE, Prompted, Schedule, noise_address
 from fastgrpo.sampling.generate import generate
 from fastgrpo.sampling.schedule import ode_schedule
-from fastgrpo_kernels import NoiseAddress
+from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal
 
 
 def drawn(model: Model, prompts: Sequence[str | ImagePrompt], num_steps: int, guidance_scale: float) -> Tensor:
@@ -19,6 +19,13 @@ def drawn(model: Model, prompts: Sequence[str | ImagePrompt], num_steps: int, gu
     prompted = Embeddings(model).prompted(prompts, guidance_scale)
     address = noise_address(SAMPLE, 0, 0, torch.arange(len(prompts)))
     return generate(model, Policy(model), prompted, address, num_steps=num_steps, guidance_scale=guidance_scale)
+
+
+def noise(model: Model, count: int) -> Tensor:
+    """The latents (B, *D) that a rollout of so many samples starts from."""
+    address = noise_address(SAMPLE, 0, 0, torch.arange(count))
+    shape = torch.Size(model.latent_shape)
+    return normal(address, INITIAL_STEP, shape.numel()).view(count, *shape)
 
 
 def ode_arguments(
