@@ -30,7 +30,7 @@ class LoadedPipeline:
     """A pipeline of diffusers on a device, nothing in it trainable, with the dtype and the settings that it runs with."""
 
     pipeline_class: ClassVar[str]
-    vae_dtype: ClassVar[torch.dtype | None] = None  # the decoder's dtype, where it is not the model's
+    part_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # of parts of the pipeline, where it is not the model's
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
         self.pipeline = pipeline.to(device)
@@ -44,7 +44,7 @@ class LoadedPipeline:
     def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:
         """The model in a folder in the diffusers format. Nothing is downloaded. settings: see `Settings`."""
         cls.check_files(path)
-        dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
+        dtypes = {"default": dtype, **cls.part_dtypes}
         with quiet("diffusers", "transformers"):
             kind = cls.part_class(cls.pipeline_class)
             pipeline = kind.from_pretrained(path, dtype=dtypes, local_files_only=True, **cls.own_parts(path))
@@ -61,14 +61,15 @@ class LoadedPipeline:
 
         On the meta device its tensors have shapes and no data.
         """
-        dtypes = {"vae": cls.vae_dtype or dtype}
+        published = read_architecture(architecture)
         parts = {
-            name: build(cls.part_class(config["_class_name"]), config, dtypes.get(name, dtype), device)
-            for name, config in read_architecture(architecture)["parts"].items()
+            name: build(cls.part_class(config["_class_name"]), config, cls.part_dtypes.get(name, dtype), device)
+            for name, config in published["parts"].items()
         }
         kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
-        return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+        own = published.get("pipeline", {})  # settings of the pipeline itself
+        return cls(kind(**{**absent, **parts, **own}), dtype=dtype, device=device, **settings)
 
     @classmethod
     def part_class(cls, name: str) -> Any:
