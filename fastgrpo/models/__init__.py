@@ -22,6 +22,7 @@ MODELS = {
     "qwen_image": "fastgrpo.models.qwen_image:QwenImage",
     "qwen_image_edit": "fastgrpo.models.qwen_image:QwenImageEdit",
     "wan": "fastgrpo.models.wan:Wan",
+    "wan_image": "fastgrpo.models.wan_image:WanImage",
     "bagel": "fastgrpo.models.bagel:Bagel",
     "flux2": "fastgrpo.models.flux2:Flux2",
     "flux2_klein": "fastgrpo.models.flux2:Flux2Klein",

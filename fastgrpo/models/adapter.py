@@ -40,7 +40,7 @@ class Adapter(Trainable, Accelerated):
     Conditioning: ClassVar[Any]
     takes: ClassVar[frozenset[str]] = frozenset()  # which of num_frames, distilled_guidance it has an input for
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with input images
-    input_images: ClassVar[range] = range(1, 2)  # how many, if so
+    input_images: range = range(1, 2)  # how many, if so; a loaded model may say it more narrowly than its family
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)
     guide: GuidanceRule | None = None
     cuts_are_known = False  # whether anybody was told that prompts are cut

@@ -5,7 +5,7 @@ its size and its head; a file of JSON is parsed.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ POINTER = b"version https://git-lfs"  # how the text begins that stands for a fi
 CUT = "was the download cut? Get it again"
 
 
-def check_folder(path: Path, pipeline_class: str) -> None:
-    """Refuse a folder that holds no pipeline in the diffusers format, another family's, or an incomplete one: ValueError."""
+def check_folder(path: Path, pipeline_class: str, published_as: Sequence[str] = ()) -> None:
+    """Refuse a folder that holds no pipeline in the diffusers format, another family's, or an incomplete one: ValueError.
+
+    published_as: other classes that a folder of the family may name.
+    """
     with readable(where := f"model.path = {path}"):
         index = path / "model_index.json"
         if not index.is_file():
             raise ValueError(f"{where}: holds no model_index.json, so it is no diffusers pipeline folder")
         parts = check_file(index, path, where)
-        if parts.get("_class_name") != pipeline_class:
+        if parts.get("_class_name") not in (pipeline_class, *published_as):
             raise ValueError(f"{where}: holds a {parts.get('_class_name')}, and this model.name reads a {pipeline_class}")
         for name, (library, kind) in ((k, v) for k, v in parts.items() if isinstance(v, list)):
             if library is not None:

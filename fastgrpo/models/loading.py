@@ -21,7 +21,7 @@ from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-PROMPT_READERS = ("token", "processor")  # how the names of the parts begin that turn a prompt into numbers
+PROMPT_READERS = ("token", "processor", "image_processor")  # how the names of the parts begin that turn a prompt into numbers
 PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
 PASSING = ("truncation", "padding", "name_or_path", "local_files_only", "is_local")
 
@@ -30,6 +30,7 @@ class LoadedPipeline:
     """A pipeline of diffusers on a device, nothing in it trainable, with the dtype and the settings that it runs with."""
 
     pipeline_class: ClassVar[str]
+    published_as: ClassVar[tuple[str, ...]] = ()  # other classes that a folder of the family may name
     part_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # of parts of the pipeline, where it is not the model's
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
@@ -53,7 +54,7 @@ class LoadedPipeline:
     @classmethod
     def check_files(cls, path: Path) -> None:
         """Refuse a folder that `load` could not read: ValueError. It reads no weights."""
-        check_folder(path, cls.pipeline_class)
+        check_folder(path, cls.pipeline_class, cls.published_as)
 
     @classmethod
     def random(cls, architecture: str, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> Self:

@@ -24,6 +24,7 @@ FAMILIES = {
     "qwen_image": "fastgrpo.testing.qwen_image:FAMILY",
     "qwen_image_edit": "fastgrpo.testing.qwen_image:EDIT",
     "wan": "fastgrpo.testing.wan:FAMILY",
+    "wan_image": "fastgrpo.testing.wan_image:FAMILY",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",
     "flux2_klein": "fastgrpo.testing.flux2:KLEIN",
