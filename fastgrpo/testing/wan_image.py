@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make(kind: str = "i2v") -> WanImageToVideoPipeline:
-    torch.manual_seed(3)
+    torch.manual_seed(2)
     tokenizer = t5_tokenizer()
     transformer = WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=12, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
