@@ -21,7 +21,7 @@ from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-PROMPT_READERS = ("token", "processor", "image_processor")  # how the names of the parts begin that turn a prompt into numbers
+PROMPT_READERS = ("token", "processor", "image_processor")  # how the names of parts begin that turn a prompt into numbers
 PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
 PASSING = ("truncation", "padding", "name_or_path", "local_files_only", "is_local")
 

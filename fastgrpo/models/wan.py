@@ -1,12 +1,12 @@
 """Wan 2.1 text-to-video and Wan2.2-TI2V-5B from text (arXiv 2503.20314): videos, prompts read by UMT5, true guidance.
 
 The noise levels, and the timesteps that the network reads, are those of the folder's own scheduler. In the published folders
-that is UniPC, whose timesteps are whole numbers. The steps between the levels are this project's, of first order, where UniPC
-itself takes some of second order. Guidance compares with the empty prompt. Both are as in Flow-GRPO's script; the long
+that is UniPC, whose timesteps are whole numbers. The steps between the levels are this project's, of first order, where
+UniPC itself takes some of second order. Guidance compares with the empty prompt. Both are as in Flow-GRPO's script; the long
 negative prompt that Wan publishes would be one more thing that training has to undo.
 TI2V-5B draws from text alone here, and from an image in `wan_image`. Its pipeline gives each token a timestep of its own, so
-that an input frame could be clean. Without an input frame all of them are equal, and one timestep a sample says the same in a
-fraction of the memory.
+that an input frame could be clean. Without an input frame all of them are equal, and one timestep a sample says the same in
+a fraction of the memory.
 
 Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F frames, T frames of a video.
 """
@@ -33,9 +33,9 @@ class WanConditioning(NamedTuple):
     embeds: Tensor  # (B, L, E), zero past the prompt
 
 
-class Wan(Adapter):
-    pipeline_class = "WanPipeline"
-    Conditioning = WanConditioning
+class WanFamily(Adapter):
+    """What all Wans do alike, from text and from images."""
+
     # As Flow-GRPO trains it: both attentions, to the video (attn1) and to the text (attn2), without the feed-forward layers.
     lora_targets = tuple(f"{a}.{layer}" for a in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
     takes = frozenset({"num_frames"})
@@ -63,7 +63,7 @@ class Wan(Adapter):
 
     def _check_scheduler(self) -> None:
         """Refuse a scheduler whose noise levels are not those of a flow, or whose timesteps are not known here."""
-        scheduler = self.pipeline.scheduler
+        scheduler: Any = self.pipeline.scheduler
         of_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
             isinstance(scheduler, UniPCMultistepScheduler) and scheduler.config.use_flow_sigmas
         )
@@ -116,22 +116,16 @@ class Wan(Adapter):
             return sigma * 1000
         return (sigma.double() * 1000).floor().clamp(max=999).float()
 
-    def encode_text(self, prompts: Sequence[str]) -> WanConditioning:
+    def encode_words(self, texts: Sequence[str]) -> Tensor:
+        """The text encoder's output (B, L, E), zero past each text."""
         embeds, _ = self.pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.settings.max_text_tokens,
+            list(texts), do_classifier_free_guidance=False, max_sequence_length=self.settings.max_text_tokens,
             device=self.text_encoders[0].device,
         )  # fmt: skip
-        return WanConditioning(embeds.to(self.device, self.dtype))
+        return embeds.to(self.device, self.dtype)
 
     def reading(self, text: str) -> Reading:
         return super().reading(prompt_clean(text))
-
-    def placeholder(self, batch: int) -> WanConditioning:
-        shape = batch, self.settings.max_text_tokens, self.transformer.config.text_dim
-        return WanConditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
-
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: WanConditioning) -> Tensor:
-        return self._run(x, self.timestep(sigma), encoder_hidden_states=conditioning.embeds)
 
     def _run(self, x: Tensor, timestep: Tensor, **conditioning: Tensor | None) -> Tensor:
         """The transformer on x (B, any, F, H, W), with a timestep a sample, (B,), or a token, (B, N)."""
@@ -151,3 +145,18 @@ class Wan(Adapter):
 
     def load_tiny_decoder(self, path: Path) -> None:
         raise ValueError(f"model.tiny_decoder = {path}: an AutoencoderTiny draws images, not videos; leave it out")
+
+
+class Wan(WanFamily):
+    pipeline_class = "WanPipeline"
+    Conditioning = WanConditioning
+
+    def encode_text(self, prompts: Sequence[str]) -> WanConditioning:
+        return WanConditioning(self.encode_words(prompts))
+
+    def placeholder(self, batch: int) -> WanConditioning:
+        shape = batch, self.settings.max_text_tokens, self.transformer.config.text_dim
+        return WanConditioning(torch.randn(shape, device=self.device, dtype=self.dtype))
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: WanConditioning) -> Tensor:
+        return self._run(x, self.timestep(sigma), encoder_hidden_states=conditioning.embeds)

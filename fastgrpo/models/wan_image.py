@@ -9,8 +9,8 @@ How they reach the network differs between the published folders, and is read fr
     Wan 2.2 TI2V     the image's latents in the place of x's first frame, whose tokens have timestep 0
 
 In TI2V the first frame of x is never read, and is known from the start: c, the image's latents. `velocity` says there what
-leads straight to it, v = (x - c) / sigma, of which the last step makes c, as near as the model's dtype holds v. No weight has
-a part in it, so these elements add exactly 0 to log-ratios, divergences and gradients. Each of those is a mean over all
+leads straight to it, v = (x - c) / sigma, of which the last step makes c, as near as the model's dtype holds v. No weight
+has a part in it, so these elements add exactly 0 to log-ratios, divergences and gradients. Each of those is a mean over all
 elements of a latent all the same, so that the others count (F - 1) / F of what they would alone.
 
 An image is resized to the output's size, whatever its proportions, as the stock pipeline does.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgrpo.data.pictures import load_picture
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.models.wan import Wan
+from fastgrpo.models.wan import WanFamily
 from fastgrpo.records import concatenate
 
 CLIP_TOKENS = 257  # of an image, by the published encoder: 16 x 16 patches and one for all
@@ -44,13 +44,13 @@ class WanImageConditioning(NamedTuple):
     image: Tensor  # (B, I, D); where the transformer reads no CLIP, I = 0
 
 
-class WanImage(Wan):
+class WanImage(WanFamily):
     pipeline_class = "WanImageToVideoPipeline"
     published_as = ("WanPipeline",)  # TI2V-5B's folder, which serves both
     Conditioning = WanImageConditioning
     image_conditioned = True
     input_images = range(1, 3)
-    part_dtypes = {**Wan.part_dtypes, "image_encoder": torch.float32}  # as diffusers' documentation runs it
+    part_dtypes = {**WanFamily.part_dtypes, "image_encoder": torch.float32}  # as diffusers' documentation runs it
 
     @classmethod
     def check_files(cls, path: Path) -> None:
@@ -102,8 +102,9 @@ class WanImage(Wan):
             counts = " or ".join(map(str, self.input_images))
             raise ValueError(f"the prompt {prompt.text!r} has {len(prompt.images)} images; this model reads {counts}")
         pictures = [load_picture(path) for path in prompt.images]
-        embeds = super().encode_text([prompt.text]).embeds
-        return WanImageConditioning(embeds, self._condition(pictures), self._clip_tokens(pictures))
+        return WanImageConditioning(
+            self.encode_words([prompt.text]), self._condition(pictures), self._clip_tokens(pictures)
+        )  # fmt: skip
 
     def _condition(self, pictures: Sequence[Any]) -> Tensor:
         """`WanImageConditioning.condition` of one prompt's pictures, by the pipeline's own function."""
@@ -128,9 +129,7 @@ class WanImage(Wan):
         tokens = config.pos_embed_seq_len or CLIP_TOKENS
         image = (tokens, config.image_dim) if config.image_dim is not None else (0, 0)
         shapes = (self.settings.max_text_tokens, config.text_dim), (*beside, *size), image
-        return WanImageConditioning(
-            *(torch.randn(batch, *shape, device=self.device, dtype=self.dtype) for shape in shapes)
-        )
+        return WanImageConditioning(*(torch.randn(batch, *shape, device=self.device, dtype=self.dtype) for shape in shapes))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: WanImageConditioning) -> Tensor:
         embeds, condition, image = conditioning
@@ -145,9 +144,10 @@ class WanImage(Wan):
 
     def _velocity_after_first(self, x: Tensor, sigma: Tensor, embeds: Tensor, first: Tensor) -> Tensor:
         """The network's velocity, and in the first frame the one to `first` (B, C, 1, H, W)."""
-        height, width = (side // patch for side, patch in zip(x.shape[3:], self.transformer.config.patch_size[1:], strict=True))
-        timestep = self.timestep(sigma)[:, None].repeat(1, x.shape[2] * height * width)
-        timestep[:, : height * width] = 0
+        patch = self.transformer.config.patch_size[-1]
+        tokens = x.shape[3] * x.shape[4] // patch**2  # of a frame
+        timestep = self.timestep(sigma)[:, None].repeat(1, x.shape[2] * tokens)
+        timestep[:, :tokens] = 0
         v = self._run(torch.cat([first, x[:, :, 1:]], dim=2), timestep, encoder_hidden_states=embeds)
         known = (x[:, :, :1].float() - first.float()) / sigma.view(-1, 1, 1, 1, 1)
         return torch.cat([known.to(v.dtype), v[:, :, 1:]], dim=2)

@@ -179,7 +179,8 @@ def test_the_published_recipe_is_the_released_step_in_float64(published: Path) -
     steps = sampler_steps(rollout.sampler, sigmas, rollout.noise_level)
     generator = torch.Generator().manual_seed(0)
     x, v, v_ref, eps = torch.randn(4, 1000, generator=generator, dtype=torch.float64)
-    for i, ((c_x, c_v, s, w), kl_weight) in enumerate(zip(coefficient_table(steps), kl_weights(steps, "paper"), strict=True)):
+    table = coefficient_table(steps)
+    for i, ((c_x, c_v, s, w), kl_weight) in enumerate(zip(table, kl_weights(steps, "paper"), strict=True)):
         sigma, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
         std = sigmas[1] * sigma
         mean, mean_ref = (

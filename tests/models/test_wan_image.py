@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
+from fastgrpo.models.loading import read_architecture
 from fastgrpo.models.wan_image import WanImage
 from fastgrpo.policy import Policy
 from fastgrpo.records import SAMPLE, concatenate, noise_address
@@ -173,6 +174,17 @@ def test_the_published_folder_of_ti2v_names_the_pipeline_from_text(tmp_path: Pat
         return
     with pytest.raises(ValueError, match=r"model\.path = .*: holds a Wan that reads no image; take model\.name wan"):
         load("wan_image")
+
+
+def test_ti2v_is_planned_from_an_image_as_from_text() -> None:
+    """At its own size on the meta device: 31 frames of 880 tokens, each with a timestep."""
+    name, meta = "wan2.2-ti2v-5b", torch.device("meta")
+    model = WanImage.random(name, dtype=torch.bfloat16, device=meta, **read_architecture(name)["settings"])
+    assert model.latent_shape == (48, 31, 44, 80) and model.replaces_first
+    conditioning = model.placeholder(1)
+    assert conditioning.condition.shape == (1, 48, 1, 44, 80)
+    x = torch.empty(1, *model.latent_shape, dtype=torch.bfloat16, device="meta")
+    assert model.velocity(x, torch.ones(1, device="meta"), conditioning).shape == x.shape
 
 
 # What is refused.
