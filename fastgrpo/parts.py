@@ -120,8 +120,7 @@ class Parts:
         prompts = _prompts(objects.prompts, config.prompts.train, image_fields or given, outside)
         held_out = _prompts(objects.held_out, config.prompts.eval, given, outside)
         if image_conditioned:
-            for one in (prompts, held_out):
-                check_input_images(one, getattr(family, "input_images", range(1, 2)), config.model.name)
+            _check_images(family, config.model.name, prompts, held_out)
         if getattr(family, "empty_is_no_prompt", False):
             for one in (prompts, held_out):
                 check_not_empty(one, config.model.name)
@@ -135,6 +134,8 @@ class Parts:
         check_sizes(model, named_sizes(config))
         check_guidance(model, "rollout.guidance_scale", config.rollout.guidance_scale)
         check_guidance(model, "evaluation.guidance_scale", config.evaluation.guidance_scale)
+        if image_conditioned:  # a loaded model may read fewer than its family
+            _check_images(model, config.model.name, prompts, held_out)
         return cls(
             image_fields=image_fields, prompts=prompts, held_out=held_out, reward=reward,
             held_out_reward=held_out_reward, model=model, inputs=inputs, changes=changed,
@@ -199,6 +200,12 @@ def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str], out
     if given is not None:
         return given_prompts(given, image_fields)
     return load_prompts(path, image_fields, images_outside=outside)
+
+
+def _check_images(model: Any, name: str, *prompts: PromptSet) -> None:
+    """Refuse prompts with another number of input images than the model, or its family, reads."""
+    for one in prompts:
+        check_input_images(one, getattr(model, "input_images", range(1, 2)), name)
 
 
 def _rewards(

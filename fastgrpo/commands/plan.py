@@ -254,6 +254,14 @@ def stages(config: Config) -> list[int]:
     return [0, 1, 2, 3] if config.model.dtype == "float32" else [1, 2, 3]
 
 
+def rate(per_second: float, things: str) -> str:
+    """How many there are in the shortest unit of time in which a number of two decimals says two digits of it."""
+    units = {"a second": 1, "a minute": 60, "an hour": 3600, "a day": 86_400}
+    unit = next((unit for unit, seconds in units.items() if per_second * seconds >= 0.1), "a day")
+    number = per_second * units[unit]
+    return f"{number:8.2f} {things} {unit}" if number >= 0.1 else f"{number:8.1e} {things} {unit}"
+
+
 def row(name: str, column: Sequence[float]) -> str:
     return f"  {name:14}" + "".join(f"{value / GIB:10.2f}" for value in column)
 
@@ -261,6 +269,7 @@ def row(name: str, column: Sequence[float]) -> str:
 def plan_table(result: dict[str, Any], config: Config) -> str:
     """The plan as lines of text."""
     counts, per_image = Counts(**result["counts"]), result["flops_per_image"]
+    thing, one = ("video", "a video") if "num_frames" in model_class(config.model.name).takes else ("image", "an image")
     share = counts.trained / (counts.parameters + counts.trained * (config.model.train == "lora"))
     lines = [
         f"{result['architecture']}, {result['dtype']}, {result['gpus']} GPUs",
@@ -268,12 +277,12 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
         f"transformer     {counts.parameters / 1e9:8.2f} B parameters",
         f"trained         {counts.trained / 1e6:8.2f} M ({share:.1%}, {config.model.train})",
         f"latent          {counts.latent_elements:8,} numbers",
-        f"forward pass    {counts.forward_flops / 1e12:8.2f} TFLOP an image, "
+        f"forward pass    {counts.forward_flops / 1e12:8.2f} TFLOP {one}, "
         f"{counts.train_flops / counts.forward_flops:.2f} times that with backward",
         "",
-        "TFLOP an image  " + "   ".join(f"{name} {value / 1e12:.1f}" for name, value in per_image.items() if value),
+        f"{f'TFLOP {one}':16}" + "   ".join(f"{name} {value / 1e12:.1f}" for name, value in per_image.items() if value),
         *by_size(result["sizes"]),
-        f"expected        {result['images_per_second_and_gpu']:8.2f} images a second and GPU, "
+        f"expected        {rate(result['images_per_second_and_gpu'], f'{thing}s')} and GPU, "
         f"{result['seconds_per_iteration']:.1f} s an iteration, "
         f"at {result['mfu']:.0%} of {result['peak_flops'] / 1e12:.0f} TFLOP/s",
         "",

@@ -196,13 +196,13 @@ class RolloutConfig:
     num_steps: Annotated[int, AtLeast(2), AtMost(1000)] = 10
     """Number of denoising steps of a training rollout. The last is never trained, so there are at least two."""
     sampler: str = "flow_sde"
-    """Sampler of the steps in the window: flow_sde, dance_sde, cps or ode. All other steps follow the ODE."""
+    """Sampler of the steps in the window: flow_sde, dance_sde, wan_sde, cps or ode. All other steps follow the ODE."""
     sizes: tuple[tuple[Pixels, Pixels] | SizeConfig, ...] = ()
     """Sizes of training images, of which each iteration has one: [height, width], or {height, width, num_frames, weight}
     with the frames of a video and how many iterations have this size, relative to the others. Left out: all images have
     the model's own size (model.height, model.width, model.num_frames)."""
     noise_level: Annotated[float, Above(0), AtMost(10)] = 0.7
-    """Noise of the sampler, called a in flow_sde and eta in dance_sde and cps."""
+    """Noise of the sampler, called a in flow_sde and eta in dance_sde and cps. wan_sde is as released at 1."""
     guidance_scale: Guidance = 1.0
     """Classifier-free guidance of rollout and update alike. At 1 there is none, which halves the cost."""
     groups: Annotated[int, AtLeast(1), AtMost(10_000)] = 16

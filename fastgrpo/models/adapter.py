@@ -42,7 +42,7 @@ class Adapter(Trainable, Accelerated):
     Conditioning: ClassVar[Any]
     takes: ClassVar[frozenset[str]] = frozenset()  # which of the settings below it has a use for
     image_conditioned: ClassVar[bool] = False  # whether its prompts come with input images
-    input_images: ClassVar[range] = range(1, 2)  # how many, if so
+    input_images: range = range(1, 2)  # how many, if so; a loaded model may say it more narrowly than its family
     longest_text: ClassVar[int | None] = None  # the most max_text_tokens that it reads; None: its weights tell, or nothing
     empty_is_no_prompt: ClassVar[bool] = False  # whether "" cannot be drawn, as it stands for a context without a prompt
     # (v, v_uncond, scale) -> v, where the stock pipeline does more than v_uncond + scale (v - v_uncond)

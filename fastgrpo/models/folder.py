@@ -7,7 +7,7 @@ its size and its head; a file of JSON is parsed. The tensors that the heads name
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,25 @@ CUT = "was the download cut? Get it again"
 SCHEDULED = {"num_train_timesteps": 1000, "stochastic_sampling": False, "invert_sigmas": False}
 
 
-def check_folder(path: Path, pipeline_class: str, *, variant: str | None = None, elsewhere: tuple[str, ...] = ()) -> None:
+def check_folder(
+    path: Path,
+    pipeline_class: str,
+    published_as: Sequence[str] = (),
+    *,
+    variant: str | None = None,
+    elsewhere: tuple[str, ...] = (),
+) -> None:
     """Refuse a folder that holds no pipeline in the diffusers format, another family's, or an incomplete one: ValueError.
 
-    variant: of a part's weights, where it has them. elsewhere: parts whose weights are not read from this folder.
+    published_as: other classes that a folder of the family may name. variant: of a part's weights, where it has them.
+    elsewhere: parts whose weights are not read from this folder.
     """
     with readable(where := f"model.path = {path}"):
         index = path / "model_index.json"
         if not index.is_file():
             raise ValueError(f"{where}: {_instead(path)}")
         parts = check_file(index, path, where)
-        if (found := parts.get("_class_name")) != pipeline_class:
+        if (found := parts.get("_class_name")) not in (pipeline_class, *published_as):
             names = families_of(str(found))
             way_out = f"set model.name to {' or '.join(names)}" if names else "no model.name reads that"
             raise ValueError(f"{where}: holds a {found}, and this model.name reads a {pipeline_class}: {way_out}")

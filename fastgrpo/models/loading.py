@@ -26,7 +26,7 @@ from fastgrpo.models.sources import check_transformer, load_transformer
 from fastgrpo.quiet import quiet
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-PROMPT_READERS = ("token", "processor")  # how the names of the parts begin that turn a prompt into numbers
+PROMPT_READERS = ("token", "processor", "image_processor")  # how the names of parts begin that turn a prompt into numbers
 PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
 PASSING = ("truncation", "padding", "name_or_path", "local_files_only", "is_local")
 
@@ -35,7 +35,8 @@ class LoadedPipeline:
     """A pipeline of diffusers on a device, nothing in it trainable, with the dtype and the settings that it runs with."""
 
     pipeline_class: ClassVar[str]
-    vae_dtype: ClassVar[torch.dtype | None] = None  # the decoder's dtype, where it is not the model's
+    published_as: ClassVar[tuple[str, ...]] = ()  # other classes that a folder of the family may name
+    part_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # of parts of the pipeline, where it is not the model's
     stock_text_tokens: ClassVar[int] = 512  # max_text_tokens where the settings name none: the stock pipeline's default
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
@@ -65,7 +66,7 @@ class LoadedPipeline:
         ending of the files to read, such as fp16, where a part has them. settings: see `Settings`.
         """
         cls.check_files(path, transformer=transformer, variant=variant)
-        dtypes = {"default": dtype, "vae": cls.vae_dtype or dtype}
+        dtypes = {"default": dtype, **cls.part_dtypes}
         with quiet("diffusers", "transformers"):
             own = cls.own_parts(path)
             parts = dict.fromkeys(own)  # set later: diffusers asks that a part is of the class that the folder names
@@ -79,7 +80,9 @@ class LoadedPipeline:
     @classmethod
     def check_files(cls, path: Path, *, transformer: Path | None = None, variant: str | None = None) -> None:
         """Refuse what `load` could not read: ValueError. It reads no weights."""
-        check_folder(path, cls.pipeline_class, variant=variant, elsewhere=("transformer",) if transformer else ())
+        check_folder(
+            path, cls.pipeline_class, cls.published_as, variant=variant, elsewhere=("transformer",) if transformer else ()
+        )
         if transformer is not None:
             check_transformer(transformer, path, variant)
 
@@ -89,14 +92,15 @@ class LoadedPipeline:
 
         On the meta device its tensors have shapes and no data.
         """
-        dtypes = {"vae": cls.vae_dtype or dtype}
+        published = read_architecture(architecture)
         parts = {
-            name: build(cls.part_class(config["_class_name"]), config, dtypes.get(name, dtype), device)
-            for name, config in read_architecture(architecture)["parts"].items()
+            name: build(cls.part_class(config["_class_name"]), config, cls.part_dtypes.get(name, dtype), device)
+            for name, config in published["parts"].items()
         }
         kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
-        return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+        own = published.get("pipeline", {})  # settings of the pipeline itself
+        return cls(kind(**{**absent, **parts, **own}), dtype=dtype, device=device, **settings)
 
     @classmethod
     def part_class(cls, name: str) -> Any:

@@ -11,6 +11,7 @@ predicted data and noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07
 
     flow_sde    mu = x + [v + g^2 / (2 sigma) x1] dt,  s = g sqrt(-dt),  g = a sqrt(sigma / (1 - sigma))
     dance_sde   the same with g = eta
+    wan_sde     the same with g = a sigmas[1] sigma
     cps         mu = (1 - sigma_next) x0 + sigma_next cos(eta pi/2) x1,  s = sigma_next sin(eta pi/2)
     ode         mu = x + v dt,  s = 0
 
@@ -59,6 +60,16 @@ def dance_sde(sigmas: Tensor, noise_level: float) -> Tensor:
     return _euler_maruyama(sigmas, torch.full_like(sigmas[:-1], noise_level))
 
 
+def wan_sde(sigmas: Tensor, noise_level: float) -> Tensor:
+    """Flow-GRPO's script for Wan 2.1: g = a sigmas[1] sigma, where the released a is 1. (T + 1,) -> (T, 3).
+
+    Its `std_dev_t` is sigma_min + (sigma_max - sigma_min) sigma, with the last and the second level of the schedule as
+    sigma_min = 0 and sigma_max (yifan123/flow_grpo, wan_pipeline_with_logprob.py). It is bounded at sigma = 1, where
+    flow_sde's g diverges: at 20 steps of shift 3 the first s is 0.13 and not 0.7.
+    """
+    return _euler_maruyama(sigmas, noise_level * sigmas[1] * sigmas[:-1])
+
+
 def cps(sigmas: Tensor, noise_level: float) -> Tensor:
     """Flow-CPS: splits the scheduled noise in kept and new, r^2 + s^2 = sigma_next^2. (T + 1,) -> (T, 3)."""
     if noise_level > 1:
@@ -92,6 +103,7 @@ def _euler_maruyama(sigmas: Tensor, g: Tensor) -> Tensor:
 SAMPLERS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "flow_sde": flow_sde,
     "dance_sde": dance_sde,
+    "wan_sde": wan_sde,
     "cps": cps,
     "ode": ode,
 }

@@ -26,6 +26,7 @@ FAMILIES = {
     "qwen_image_edit_plus": "fastgrpo.testing.qwen_image:EDIT_PLUS",
     "qwen_image_21": "fastgrpo.testing.qwen_image_21:FAMILY",
     "wan": "fastgrpo.testing.wan:FAMILY",
+    "wan_image": "fastgrpo.testing.wan_image:FAMILY",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",
     "flux2_klein": "fastgrpo.testing.flux2:KLEIN",

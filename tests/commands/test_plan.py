@@ -15,7 +15,7 @@ from support.helpers import ROOT, environment
 
 from fastgrpo.commands.bench import bench_config
 from fastgrpo.commands.cli import main
-from fastgrpo.commands.plan import Counts, count, count_model, flops_per_image, memory
+from fastgrpo.commands.plan import Counts, count, count_model, flops_per_image, memory, plan_table, rate
 from fastgrpo.measure import GIB
 from fastgrpo.models import load_model, loading, model_class
 from fastgrpo.testing import FAMILIES, load_family
@@ -200,6 +200,27 @@ def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pyt
     total = result["flops_per_image"]["total"]
     assert result["images_per_second_and_gpu"] == pytest.approx(0.4 * 989e12 / total)
     assert result["seconds_per_iteration"] == pytest.approx(768 / 2 / result["images_per_second_and_gpu"])
+
+
+@pytest.mark.parametrize(
+    ("per_second", "said"),
+    [(13.0, "13.00 videos a second"), (0.1, "0.10 videos a second"), (0.09, "5.40 videos a minute"),
+     (0.0016, "5.76 videos an hour"), (2e-5, "1.73 videos a day"), (1e-9, "8.6e-05 videos a day")],
+)  # fmt: skip
+def test_a_rate_is_said_in_a_unit_that_shows_it(per_second: float, said: str) -> None:
+    assert rate(per_second, "videos").strip() == said
+
+
+def test_what_is_made_of_frames_is_called_a_video() -> None:
+    """Of the table alone, with counts that make its speed a thousandth of an image a second."""
+    config = load_config(CONFIG.parent / "wan_compressibility.yaml")
+    counts = replace(COUNTS, forward_flops=10**12, train_flops=3 * 10**12)
+    table = plan_table(
+        {"architecture": "wan", "dtype": "bfloat16", "gpus": 8, "counts": vars(counts), "mfu": 0.4, "peak_flops": 989e12,
+         "flops_per_image": {"total": 4e17}, "images_per_second_and_gpu": 0.001, "seconds_per_iteration": 1.0,
+         "memory_bytes": {"stage 1": memory(config, counts, 8, 1).as_dict()}}, config,
+    )  # fmt: skip
+    assert "3.60 videos an hour and GPU" in table and "TFLOP a video" in table and "image" not in table
 
 
 CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))

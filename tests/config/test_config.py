@@ -9,6 +9,7 @@ from fastgrpo.config.keys import Window
 from fastgrpo.config.reference import describe
 from fastgrpo.data.prompts import IMAGE_FIELD, check_held_out, load_prompts
 from fastgrpo.learning.advantages import group_advantages
+from fastgrpo.learning.objectives import effective_clip_range
 from fastgrpo.models import model_class
 from fastgrpo.models.loading import read_architecture
 from fastgrpo.validation import (
@@ -233,6 +234,24 @@ def test_the_published_numbers_of_flow_grpo() -> None:
         assert objective.log_prob_weight == "exact"
         assert (update.steps_per_rollout, update.ema_decay, update.max_grad_norm) == (2, 0.9, 1.0)
     assert (rollout.groups, rollout.group_size, update.learning_rate) == (48, 24, 3e-4)
+
+
+def test_the_published_numbers_of_flow_grpo_for_wan() -> None:
+    """config/grpo.py, general_ocr_wan2_1: 20 steps, all but the last trained, clip 1e-3 at 240 x 416 x 33 pixels."""
+    config = load_config(RECIPES / "wan" / "flow_grpo.yaml")
+    model, rollout, objective, update = config.model, config.rollout, config.objective, config.update
+    assert (rollout.sampler, rollout.num_steps, rollout.noise_level) == ("wan_sde", 20, 1.0)
+    assert rollout.window == Window(kind="all_but_last") and (rollout.guidance_scale, rollout.group_size) == (4.5, 4)
+    assert (model.height, model.width, model.num_frames) == (240, 416, 33)
+    elements = 16 * 9 * (240 // 8) * (416 // 8)
+    assert effective_clip_range(objective.clip_range, elements) == pytest.approx(1e-3, rel=1e-4)
+    assert (objective.beta, objective.kl, objective.log_prob_weight) == (0.004, "paper", "exact")
+    assert (update.learning_rate, update.steps_per_rollout, update.max_grad_norm) == (1e-4, 2, 1.0)
+    assert (config.advantage.std, config.advantage.adv_clip_max) == ("group", 5.0)
+    base = load_config(TINY.parent / "wan_compressibility.yaml")
+    for change in differences(base, config, but=("output",)):
+        assert change.startswith(tuple(f"{section}." for section in ALGORITHM)), change
+    assert config.output == Path("runs") / "recipes" / "wan" / "flow_grpo"
 
 
 def written(folder: Path, name: str, text: str) -> Path:

@@ -26,7 +26,7 @@ B, SHAPE = 6, (3, 7, 23)
 D = math.prod(SHAPE)
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.0])
 STEP = torch.tensor([0, 1, 2, 3, 0, 2])  # (B,) each sample's step
-NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
+NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "wan_sde": 1.0, "cps": 0.8}
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 5.0, -0.3])
 ALL = torch.ones(B)
 

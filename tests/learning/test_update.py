@@ -27,7 +27,7 @@ def rolled(model, guidance_scale: float, sampler: str, size: int = 3, seed: int 
     return experience_from(rollout(Policy(model), *arguments), arguments)
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "wan_sde", "cps"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_first_ratio_is_exactly_1(tuned_model, guidance_scale: float, sampler: str) -> None:
     """Bit for bit, with a window of its own for each group, with the reference switched in between, in training mode."""

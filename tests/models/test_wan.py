@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.models import WanTransformer3DModel
 from PIL import Image
 from support.drawing import drawn, ode_arguments
-from support.helpers import NoSync
+from support.helpers import ROOT, NoSync
 from support.model_worker import configuration
 from support.runs import ForkServer
 
@@ -23,9 +23,10 @@ from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.reporting.pictures import as_pictures
 from fastgrpo.rewards import load_reward
 from fastgrpo.sampling.rollout import rollout
+from fastgrpo.sampling.tables import coefficient_table, kl_weights, sampler_steps
 from fastgrpo.testing import load_family
 from fastgrpo.testing.wan import TEXT_TOKENS
-from fastgrpo.validation import dump_config
+from fastgrpo.validation import dump_config, load_config
 from fastgrpo_kernels import INITIAL_STEP, normal
 
 CPU, FAMILY = torch.device("cpu"), load_family("wan")
@@ -125,19 +126,75 @@ def published(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_published_folder_samples_by_the_euler_scheduler_of_its_shift(folder: Path, published: Path) -> None:
+def test_a_published_folder_has_the_noise_levels_and_timesteps_of_unipc(folder: Path, published: Path) -> None:
+    """Up to the first, which UniPC keeps a millionth below 1, and what the network reads to the last bit."""
     model = load(published)
     assert isinstance(model.pipeline.scheduler, UniPCMultistepScheduler)
+    assert [round(sigma, 4) for sigma in model.sigmas(10)[-4:].tolist()] == [0.5633, 0.4298, 0.2519, 0]
+    for shift in (3.0, 5.0, 16.0):
+        unipc = UniPCMultistepScheduler.from_config(model.pipeline.scheduler.config, flow_shift=shift)
+        model.pipeline.scheduler = unipc
+        for num_steps in (1, 2, 4, 9, 10, 20, 28, 50, 100):
+            unipc.set_timesteps(num_steps)
+            sigmas = model.sigmas(num_steps)
+            assert sigmas[0] == 1 and unipc.sigmas[0] > 1 - 2e-6
+            assert torch.equal(sigmas[1:], unipc.sigmas[1:])
+            assert torch.equal(model.timestep(sigmas[:-1]), unipc.timesteps.float()), (shift, num_steps)
     euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    for num_steps in (1, 3, 20):
-        euler.set_timesteps(num_steps)
-        assert torch.equal(model.sigmas(num_steps), euler.sigmas)
-        assert torch.equal(model.sigmas(num_steps), load(folder).sigmas(num_steps))
-        assert torch.equal(model.sigmas(num_steps)[:-1] * 1000, euler.timesteps)
-    found, stock = own_videos(model, PROMPTS[:1]), WanPipeline.from_pretrained(published)
-    unipc = stock_videos(stock, model)
-    stock.scheduler = euler
-    assert (found - stock_videos(stock, model)).abs().max() <= 1 < (found - unipc).abs().max()
+    euler.set_timesteps(7)
+    assert torch.equal(load(folder).sigmas(7), euler.sigmas)
+    assert torch.equal(load(folder).timestep(euler.sigmas[:-1]), euler.timesteps)
+
+
+def test_velocities_are_those_that_unipc_is_fed(published: Path) -> None:
+    model, stock = load(published), WanPipeline.from_pretrained(published)
+    fed, step = [], stock.scheduler.step
+
+    def record(velocity, timestep, sample, **options):
+        fed.append((sample.clone(), velocity.clone()))
+        return step(velocity, timestep, sample, **options)
+
+    stock.scheduler.step = record
+    unipc = stock_videos(stock, model, num_steps=4)
+    conditioning = model.encode(PROMPTS[:1])
+    for (x, velocity), sigma in zip(fed, model.sigmas(4), strict=False):
+        with torch.no_grad():
+            assert torch.equal(model.velocity(x, sigma[None], conditioning), velocity)
+    assert len(fed) == 4 and not torch.equal(own_videos(model, PROMPTS[:1], num_steps=4).float(), unipc)  # other steps
+
+
+@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler(), DDIMScheduler()])
+def test_a_scheduler_that_is_of_no_flow_is_refused(scheduler) -> None:
+    pipeline = FAMILY.make()
+    pipeline.scheduler = scheduler
+    name = type(scheduler).__name__
+    with pytest.raises(ValueError, match=rf"model\.path: its scheduler is a {name} without .*; take the published UniPC"):
+        Wan(pipeline, dtype=torch.float32, device=CPU, **FAMILY.settings)
+
+
+def test_the_published_recipe_is_the_released_step_in_float64(published: Path) -> None:
+    """Flow-GRPO's sde_step_with_logprob of Wan, and its KL, on UniPC's own levels, against the recipe's table."""
+    rule = load_config(ROOT / "configs" / "recipes" / "wan" / "flow_grpo.yaml")
+    rollout, sigmas = rule.rollout, load(published).sigmas(rule.rollout.num_steps).double()
+    steps = sampler_steps(rollout.sampler, sigmas, rollout.noise_level)
+    generator = torch.Generator().manual_seed(0)
+    x, v, v_ref, eps = torch.randn(4, 1000, generator=generator, dtype=torch.float64)
+    table = coefficient_table(steps)
+    for i, ((c_x, c_v, s, w), kl_weight) in enumerate(zip(table, kl_weights(steps, "paper"), strict=True)):
+        sigma, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
+        std = sigmas[1] * sigma
+        mean, mean_ref = (
+            x * (1 + std**2 / (2 * sigma) * dt) + u * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt for u in (v, v_ref)
+        )
+        assert torch.allclose(c_x * x + c_v * v, mean, rtol=1e-12)
+        scale = std * (-dt).sqrt()
+        log_prob = (-((mean + scale * eps - mean_ref) ** 2) / (2 * scale**2) - scale.log()).mean()
+        own_mean = c_x * x + c_v * v_ref
+        own = (-((c_x * x + c_v * v + s * eps - own_mean) ** 2) * w - s.log()).mean()
+        assert torch.allclose(own, log_prob, rtol=1e-12)
+        kl = ((mean - mean_ref) ** 2 / (2 * scale**2)).mean()
+        assert torch.allclose(kl_weight * ((c_v * (v - v_ref)) ** 2).mean(), kl, rtol=1e-12)
+    assert [round(steps.s[i].item(), 3) for i in (0, 1, 17, 18)] == [0.129, 0.131, 0.106, 0.083]
 
 
 def test_two_transformers_are_refused(folder: Path, tmp_path: Path) -> None:
