@@ -232,7 +232,7 @@ def record(name: str, parts: dict, encode: Callable) -> None:
     for part, value in parts.items():
         if isinstance(value, torch.nn.Module):
             # As `save_pretrained` would write them: tied weights once.
-            tied = set(value._tied_weights_keys or ())
+            tied = set(value._tied_weights_keys or ()) if value.config.tie_word_embeddings else set()
             shapes[part] = {key: list(tensor.shape) for key, tensor in value.state_dict().items() if key not in tied}
             weights = {key: torch.from_numpy(array) for key, array in formula_weights(shapes[part]).items()}
             value.load_state_dict(weights, strict=False)
