@@ -29,7 +29,16 @@ def test_a_configuration_has_every_setting_with_the_same_type_and_default() -> N
 def test_every_setting_of_a_configuration_reaches_the_model(random_weights: bool, monkeypatch) -> None:
     class Family:
         @classmethod
-        def load(cls, *, path: Path, dtype: torch.dtype, device: torch.device, **settings: object) -> SimpleNamespace:
+        def load(
+            cls,
+            *,
+            path: Path,
+            dtype: torch.dtype,
+            device: torch.device,
+            transformer: Path | None = None,
+            variant: str | None = None,
+            **settings: object,
+        ) -> SimpleNamespace:
             made = SimpleNamespace(origin=path, dtype=dtype, device=device, settings=Settings(**settings))
             return SimpleNamespace(**vars(made), check_numbers=lambda *_: None)
 
