@@ -9,7 +9,7 @@ Letters: B samples, L text tokens, G heads of keys and values, K width of a head
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -166,15 +166,19 @@ class Bagel(Adapter):
         return super().vae_latents(image, decoder)
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
-        """Refuse targets among the understanding weights, because prompts are read once and their keys and values kept."""
+        names = [name for name, _ in self.transformer.named_modules()]
+        self.check_trainable(name for name in names if any(name == t or name.endswith("." + t) for t in targets or ()))
+        super().add_lora(rank=rank, alpha=alpha, targets=targets)
+
+    def check_trainable(self, layers: Iterable[str]) -> None:
+        """Refuse the understanding weights, because prompts are read once and their keys and values kept."""
         reading = set(self.transformer.understanding())
-        for name, module in self.transformer.named_modules():
-            if module in reading and any(name == t or name.endswith("." + t) for t in targets or ()):
+        for name in layers:
+            if self.transformer.get_submodule(name) in reading:
                 raise ValueError(
-                    f"model.lora.targets: {name} reads the prompt and is not trained; name generation weights, such as "
+                    f"model.lora: {name} reads the prompt and is not trained; name generation weights, such as "
                     f"{', '.join(self.lora_targets[:2])}"
                 )
-        super().add_lora(rank=rank, alpha=alpha, targets=targets)
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make the generation weights of the layers trainable, as published. The copy for `reference` shares all others."""

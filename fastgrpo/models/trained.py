@@ -1,13 +1,13 @@
 """The trained weights of a model: a LoRA beside its layers or every weight, the model before training, saving and reading.
 
-model.add_lora(rank=32, alpha=64)            or model.train_all(keep_reference=True)
-with model.reference(): ...                  the model before training
+model.add_lora(rank=32, alpha=64)            or model.continue_lora(path, ...), or model.train_all(keep_reference=True)
+with model.reference(): ...                  the model that the KL holds to, as a rule the one before training
 model.save_trained(folder, weights)          in the diffusers format
 """
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from fastgrpo.models.loading import LoadedPipeline, check_numbers
-from fastgrpo.models.lora import lora_config
-from fastgrpo.models.lora_file import read_lora
+from fastgrpo.models.lora import lora_config, put_lora, running
+from fastgrpo.models.lora_file import DIFFUSERS, read_lora
 from fastgrpo.tensor_files import read_tensors
 
-LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
+START = "start"  # the name of a second, frozen LoRA: the one that training went on from
 FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
 
 
@@ -30,6 +30,7 @@ class Trainable(LoadedPipeline):
 
     untrained: Any = None  # full fine-tuning: the transformer before it, frozen
     _in_reference = False
+    _reference_is_start = False
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -62,9 +63,32 @@ class Trainable(LoadedPipeline):
             self.untrained = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)
 
+    def continue_lora(self, path: Path, *, alpha: int, rank: int | None = None, reference: str = "base") -> None:
+        """Train the LoRA at a path further. The model is the file's at first, whatever alpha is, as B is divided by alpha / r.
+
+        reference: `reference` is then the model without any LoRA (base), or with this one as it is now (start).
+        ValueError: the file is no LoRA of this model, or its rank is another than `rank`.
+        """
+        lora = read_lora(path, self.transformer)
+        if rank not in (None, lora.rank):
+            raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; leave the key out")
+        self.check_trainable(lora.layers)
+        put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha)
+        if reference == START:
+            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha, name=START)
+            self.transformer.set_adapter("default")
+        self._reference_is_start = reference == START
+
+    def check_trainable(self, layers: Iterable[str]) -> None:
+        """Refuse layers of which a LoRA cannot be trained: ValueError. A family that has some overrides it."""
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `velocity` is that of the model before training: its LoRA is off, or its frozen copy runs."""
+        if self._reference_is_start:
+            with running(self.transformer, START):
+                yield
+            return
         if self.has_lora:
             self.transformer.disable_adapters()
         elif self.untrained is None:
@@ -94,24 +118,23 @@ class Trainable(LoadedPipeline):
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         # Readers that know no metadata take alpha = rank, and apply B A as it is. So alpha / rank goes into B, and the
-        # metadata says alpha = rank too. Its sets become sorted lists: their order differs from process to process.
+        # metadata says alpha = rank too. It says no more than that: older PEFT refuses every setting that it does not know.
         config = self.transformer.peft_config["default"]
         folded = {n: value * (config.lora_alpha / config.r) if "lora_B" in n else value for n, value in trained.items()}
-        metadata = config.to_dict() | {"lora_alpha": config.r}
-        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
+        weights = get_peft_model_state_dict(self.transformer, state_dict=folded)
+        layers = sorted({name.rpartition(".lora_")[0] for name in weights})
         type(self.pipeline).save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=folded),
-            transformer_lora_adapter_metadata=metadata,
+            transformer_lora_layers=weights,
+            transformer_lora_adapter_metadata={"r": config.r, "lora_alpha": config.r, "target_modules": layers},
         )
-        sort_metadata(folder / LORA)
+        sort_metadata(folder / DIFFUSERS)
 
     def load_trained(self, folder: Path) -> None:
-        """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
+        """Read the weights that `save_trained` wrote, or any LoRA. ValueError names the file that is not of this transformer."""
         if not (folder / FULL).is_dir():
-            weights, settings = read_lora(folder / LORA, self.transformer)
-            self.transformer.load_lora_adapter(weights, prefix="transformer", metadata=settings)
-            check_numbers(f"{folder}: the trained transformer", self.transformer)
+            lora = read_lora(folder, self.transformer)
+            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=lora.rank)
             return
         state: dict[str, Tensor] = {}
         for file in sorted((folder / FULL).glob("*.safetensors")):
