@@ -20,6 +20,7 @@ from fastgrpo.config.resuming import MAY_CHANGE, forbidden_changes
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.checkpoint_folders import complete_checkpoints
+from fastgrpo.files import inside
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
 from fastgrpo.reporting.run_folder import RunFolder, readable_lines
@@ -85,6 +86,7 @@ def _check_writable(key: str, folder: Path) -> None:
 def check(config: Config) -> None:
     """Refuse what each key allows but the whole cannot run; the number of processes enters in `check_ranks`."""
     _check_model(config.model)
+    _check_lora(config)
     _check_rewards(config.reward)
     _check_rollout(config)
     _check_advantage(config.advantage, config.rollout.group_size)
@@ -121,6 +123,21 @@ def _check_model(model: ModelConfig) -> None:
     schema.choice("model.name", model.name, MODELS)
     if model.random_weights and model.architecture is None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
+
+
+def _check_lora(config: Config) -> None:
+    """Refuse what does not go with a LoRA to go on from."""
+    lora = config.model.lora
+    if lora.path is None:
+        if lora.reference == "start":
+            schema.refuse("model.lora.reference", "start", "a new LoRA has no effect at first: take base, or name its path")
+        return
+    if config.model.train == "full":
+        schema.refuse("model.lora.path", str(lora.path), "model.train = full trains no LoRA: export it as merged first")
+    if lora.targets is not None:
+        schema.refuse("model.lora.targets", lora.targets, "the LoRA at model.lora.path has its own layers: leave it out")
+    if inside(lora.path, config.output):
+        schema.refuse("model.lora.path", str(lora.path), "the run would write over it: choose another output")
 
 
 def _check_rewards(reward: RewardConfig) -> None:

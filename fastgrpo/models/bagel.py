@@ -22,7 +22,15 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
+from fastgrpo.models.bagel_folder import (
+    NETWORK,
+    check_bagel_folder,
+    empty_network,
+    published_name,
+    read_autoencoder,
+    read_network,
+    read_tokenizer,
+)
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
 from fastgrpo.models.reading import Reading
 from fastgrpo.quiet import quiet
@@ -86,6 +94,16 @@ class Bagel(Adapter):
     def part_class(cls, name: str) -> Any:
         own = {kind.__name__: kind for kind in (BagelPipeline, BagelTransformer)}
         return own.get(name) or super().part_class(name)
+
+    @classmethod
+    def skeleton(cls, path: Path) -> Any:
+        return empty_network(path, read_tokenizer(path))
+
+    @classmethod
+    def weight_files(cls, path: Path) -> list[Path]:
+        return [path / NETWORK]
+
+    weight_name = staticmethod(published_name)
 
     def _check_settings(self) -> None:
         super()._check_settings()

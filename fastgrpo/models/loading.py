@@ -20,6 +20,7 @@ from fastgrpo.models.folder import check_folder
 from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
 
+TRANSFORMER = "transformer"  # the folder of a pipeline's transformer, within its own
 ARCHITECTURES = Path(__file__).parent / "architectures"
 PROMPT_READERS = ("token", "processor")  # how the names of the parts begin that turn a prompt into numbers
 PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
@@ -69,6 +70,22 @@ class LoadedPipeline:
         kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
         return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def skeleton(cls, path: Path) -> Any:
+        """The transformer in the folder on the meta device: its layers' names and shapes, and no weights."""
+        config = json.loads((path / TRANSFORMER / "config.json").read_text(encoding="utf-8"))
+        return build(cls.part_class(config["_class_name"]), config, torch.float32, torch.device("meta"))
+
+    @classmethod
+    def weight_files(cls, path: Path) -> list[Path]:
+        """The files of safetensors in the folder that hold the transformer."""
+        return sorted((path / TRANSFORMER).glob("*.safetensors"))
+
+    @staticmethod
+    def weight_name(name: str) -> str:
+        """What these files call a parameter of the transformer."""
+        return name
 
     @classmethod
     def part_class(cls, name: str) -> Any:

@@ -7,6 +7,7 @@ layer once more, forward and backward. Here the last matrix product is added to 
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,8 @@ def put_lora(network: Any, layers: Layers, *, rank: int, alpha: int, name: str =
     """Put a LoRA with these values beside the layers of a transformer of diffusers. alpha: B is divided by alpha / rank."""
     # Names, and not ends of names: proj_out is a layer of FLUX, and the end of the name of 38 others.
     targets = "|".join(map(re.escape, sorted(layers)))
-    network.add_adapter(lora_config(rank=rank, alpha=alpha, targets=targets), name)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PEFT warns of a second one
+        network.add_adapter(lora_config(rank=rank, alpha=alpha, targets=targets), name)
     with torch.no_grad():
         for layer, (a, b) in layers.items():
             module = network.get_submodule(layer)

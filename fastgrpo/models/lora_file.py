@@ -1,10 +1,11 @@
-"""A LoRA as it is found on disk, whoever wrote it, checked against the transformer before any of it is used.
+"""A LoRA on disk: read from whoever wrote it, checked against the transformer before any of it is used, and written.
 
     lora = read_lora(path, network)             path: the file, or a folder that holds one
     lora.rank, lora.layers["transformer_blocks.0.attn.to_q"]        y += x A^T B^T
+    write_lora(folder, "kohya", lora, network, name="cats")         cats.safetensors
 
-Of what the file or the adapter_config.json of PEFT says about itself only r and alpha are taken, and what changes the formula
-is refused. PEFT would follow all of it, down to a name of a module to import.
+Of what the file or PEFT's adapter_config.json says about it only r and alpha are taken, and what changes the formula is
+refused. PEFT would follow all of it, down to a name of a module to import.
 """
 
 from pathlib import Path
@@ -12,22 +13,16 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
-from fastgrpo.files import json_value
+from fastgrpo.files import json_text, json_value
 from fastgrpo.finite import first_not_finite, in_words
-from fastgrpo.models.lora_formats import LARGEST_ALPHA, Layers, read_layers
-from fastgrpo.tensor_files import read_tensors
+from fastgrpo.models.lora_formats import LARGEST_ALPHA, Layers, read_layers, written
+from fastgrpo.tensor_files import read_tensors, write_tensors
 
 DIFFUSERS, PEFT, PEFT_SETTINGS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 # What makes another formula of it where it is not empty or false.
 OTHER_FORMULAS = (
-    "use_dora",
-    "use_rslora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-)
+    "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+)  # fmt: skip
 
 
 class Lora(NamedTuple):
@@ -38,7 +33,7 @@ class Lora(NamedTuple):
 
 
 def find_lora(path: Path) -> Path:
-    """The file of the LoRA at a path: it itself, or in a folder the one by its usual name, or else the only one. ValueError."""
+    """The file of the LoRA at a path: it itself, or in a folder the one of the usual name, or the only one. ValueError."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -51,6 +46,12 @@ def find_lora(path: Path) -> Path:
         there = "several files of safetensors" if files else "no file of safetensors"
         raise ValueError(f"{path}: holds {there}, none of them called {DIFFUSERS} or {PEFT}; name the LoRA's file")
     return files[0]
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The files that the LoRA at a path is read from: its weights, and PEFT's settings. ValueError: there is none."""
+    file = find_lora(path)
+    return [file, *([file.with_name(PEFT_SETTINGS)] if file.name == PEFT else [])]
 
 
 def read_lora(path: Path, network: nn.Module) -> Lora:
@@ -71,6 +72,22 @@ def read_lora(path: Path, network: nn.Module) -> Lora:
     except ValueError as error:
         _refuse(file, error)
     return Lora(ranks[0], layers)
+
+
+def write_lora(folder: Path, form: str, lora: Lora, network: nn.Module, name: str = "lora") -> None:
+    """Write a LoRA in one of the `FORMATS` into a folder. name: of the file, in formats whose readers look for none by name.
+
+    alpha is the rank, so readers that know no alpha apply it as it is. ValueError: the network has no such format.
+    """
+    weights = written(form, lora.layers, network)
+    settings = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": sorted(lora.layers)}
+    file = folder / {"diffusers": DIFFUSERS, "peft": PEFT}.get(form, f"{name}.safetensors")
+    notes = {"lora_adapter_metadata": json_text({f"transformer.{key}": one for key, one in settings.items()})}
+    write_tensors(file, weights, {"format": "pt", **(notes if form == "diffusers" else {})})
+    if form == "peft":
+        # Only what every release of PEFT knows.
+        plain = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "base_model_name_or_path": None}
+        file.with_name(PEFT_SETTINGS).write_text(json_text(plain | settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _said(file: Path, notes: dict[str, str]) -> dict[str, Any]:

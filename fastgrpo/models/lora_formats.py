@@ -12,8 +12,8 @@ attn.qkv is attn.to_q, attn.to_k and attn.to_v. Then A has the rows of all their
     layers = read_layers(weights, network)                layer -> (A, B), whichever of these names the weights have
     weights = written("kohya", layers, network)           ValueError: the format has no name for one of the layers
 
-diffusers' own converters read some of this for some families. They leave out what they do not know, FLUX's have the published
-widths written into them, and none of them writes: so there is one table here for both directions.
+diffusers' own converters read some of this for some families. They leave out what they do not know, FLUX's have the
+published widths written into them, and none of them writes: so one table, `fastgrpo.models.lora_names`, serves both ways.
 """
 
 import math
@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.models.lora_names import COMFYUI, KOHYA, modules_of
+
 
 class Factors(NamedTuple):
     """The update B A of one layer's weight."""
@@ -33,86 +35,8 @@ class Factors(NamedTuple):
 
 
 Layers = dict[str, Factors]  # by the layer's name in the transformer of diffusers
-Names = Mapping[str, tuple[str, ...]]  # module -> the layers that it is, in the order of their rows; # is a block's number
 
 FORMATS = ("diffusers", "peft", "comfyui", "kohya")
-SAME: Names = {}  # the modules are diffusers' layers
-QKV, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def _each(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{name}" for name in names)
-
-
-def _one_by_one(module: str, layer: str, pairs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    return {f"{module}.{outside}": (f"{layer}.{inside}",) for outside, inside in pairs.items()}
-
-
-SD3: Names = {
-    "joint_blocks.#.x_block.attn.qkv": _each("transformer_blocks.#.attn", QKV),
-    "joint_blocks.#.x_block.attn2.qkv": _each("transformer_blocks.#.attn2", QKV),
-    "joint_blocks.#.context_block.attn.qkv": _each("transformer_blocks.#.attn", ADDED),
-    **_one_by_one("joint_blocks.#.x_block", "transformer_blocks.#", {
-        "attn.proj": "attn.to_out.0", "attn2.proj": "attn2.to_out.0", "adaLN_modulation.1": "norm1.linear",
-        "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
-    }),
-    **_one_by_one("joint_blocks.#.context_block", "transformer_blocks.#", {
-        "attn.proj": "attn.to_add_out", "mlp.fc1": "ff_context.net.0.proj", "mlp.fc2": "ff_context.net.2",
-    }),
-}  # fmt: skip
-_FLUX_ATTENTION: Names = {
-    "double_blocks.#.img_attn.qkv": _each("transformer_blocks.#.attn", QKV),
-    "double_blocks.#.txt_attn.qkv": _each("transformer_blocks.#.attn", ADDED),
-    **_one_by_one("double_blocks.#", "transformer_blocks.#", {
-        "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
-    }),
-    "img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",),
-}  # fmt: skip
-FLUX: Names = {
-    **_FLUX_ATTENTION,
-    **_one_by_one("double_blocks.#", "transformer_blocks.#", {
-        "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "img_mod.lin": "norm1.linear",
-        "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2", "txt_mod.lin": "norm1_context.linear",
-    }),
-    "single_blocks.#.linear1": (*_each("single_transformer_blocks.#.attn", QKV), "single_transformer_blocks.#.proj_mlp"),
-    **_one_by_one("single_blocks.#", "single_transformer_blocks.#", {
-        "linear2": "proj_out", "modulation.lin": "norm.linear",
-    }),
-}  # fmt: skip
-FLUX2: Names = {
-    **_FLUX_ATTENTION,
-    **_one_by_one("double_blocks.#", "transformer_blocks.#", {
-        "img_mlp.0": "ff.linear_in", "img_mlp.2": "ff.linear_out",
-        "txt_mlp.0": "ff_context.linear_in", "txt_mlp.2": "ff_context.linear_out",
-    }),
-    **_one_by_one("single_blocks.#", "single_transformer_blocks.#.attn", {
-        "linear1": "to_qkv_mlp_proj", "linear2": "to_out",
-    }),
-}  # fmt: skip
-WAN: Names = {
-    **_one_by_one("blocks.#.self_attn", "blocks.#.attn1", {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}),
-    **_one_by_one("blocks.#.cross_attn", "blocks.#.attn2", {
-        "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj",
-    }),
-    **_one_by_one("blocks.#.ffn", "blocks.#.ffn.net", {"0": "0.proj", "2": "2"}),
-}  # fmt: skip
-Z_IMAGE: Names = {
-    name: layers
-    for block in ("layers.#", "noise_refiner.#", "context_refiner.#")
-    for name, layers in {
-        f"{block}.attention.qkv": _each(f"{block}.attention", QKV),
-        f"{block}.attention.out": (f"{block}.attention.to_out.0",),
-        **_one_by_one(block, block, {f"feed_forward.w{n}": f"feed_forward.w{n}" for n in (1, 2, 3)}),
-        f"{block}.adaLN_modulation.0": (f"{block}.adaLN_modulation.0",),
-    }.items()
-}
-# The class of a transformer -> its modules. One that is missing has no such format.
-COMFYUI: dict[str, Names] = {
-    "SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX, "Flux2Transformer2DModel": FLUX2,
-    "QwenImageTransformer2DModel": SAME, "WanTransformer3DModel": WAN, "ZImageTransformer2DModel": Z_IMAGE,
-}  # fmt: skip
-KOHYA: dict[str, Names] = {**COMFYUI, "ZImageTransformer2DModel": SAME}
-
 PREFIX = re.compile(
     r"(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.|lora_unet_|lora_transformer_)+"
 )
@@ -136,26 +60,13 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def modules_of(names: Names, layers: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Module -> layers, with the numbers of the blocks that a transformer of these layers has."""
-    if names is SAME:
-        return {layer: (layer,) for layer in layers}
-    found = {}
-    for module, parts in names.items():
-        pattern = re.compile(re.escape(parts[0]).replace(r"\#", r"(\d+)"))
-        for match in filter(None, map(pattern.fullmatch, layers)):
-            number = match[1] if match.groups() else ""
-            found[module.replace("#", number)] = tuple(part.replace("#", number) for part in parts)
-    return found
-
-
 def read_layers(weights: Mapping[str, Tensor], network: nn.Module, alpha: float | None = None) -> Layers:
     """The factors of each layer in float32, with alpha / r in B. alpha: of modules that say none; None: their rank.
 
     Raises ValueError with the key that is of no plain LoRA of this network's linear layers.
     """
     layers, kind = linear_layers(network), type(network).__name__
-    known = {name: (name,) for name in layers}
+    known: dict[str, tuple[str, ...]] = {name: (name,) for name in layers}
     for table in (COMFYUI, KOHYA):
         known |= modules_of(table[kind], layers) if kind in table else {}
     known |= {name.replace(".", "_"): parts for name, parts in known.items()}
@@ -200,14 +111,13 @@ def written(form: str, layers: Layers, network: nn.Module) -> dict[str, Tensor]:
 
 
 def _named(factors: Layers, a: str, b: str) -> dict[str, Tensor]:
-    sides = (
-        (f"{name}.{side}.weight", one) for name, pair in factors.items() for side, one in zip((a, b), pair, strict=True)
-    )
-    return {name: tensor.contiguous() for name, tensor in sides}
+    """The tensors of a file, the two of a layer under names that end in a and b."""
+    pairs = ((name, side, one) for name, both in factors.items() for side, one in zip((a, b), both, strict=True))
+    return {f"{name}.{side}.weight": tensor.contiguous() for name, side, tensor in pairs}
 
 
 def _together(parts: tuple[str, ...], layers: Layers, linears: Mapping[str, nn.Linear]) -> Factors:
-    """The update of a module that is several layers. One that has none is a block of zeros, as readers expect equal blocks."""
+    """The update of a module that is several layers. A layer without one is a block of zeros, as read."""
     if len(parts) == 1:
         return layers[parts[0]]
     rank = next(len(layers[part].a) for part in parts if part in layers)

@@ -6,23 +6,21 @@ model.save_trained(folder, weights)          in the diffusers format
 """
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from fastgrpo.models.loading import LoadedPipeline, check_numbers
+from fastgrpo.models.loading import TRANSFORMER, LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config, put_lora, running
-from fastgrpo.models.lora_file import DIFFUSERS, read_lora
+from fastgrpo.models.lora_file import Lora, read_lora, write_lora
+from fastgrpo.models.lora_formats import Factors
 from fastgrpo.tensor_files import read_tensors
 
 START = "start"  # the name of a second, frozen LoRA: the one that training went on from
-FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
 
 
 class Trainable(LoadedPipeline):
@@ -63,15 +61,15 @@ class Trainable(LoadedPipeline):
             self.untrained = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)
 
-    def continue_lora(self, path: Path, *, alpha: int, rank: int | None = None, reference: str = "base") -> None:
-        """Train the LoRA at a path further. The model is the file's at first, whatever alpha is, as B is divided by alpha / r.
+    def continue_lora(self, path: Path, *, rank: int, alpha: int, reference: str) -> None:
+        """Train the LoRA at a path further. At first it is as strong as in its file: its B is divided by alpha / r.
 
         reference: `reference` is then the model without any LoRA (base), or with this one as it is now (start).
         ValueError: the file is no LoRA of this model, or its rank is another than `rank`.
         """
         lora = read_lora(path, self.transformer)
-        if rank not in (None, lora.rank):
-            raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; leave the key out")
+        if rank != lora.rank:
+            raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; set the key to that")
         self.check_trainable(lora.layers)
         put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha)
         if reference == START:
@@ -113,33 +111,29 @@ class Trainable(LoadedPipeline):
         state = self.transformer.state_dict()
         state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
         # save_pretrained would write the weights that the transformer holds now, whatever it is handed.
-        self.transformer.save_config(folder / FULL)
-        save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        self.transformer.save_config(folder / TRANSFORMER)
+        save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
-        # Readers that know no metadata take alpha = rank, and apply B A as it is. So alpha / rank goes into B, and the
-        # metadata says alpha = rank too. It says no more than that: older PEFT refuses every setting that it does not know.
-        config = self.transformer.peft_config["default"]
-        folded = {n: value * (config.lora_alpha / config.r) if "lora_B" in n else value for n, value in trained.items()}
-        weights = get_peft_model_state_dict(self.transformer, state_dict=folded)
-        layers = sorted({name.rpartition(".lora_")[0] for name in weights})
-        type(self.pipeline).save_lora_weights(
-            folder,
-            transformer_lora_layers=weights,
-            transformer_lora_adapter_metadata={"r": config.r, "lora_alpha": config.r, "target_modules": layers},
-        )
-        sort_metadata(folder / DIFFUSERS)
+        # Readers that know no alpha apply B A as it is, so alpha / rank goes into B.
+        config, end = self.transformer.peft_config["default"], ".default.weight"
+        scale = config.lora_alpha / config.r
+        layers = {
+            layer: Factors(trained[f"{layer}.lora_A{end}"], trained[f"{layer}.lora_B{end}"] * scale)
+            for layer in (name.removesuffix(f".lora_A{end}") for name in trained if name.endswith(f".lora_A{end}"))
+        }
+        write_lora(folder, "diffusers", Lora(config.r, layers), self.transformer)
 
     def load_trained(self, folder: Path) -> None:
-        """Read the weights that `save_trained` wrote, or any LoRA. ValueError names the file that is not of this transformer."""
-        if not (folder / FULL).is_dir():
+        """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
+        if not (folder / TRANSFORMER).is_dir():
             lora = read_lora(folder, self.transformer)
             put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=lora.rank)
             return
         state: dict[str, Tensor] = {}
-        for file in sorted((folder / FULL).glob("*.safetensors")):
+        for file in sorted((folder / TRANSFORMER).glob("*.safetensors")):
             state |= read_tensors(file, self.device)[0]
-        check_state(folder / FULL, state, self.transformer)
+        check_state(folder / TRANSFORMER, state, self.transformer)
         self.transformer.load_state_dict(state)
         check_numbers(f"{folder}: the trained transformer", self.transformer)
 
@@ -155,14 +149,3 @@ def check_state(folder: Path, state: Mapping[str, Tensor], network: nn.Module) -
             f"{folder}: {name} is {read.get(name, 'missing')} there and {own.get(name, 'missing')} in "
             f"{type(network).__name__}, and {len(other) - 1} more; take the folder that a run of this model wrote"
         )
-
-
-def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which are ordered by chance: so that equal weights are equal files."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # what follows stays aligned
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

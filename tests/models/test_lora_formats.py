@@ -1,7 +1,7 @@
 """LoRA files of other programs: what is written is read by readers that are not ours, and what they write is read here.
 
-ComfyUI and kohya's trainers patch the network as it was published: weight += alpha / r B A under the published name, alpha = r
-where there is none. diffusers' converters of whole published networks then say which layers that is.
+ComfyUI and kohya's trainers patch the network as it was published: weight += alpha / r B A under the published name, with
+alpha = r where there is none. diffusers' converters of whole published networks then say which layers that is.
 Updates B A are compared by what they make of a few random numbers, as at FLUX's own width they are large.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastgrpo.models import model_class
 from fastgrpo.models.lora_file import read_lora
-from fastgrpo.models.lora_formats import COMFYUI, FORMATS, KOHYA, Factors, Layers, linear_layers, read_layers, written
+from fastgrpo.models.lora_formats import FORMATS, Factors, Layers, linear_layers, read_layers, written
+from fastgrpo.models.lora_names import COMFYUI, KOHYA
 from fastgrpo.testing import load_family
 
 RANK = 3
@@ -111,7 +112,7 @@ def converted(name: str, patches: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_comfyui_patches_the_layers_that_were_trained(name: str) -> None:
-    """Its rule: diffusion_model.MODULE for every weight of the network, lora_B times lora_A, and alpha = rank without one."""
+    """Its rule: diffusion_model.MODULE for every weight of the network, lora_B times lora_A, where there is no alpha."""
     network = NETWORKS[name]()
     layers = lora_of(name, network)
     patches = {}
@@ -187,8 +188,8 @@ def test_layers_that_were_trained_together_are_read_as_diffusers_reads_them() ->
     "key",
     [
         "transformer.{}.lora_A.weight", "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_A.default.weight",
-        "{}.lora_A.weight", "unet.{}.lora.down.weight", "diffusion_model.{}.lora_down.weight", "transformer.{}.lora_down.weight",
-        "lora_transformer_{_}.lora_down.weight", "lora_unet_{_}.lora_down.weight",
+        "{}.lora_A.weight", "unet.{}.lora.down.weight", "diffusion_model.{}.lora_down.weight",
+        "transformer.{}.lora_down.weight", "lora_transformer_{_}.lora_down.weight", "lora_unet_{_}.lora_down.weight",
     ],
 )  # fmt: skip
 def test_a_layer_is_known_by_each_of_its_names(key: str) -> None:
