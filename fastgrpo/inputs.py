@@ -21,6 +21,7 @@ from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, files_of
 from fastgrpo.engine.checkpoint_folders import latest_checkpoint
 from fastgrpo.files import json_text, json_value, write_atomically
+from fastgrpo.models.lora_file import lora_files
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import reward_version, weights_of
 from fastgrpo.version import __version__
@@ -42,6 +43,9 @@ def inputs_of(config: Config, prompts: PromptSet, held_out: PromptSet, *, own_mo
         inputs |= _model_hashes(config.model)
     if config.model.tiny_decoder:
         inputs |= _folder_hashes("model.tiny_decoder", config.model.tiny_decoder)
+    if config.model.lora.path:
+        files = lora_files(config.model.lora.path)
+        inputs["model.lora.path"] = hashlib.sha256(" ".join(map(_file_hash, files)).encode()).hexdigest()
     for name in dict.fromkeys([*weights_of(config.reward.train), *weights_of(config.reward.eval)]):
         inputs[f"reward {name}"] = _reward_hash(name, config)
     inputs |= {f"release of {name}": importlib.metadata.version(name) for name in RELEASES}

@@ -91,15 +91,18 @@ class Model(Protocol):
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
         """Add a trainable LoRA to the transformer, which has no effect at first. targets: layers; None: the usual ones."""
 
+    def continue_lora(self, path: Path, *, rank: int, alpha: int, reference: str) -> None:
+        """Train the LoRA at a path further, for model.lora.path. reference: "base" or "start", what `reference` is then."""
+
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable. keep_reference: `reference` will be asked for."""
 
     @property
     def has_lora(self) -> bool:
-        """Whether `add_lora` was called, so that `reference` costs no memory."""
+        """Whether a LoRA is trained, so that `reference` costs no memory."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, `velocity` is that of the model before training."""
+        """Inside, `velocity` is that of the model before training, or without the LoRA that training went on from."""
 
     def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """Write trained weights. trained: parameter name in `transformer` -> float32 value."""

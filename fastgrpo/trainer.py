@@ -381,8 +381,9 @@ class Trainer:
 
     @contextmanager
     def _averaged(self, base: bool) -> Iterator[None]:
-        """The averaged weights in the network; before training they are the base's."""
-        with self.model.reference() if base and self.model.has_lora else self.engine.swapped(self.ema.weights):
+        """The averaged weights in the network; before training they are the base's, or of the LoRA that was handed in."""
+        untouched = base and self.model.has_lora and self.config.model.lora.path is None
+        with self.model.reference() if untouched else self.engine.swapped(self.ema.weights):
             yield
 
     def resume(self) -> int:
@@ -442,6 +443,8 @@ def prepare(model: Model, config: Config) -> None:
     lora = config.model.lora
     if config.model.train == "full":
         model.train_all(keep_reference=config.objective.beta > 0)
+    elif lora.path is not None:
+        model.continue_lora(lora.path, rank=lora.rank, alpha=lora.alpha, reference=lora.reference)
     else:
         model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     if config.update.gradient_checkpointing:

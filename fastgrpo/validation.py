@@ -9,18 +9,20 @@ names the key's full path, the value and the way out.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgrpo.config import schema
 from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import AdvantageConfig, Config, EvaluationConfig, ModelConfig, RewardConfig
-from fastgrpo.config.reading import differences, dump_config, read_config
+from fastgrpo.config.reading import build_config, differences, dump_config, read_config
 from fastgrpo.config.resuming import MAY_CHANGE, forbidden_changes
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.sizes import training_sizes
 from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.checkpoint_folders import complete_checkpoints
+from fastgrpo.files import inside
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
 from fastgrpo.reporting.run_folder import RunFolder, readable_lines
@@ -30,14 +32,21 @@ from fastgrpo.sampling.tables import SAMPLERS
 from fastgrpo.sampling.windows import window_size
 
 __all__ = [
-    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_ranks", "differences", "dump_config",
-    "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
+    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_ranks", "config_of", "differences",
+    "dump_config", "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
 ]  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides of the form `a.b=value`, and check the whole."""
     config = read_config(path, overrides)
+    check(config)
+    return config
+
+
+def config_of(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a mapping as a YAML file would hold it, checked as a whole."""
+    config = build_config(data, Path.cwd(), overrides)
     check(config)
     return config
 
@@ -51,6 +60,8 @@ def check_folder(config: Config) -> None:
     if folder.resolve() == folder.resolve().parent:
         schema.refuse("output", str(folder), "is the root of the file system; name a folder in it")
     _check_writable("output", folder)
+    if config.model.lora.path is not None and inside(config.model.lora.path, folder):
+        schema.refuse("model.lora.path", str(config.model.lora.path), "the run would write over it: choose another output")
     if config.prompts.cache is not None:
         _check_writable("prompts.cache", config.prompts.cache)
     changed = changes_of_run(config) if has_trained(folder) else []
@@ -86,6 +97,7 @@ def _check_writable(key: str, folder: Path) -> None:
 def check(config: Config) -> None:
     """Refuse what each key allows but the whole cannot run; the number of processes enters in `check_ranks`."""
     _check_model(config.model)
+    _check_lora(config)
     _check_rewards(config.reward)
     _check_rollout(config)
     _check_guidance(config)
@@ -124,6 +136,19 @@ def _check_model(model: ModelConfig) -> None:
     schema.choice("model.name", model.name, MODELS)
     if model.random_weights and model.architecture is None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
+
+
+def _check_lora(config: Config) -> None:
+    """Refuse what does not go with a LoRA to go on from."""
+    lora = config.model.lora
+    if lora.path is None:
+        if lora.reference == "start":
+            schema.refuse("model.lora.reference", "start", "a new LoRA has no effect at first: take base, or name its path")
+        return
+    if config.model.train == "full":
+        schema.refuse("model.lora.path", str(lora.path), "model.train = full trains no LoRA: export it as merged first")
+    if lora.targets is not None:
+        schema.refuse("model.lora.targets", lora.targets, "the LoRA at model.lora.path has its own layers: leave it out")
 
 
 def _check_rewards(reward: RewardConfig) -> None:

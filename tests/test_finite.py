@@ -46,7 +46,7 @@ def test_a_lora_that_is_not_finite_is_neither_written_nor_read(tmp_path: Path) -
         write_trained(model, tmp_path, 1, trained)
     assert not list(tmp_path.iterdir())
     model.save_trained(tmp_path, trained)
-    with pytest.raises(ValueError, match=r": the trained transformer: .*lora_A.* is not finite in 1 of .*Get it again"):
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights.safetensors: the A of .* is not finite in 1 of "):
         load_tiny_model().load_trained(tmp_path)
 
 

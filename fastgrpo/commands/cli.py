@@ -9,6 +9,7 @@ fastgrpo eval runs/tiny_shapes                                       the trained
 fastgrpo eval runs/tiny_shapes --base                                the model it started from
 fastgrpo eval runs/tiny_shapes --prompts a.txt --reward tiny_shapes --reward jpeg_compressibility --table
 fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
+fastgrpo export runs/tiny_shapes --format comfyui --output lora      the trained weights for other programs
 fastgrpo report runs/tiny_shapes                                     write report.html anew
 fastgrpo serve-reward --reward tiny_shapes --port 8000               score images for runs on other machines
 fastgrpo make-prompts geneval --exclude eval.jsonl --count 50000 --output train.jsonl    training prompts
@@ -32,6 +33,7 @@ COMMANDS = {
     "bench": ("bench", "images a second, MFU and memory on this machine, measured"),
     "eval": ("evaluate", "accuracy of a run on its held-out prompts"),
     "sample": ("sample", "draw images"),
+    "export": ("export", "write the trained weights for other programs"),
     "report": ("report", "write a run's report.html anew"),
     "serve-reward": ("serve", "score images for runs on other machines"),
     "make-prompts": ("make_prompts", "write training prompts for the rewards geneval and ocr"),

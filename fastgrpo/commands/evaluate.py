@@ -2,15 +2,17 @@
 
 fastgrpo eval runs/tiny_shapes                 on the run's held-out prompts
 fastgrpo eval runs/tiny_shapes --base          of the model it started from
+fastgrpo eval --lora FILE_OR_FOLDER --model sd3 --path stable-diffusion-3.5-medium --prompts a.txt --reward ocr
 """
 
 import argparse
 import json
 
 from fastgrpo.commands.arguments import check_set, of_type, path
-from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
+from fastgrpo.commands.saved_model import add_run_arguments, asked_config, saved_model
 from fastgrpo.commands.trust import add_trust, trusted
 from fastgrpo.config.keys import ImageCount, Seed
+from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.sizes import evaluation_size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import IMAGE_FIELD, check_input_images, check_not_empty, check_tags, load_prompts
@@ -54,8 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Draws and scores the images of every prompt file."""
     check_set(arguments.set, READ, "eval")
     reward_override = [f"reward.eval={json.dumps(dict.fromkeys(arguments.reward, 1))}"] if arguments.reward else []
-    config = saved_config(arguments.run, arguments.base, [*arguments.set, *reward_override])
-    config = trusted(config, arguments.run, trust=arguments.trust, named=arguments.reward or (), overrides=arguments.set)
+    config = asked_config(arguments, [*arguments.set, *reward_override])
+    if arguments.model and not (arguments.prompts and arguments.reward):
+        raise ConfigError("--model: says nothing of what to draw and how to score it: give --prompts and --reward too")
+    if arguments.run is not None:
+        config = trusted(config, arguments.run, trust=arguments.trust, named=arguments.reward or (), overrides=arguments.set)
     settings, reward = config.evaluation, config.reward
     family = model_class(config.model.name)
     fields = (IMAGE_FIELD,) if family.image_conditioned else ()
@@ -73,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             check_not_empty(prompts, config.model.name)
         check_tags(prompts)
         rewards.check(prompts.judged)
-    model = saved_model(config, arguments.run, arguments.base)
+    model = saved_model(config, arguments)
     negative_prompt = config.model.negative_prompt
     size = evaluation_size(config)
     check_cut(model, *((prompts, rewards, size) for prompts in files.values()), negative_prompt=negative_prompt)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastgrpo.commands.arguments import check_file, check_set, of_type, path
-from fastgrpo.commands.saved_model import add_run_arguments, saved_config, saved_model
+from fastgrpo.commands.saved_model import add_run_arguments, asked_config, saved_model
 from fastgrpo.config.keys import ImageCount, Seed
 from fastgrpo.config.sizes import evaluation_size
 from fastgrpo.data.embeddings import Embeddings
@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Draws the images and writes the picture."""
     check_set(arguments.set, READ, "sample")
     check_picture("--output", arguments.output)
-    config = saved_config(arguments.run, arguments.base, arguments.set)
+    config = asked_config(arguments, arguments.set)
     settings = config.evaluation
     _check_input(arguments.input, config.model.name)
     given = given_prompts(arguments.prompt)
     if model_class(config.model.name).empty_is_no_prompt:
         check_not_empty(given, config.model.name)
-    model = saved_model(config, arguments.run, arguments.base)
+    model = saved_model(config, arguments)
     texts = [text for text in given.prompts for _ in range(arguments.images)]
     prompts = [ImagePrompt(text, tuple(arguments.input)) if model.image_conditioned else text for text in texts]
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance

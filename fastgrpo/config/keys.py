@@ -32,12 +32,18 @@ StepWeight = Literal["uniform", "tempflow", "guard"]
 class LoraConfig:
     """The low-rank update of the transformer's weights."""
 
+    path: Path | None = None
+    """A LoRA that training goes on from: its file, or the folder of a run or of PEFT that holds it. Iteration 0 is its own
+    score. Left out: a new one, which has no effect at first."""
+    reference: Literal["base", "start"] = "base"
+    """What the KL holds to where training goes on from the LoRA at `path`: the model without a LoRA (base), or with that one
+    (start)."""
     rank: Annotated[int, AtLeast(1), AtMost(10_000)] = 32
-    """Rank of the low-rank update of each layer."""
+    """Rank of the low-rank update of each layer, that of the LoRA at `path` if there is one."""
     alpha: Annotated[int, AtLeast(1), AtMost(1_000_000)] = 64
-    """The low-rank update is scaled by alpha / rank."""
+    """The low-rank update is scaled by alpha / rank. A LoRA at `path` begins as strong as it is, whatever stands here."""
     targets: tuple[str, ...] | None = None
-    """Names of the layers to train. Left out: the list of the model family."""
+    """Names of the layers to train. Left out: the list of the model family, or the layers of the LoRA at `path`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = schema.to_path(str(path))
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; the ready ones are in configs/")
-    data = _read(path)
+    return build_config(_read(path), path.parent, overrides)
+
+
+def build_config(data: dict[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a mapping that stands in a folder, with overrides."""
     for override in overrides:
         schema.apply_override(data, override)
     # What is still relative came with an override, from the folder where the command is given.
     data = schema.absolute_paths(data, Path.cwd())
-    _say_where_rewards_are(data, path.parent)
+    _say_where_rewards_are(data, folder)
     return schema.build(Config, data)
 
 

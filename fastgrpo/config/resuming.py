@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "model.path": "a place: the weights in it count, not where they lie",
     "model.transformer": "as model.path",
     "model.variant": "as model.path",
+    "model.lora.path": "a place: the LoRA in it counts, not where it lies",
     "reward.folder": "a place: where a reward of one's own is looked for",
     "prompts.train": "a place: the prompts in it count",
     "prompts.eval": "a place: the prompts in it count",

@@ -9,7 +9,7 @@ Letters: B samples, L text tokens, G heads of keys and values, K width of a head
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +22,15 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.bagel_folder import check_bagel_folder, read_autoencoder, read_network, read_tokenizer
+from fastgrpo.models.bagel_folder import (
+    NETWORK,
+    check_bagel_folder,
+    empty_network,
+    published_name,
+    read_autoencoder,
+    read_network,
+    read_tokenizer,
+)
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
 from fastgrpo.models.reading import Reading
 from fastgrpo.quiet import quiet
@@ -100,6 +108,16 @@ class Bagel(Adapter):
     def part_class(cls, name: str) -> Any:
         own = {kind.__name__: kind for kind in (BagelPipeline, BagelTransformer)}
         return own.get(name) or super().part_class(name)
+
+    @classmethod
+    def skeleton(cls, path: Path) -> Any:
+        return empty_network(path, read_tokenizer(path))
+
+    @classmethod
+    def weight_files(cls, path: Path) -> list[Path]:
+        return [path / NETWORK]
+
+    weight_name = staticmethod(published_name)
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -181,15 +199,19 @@ class Bagel(Adapter):
         return super().vae_latents(image, decoder)
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
-        """Refuse targets among the understanding weights, because prompts are read once and their keys and values kept."""
+        names = [name for name, _ in self.transformer.named_modules()]
+        self.check_trainable(name for name in names if any(name == t or name.endswith("." + t) for t in targets or ()))
+        super().add_lora(rank=rank, alpha=alpha, targets=targets)
+
+    def check_trainable(self, layers: Iterable[str]) -> None:
+        """Refuse the understanding weights, because prompts are read once and their keys and values kept."""
         reading = set(self.transformer.understanding())
-        for name, module in self.transformer.named_modules():
-            if module in reading and any(name == t or name.endswith("." + t) for t in targets or ()):
+        for name in layers:
+            if self.transformer.get_submodule(name) in reading:
                 raise ValueError(
-                    f"model.lora.targets: {name} reads the prompt and is not trained; name generation weights, such as "
+                    f"model.lora: {name} reads the prompt and is not trained; name generation weights, such as "
                     f"{', '.join(self.lora_targets[:2])}"
                 )
-        super().add_lora(rank=rank, alpha=alpha, targets=targets)
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make the generation weights of the layers trainable, as published. The copy for `reference` shares all others."""

@@ -76,8 +76,8 @@ def read_tokenizer(path: Path) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
-    """The generation path of ema.safetensors; each tensor is read straight to its device."""
+def empty_network(path: Path, tokenizer: Qwen2Tokenizer) -> BagelTransformer:
+    """The network of the folder's sizes on the meta device."""
     sizes = json_value((path / SIZES).read_bytes())
     sizes = {**(sizes.get("rope_parameters") or {}), **sizes}  # where transformers 5 puts rope_theta
     absent = [key for key in SIZE_KEYS if key not in sizes]
@@ -85,7 +85,12 @@ def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, devi
         raise ValueError(f"model.path = {path}: {SIZES} lacks {', '.join(absent)}")
     ids = tokenizer.get_vocab()
     with torch.device("meta"):
-        network = BagelTransformer(**{key: sizes[key] for key in SIZE_KEYS}, mark_ids=tuple(ids[mark] for mark in MARKS))
+        return BagelTransformer(**{key: sizes[key] for key in SIZE_KEYS}, mark_ids=tuple(ids[mark] for mark in MARKS))
+
+
+def read_network(path: Path, tokenizer: Qwen2Tokenizer, dtype: torch.dtype, device: torch.device) -> BagelTransformer:
+    """The generation path of ema.safetensors; each tensor is read straight to its device."""
+    network = empty_network(path, tokenizer)
     names = {published_name(name): name for name in network.state_dict()}
     with safe_open(path / NETWORK, "pt", device=str(device)) as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}

@@ -52,8 +52,9 @@ def prepare_fp8(blocks: Sequence[nn.Module]) -> list[Fp8Linear]:
     One layer of each kind multiplies once: ValueError where the device cannot, before a rollout would find out.
     """
     frozen = [
-        layer for block in blocks for layer in block.modules()
-        if type(layer) is nn.Linear and not layer.weight.requires_grad and not any(n % MULTIPLE for n in layer.weight.shape)
+        layer for block in blocks for name, layer in block.named_modules()
+        if type(layer) is nn.Linear and not layer.weight.requires_grad and ".lora_" not in name
+        and not any(n % MULTIPLE for n in layer.weight.shape)
     ]  # fmt: skip
     if not frozen:
         raise ValueError("rollout.precision = 'fp8': no frozen linear layer in the transformer's blocks; take model")

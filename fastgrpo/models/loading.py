@@ -25,6 +25,7 @@ from fastgrpo.models.settings import Settings
 from fastgrpo.models.sources import check_transformer, load_transformer
 from fastgrpo.quiet import quiet
 
+TRANSFORMER = "transformer"  # the folder of a pipeline's transformer, within its own
 ARCHITECTURES = Path(__file__).parent / "architectures"
 PROMPT_READERS = ("token", "processor", "image_processor")  # how the names of parts begin that turn a prompt into numbers
 PROMPT_PARTS = ("text_", *PROMPT_READERS)  # and of all parts that a pipeline reads prompts with
@@ -101,6 +102,22 @@ class LoadedPipeline:
         absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
         own = published.get("pipeline", {})  # settings of the pipeline itself
         return cls(kind(**{**absent, **parts, **own}), dtype=dtype, device=device, **settings)
+
+    @classmethod
+    def skeleton(cls, path: Path) -> Any:
+        """The transformer in the folder on the meta device: its layers' names and shapes, and no weights."""
+        config = json.loads((path / TRANSFORMER / "config.json").read_text(encoding="utf-8"))
+        return build(cls.part_class(config["_class_name"]), config, torch.float32, torch.device("meta"))
+
+    @classmethod
+    def weight_files(cls, path: Path) -> list[Path]:
+        """The files of safetensors in the folder that hold the transformer."""
+        return sorted((path / TRANSFORMER).glob("*.safetensors"))
+
+    @staticmethod
+    def weight_name(name: str) -> str:
+        """What these files call a parameter of the transformer."""
+        return name
 
     @classmethod
     def part_class(cls, name: str) -> Any:

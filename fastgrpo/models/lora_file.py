@@ -1,82 +1,121 @@
-"""The file of a trained LoRA as it is read: checked against the transformer before PEFT sees any of it.
+"""A LoRA on disk: read from whoever wrote it, checked against the transformer before any of it is used, and written.
 
-    transformer.LAYER.lora_A.weight (r, in)        transformer.LAYER.lora_B.weight (out, r)        y += alpha / r x A^T B^T
+    lora = read_lora(path, network)             path: the file, or a folder that holds one
+    lora.rank, lora.layers["transformer_blocks.0.attn.to_q"]        y += x A^T B^T
+    write_lora(folder, "kohya", lora, network, name="cats")         cats.safetensors
 
-Of the metadata only r and alpha are taken, and what changes the formula is refused. PEFT would follow all of it, down to a
-name of a module to import.
+Of what the file or PEFT's adapter_config.json says about it only r and alpha are taken, and what changes the formula is
+refused. PEFT would follow all of it, down to a name of a module to import.
 """
 
-import math
-import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastgrpo.files import json_value
-from fastgrpo.tensor_files import read_tensors
+from fastgrpo.files import json_text, json_value
+from fastgrpo.finite import first_not_finite, in_words
+from fastgrpo.models.lora_formats import LARGEST_ALPHA, Layers, read_layers, written
+from fastgrpo.tensor_files import read_tensors, write_tensors
 
-NAME = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
+DIFFUSERS, PEFT, PEFT_SETTINGS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 # What makes another formula of it where it is not empty or false.
-OTHER_FORMULAS = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+OTHER_FORMULAS = (
+    "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+)  # fmt: skip
 
 
-def read_lora(file: Path, transformer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights by their names in the file, and PEFT's settings for them, both as `load_lora_adapter` takes them.
+class Lora(NamedTuple):
+    """A LoRA of one rank, with alpha / r in its B."""
 
-    Raises ValueError with the file's name where it is not whole, or not a LoRA of this transformer.
-    """
+    rank: int
+    layers: Layers  # float32, on the CPU
+
+
+def find_lora(path: Path) -> Path:
+    """The file of the LoRA at a path: it itself, or in a folder the one of the usual name, or the only one. ValueError."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder; name a LoRA's file of safetensors, or a folder that holds one")
+    for name in (DIFFUSERS, PEFT):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        there = "several files of safetensors" if files else "no file of safetensors"
+        raise ValueError(f"{path}: holds {there}, none of them called {DIFFUSERS} or {PEFT}; name the LoRA's file")
+    return files[0]
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The files that the LoRA at a path is read from: its weights, and PEFT's settings. ValueError: there is none."""
+    file = find_lora(path)
+    return [file, *([file.with_name(PEFT_SETTINGS)] if file.name == PEFT else [])]
+
+
+def read_lora(path: Path, network: nn.Module) -> Lora:
+    """The LoRA at a path. ValueError names the file where it is not whole, or is no plain LoRA of this transformer."""
+    file = find_lora(path)
     weights, notes = read_tensors(file)
-    ranks = {_rank(file, name, tensor, transformer, weights) for name, tensor in weights.items()}
-    if len(ranks) != 1:
-        _refuse(file, f"its layers have the ranks {sorted(ranks)}" if ranks else "it holds no weights")
-    (rank,) = ranks
-    layers = sorted({name.partition(".")[2].rpartition(".lora_")[0] for name in weights})
-    settings = {"r": rank, "lora_alpha": _alpha(file, rank, notes), "target_modules": layers}
-    return weights, {f"transformer.{key}": value for key, value in settings.items()}
-
-
-def _rank(file: Path, name: str, tensor: Tensor, transformer: nn.Module, weights: dict[str, Tensor]) -> int:
-    """The rank of one of the matrices, if it is one of a layer of the transformer."""
-    found = NAME.fullmatch(name)
-    if found is None:
-        _refuse(file, f"{name[:200]!r} is no weight of a LoRA")
-    layer, side = found.groups()
     try:
-        linear: Any = transformer.get_submodule(layer)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
-        _refuse(file, f"{type(transformer).__name__} has no linear layer {layer[:200]!r}")
-    if f"transformer.{layer}.lora_{'BA'['AB'.index(side)]}.weight" not in weights:
-        _refuse(file, f"{name!r} stands without its other half")
-    width, axis = (linear.in_features, 1) if side == "A" else (linear.out_features, 0)
-    if tensor.dim() != 2 or tensor.shape[axis] != width or not tensor.shape[1 - axis] or not tensor.is_floating_point():
-        _refuse(file, f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, and the layer has {width} values on that side")
-    return tensor.shape[1 - axis]
-
-
-def _alpha(file: Path, rank: int, notes: dict[str, str]) -> float:
-    """alpha as the metadata say it; without any it is the rank, as other readers have it."""
-    try:
-        said = json_value(notes.get("lora_adapter_metadata", "{}"))
+        said = _said(file, notes)
+        layers = read_layers(weights, network, said.get("alpha"))
+        ranks = sorted({len(factors.a) for factors in layers.values()})
+        if len(ranks) != 1:
+            raise ValueError(f"its layers have the ranks {ranks}" if ranks else "it holds no weights")
+        if said.get("r", ranks[0]) != ranks[0]:
+            raise ValueError(f"its settings say rank {str(said['r'])[:200]}, and its weights have rank {ranks[0]}")
+        for layer, factors in layers.items():
+            if (side := first_not_finite(factors._asdict())) is not None:
+                raise ValueError(f"the {side.upper()} of {layer} is {in_words(factors._asdict()[side])}: was it damaged?")
     except ValueError as error:
-        _refuse(file, f"its metadata are no JSON ({error})")
+        _refuse(file, error)
+    return Lora(ranks[0], layers)
+
+
+def write_lora(folder: Path, form: str, lora: Lora, network: nn.Module, name: str = "lora") -> None:
+    """Write a LoRA in one of the `FORMATS` into a folder. name: of the file, in formats whose readers look for none by name.
+
+    alpha is the rank, so readers that know no alpha apply it as it is. ValueError: the network has no such format.
+    """
+    weights = written(form, lora.layers, network)
+    settings = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": sorted(lora.layers)}
+    file = folder / {"diffusers": DIFFUSERS, "peft": PEFT}.get(form, f"{name}.safetensors")
+    notes = {"lora_adapter_metadata": json_text({f"transformer.{key}": one for key, one in settings.items()})}
+    write_tensors(file, weights, {"format": "pt", **(notes if form == "diffusers" else {})})
+    if form == "peft":
+        # Only what every release of PEFT knows.
+        plain = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "base_model_name_or_path": None}
+        file.with_name(PEFT_SETTINGS).write_text(json_text(plain | settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _said(file: Path, notes: dict[str, str]) -> dict[str, Any]:
+    """r and alpha as diffusers' metadata or PEFT's settings say them; without any, alpha is the rank, as elsewhere."""
+    settings = file.with_name(PEFT_SETTINGS)
+    if file.name == PEFT and not settings.is_file():
+        raise ValueError(f"{PEFT_SETTINGS} is missing beside it, which says its alpha")
+    text = settings.read_bytes() if file.name == PEFT else notes.get("lora_adapter_metadata", "{}")
+    try:
+        said = json_value(text)
+    except ValueError as error:
+        raise ValueError(f"its settings are no JSON ({error})") from None
     if not isinstance(said, dict):
-        _refuse(file, "its metadata are no mapping")
+        raise ValueError("its settings are no mapping")
     said = {key.removeprefix("transformer."): value for key, value in said.items()}
+    if said.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"its settings say peft_type = {str(said['peft_type'])[:200]}, and a plain LoRA is read here")
     for key in OTHER_FORMULAS:
         if said.get(key):
-            _refuse(file, f"its metadata say {key} = {str(said[key])[:200]}, and a plain LoRA is read here")
-    alpha = said.get("lora_alpha", rank)
-    if said.get("r", rank) != rank:
-        _refuse(file, f"its metadata say rank {str(said['r'])[:200]}, and its weights have rank {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9 or not math.isfinite(alpha):
-        _refuse(file, f"its metadata say lora_alpha = {str(alpha)[:200]}, which is no number above 0")
-    return alpha
+            raise ValueError(f"its settings say {key} = {str(said[key])[:200]}, and a plain LoRA is read here")
+    alpha = said.get("lora_alpha", 1)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST_ALPHA:
+        raise ValueError(f"its settings say lora_alpha = {str(alpha)[:200]}, which is no number above 0")
+    return {name: said[key] for name, key in (("r", "r"), ("alpha", "lora_alpha")) if key in said}
 
 
-def _refuse(file: Path, what: str) -> NoReturn:
+def _refuse(file: Path, error: ValueError) -> NoReturn:
     raise ValueError(
-        f"{file}: {what}; take the file that a run of this model wrote, or --base for the model before training"
-    )
+        f"{file}: {error}; take a LoRA of this model in one of the layouts that docs/running.md lists, or let diffusers "
+        "rewrite it (load_lora_weights, then save_lora_weights)"
+    ) from None

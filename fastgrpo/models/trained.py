@@ -1,28 +1,26 @@
 """The trained weights of a model: a LoRA beside its layers or every weight, the model before training, saving and reading.
 
-model.add_lora(rank=32, alpha=64)            or model.train_all(keep_reference=True)
-with model.reference(): ...                  the model before training
+model.add_lora(rank=32, alpha=64)            or model.continue_lora(path, ...), or model.train_all(keep_reference=True)
+with model.reference(): ...                  the model that the KL holds to, as a rule the one before training
 model.save_trained(folder, weights)          in the diffusers format
 """
 
 import copy
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from fastgrpo.models.loading import LoadedPipeline, check_numbers
-from fastgrpo.models.lora import lora_config
-from fastgrpo.models.lora_file import read_lora
+from fastgrpo.models.loading import TRANSFORMER, LoadedPipeline, check_numbers
+from fastgrpo.models.lora import lora_config, put_lora, running
+from fastgrpo.models.lora_file import Lora, read_lora, write_lora
+from fastgrpo.models.lora_formats import Factors
 from fastgrpo.tensor_files import read_tensors
 
-LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
-FULL = "transformer"  # the folder of a fully trained transformer within a run's, called as in a pipeline's folder
+START = "start"  # the name of a second, frozen LoRA: the one that training went on from
 
 
 class Trainable(LoadedPipeline):
@@ -30,6 +28,7 @@ class Trainable(LoadedPipeline):
 
     untrained: Any = None  # full fine-tuning: the transformer before it, frozen
     _in_reference = False
+    _reference_is_start = False
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -67,9 +66,32 @@ class Trainable(LoadedPipeline):
             self.untrained = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)
 
+    def continue_lora(self, path: Path, *, rank: int, alpha: int, reference: str) -> None:
+        """Train the LoRA at a path further. At first it is as strong as in its file: its B is divided by alpha / r.
+
+        reference: `reference` is then the model without any LoRA (base), or with this one as it is now (start).
+        ValueError: the file is no LoRA of this model, or its rank is another than `rank`.
+        """
+        lora = read_lora(path, self.transformer)
+        if rank != lora.rank:
+            raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; set the key to that")
+        self.check_trainable(lora.layers)
+        put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha)
+        if reference == START:
+            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha, name=START)
+            self.transformer.set_adapter("default")
+        self._reference_is_start = reference == START
+
+    def check_trainable(self, layers: Iterable[str]) -> None:
+        """Refuse layers of which a LoRA cannot be trained: ValueError. A family that has some overrides it."""
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `velocity` is that of the model before training: its LoRA is off, or its frozen copy runs."""
+        if self._reference_is_start:
+            with running(self.transformer, START):
+                yield
+            return
         if self.has_lora:
             self.transformer.disable_adapters()
         elif self.untrained is None:
@@ -94,34 +116,29 @@ class Trainable(LoadedPipeline):
         state = self.transformer.state_dict()
         state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
         # save_pretrained would write the weights that the transformer holds now, whatever it is handed.
-        self.transformer.save_config(folder / FULL)
-        save_torch_state_dict(state, folder / FULL, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        self.transformer.save_config(folder / TRANSFORMER)
+        save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
     def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
-        # Readers that know no metadata take alpha = rank, and apply B A as it is. So alpha / rank goes into B, and the
-        # metadata says alpha = rank too. Its sets become sorted lists: their order differs from process to process.
-        config = self.transformer.peft_config["default"]
-        folded = {n: value * (config.lora_alpha / config.r) if "lora_B" in n else value for n, value in trained.items()}
-        metadata = config.to_dict() | {"lora_alpha": config.r}
-        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
-        type(self.pipeline).save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=folded),
-            transformer_lora_adapter_metadata=metadata,
-        )
-        sort_metadata(folder / LORA)
+        # Readers that know no alpha apply B A as it is, so alpha / rank goes into B.
+        config, end = self.transformer.peft_config["default"], ".default.weight"
+        scale = config.lora_alpha / config.r
+        layers = {
+            layer: Factors(trained[f"{layer}.lora_A{end}"], trained[f"{layer}.lora_B{end}"] * scale)
+            for layer in (name.removesuffix(f".lora_A{end}") for name in trained if name.endswith(f".lora_A{end}"))
+        }
+        write_lora(folder, "diffusers", Lora(config.r, layers), self.transformer)
 
     def load_trained(self, folder: Path) -> None:
         """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
-        if not (folder / FULL).is_dir():
-            weights, settings = read_lora(folder / LORA, self.transformer)
-            self.transformer.load_lora_adapter(weights, prefix="transformer", metadata=settings)
-            check_numbers(f"{folder}: the trained transformer", self.transformer)
+        if not (folder / TRANSFORMER).is_dir():
+            lora = read_lora(folder, self.transformer)
+            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=lora.rank)
             return
         state: dict[str, Tensor] = {}
-        for file in sorted((folder / FULL).glob("*.safetensors")):
+        for file in sorted((folder / TRANSFORMER).glob("*.safetensors")):
             state |= read_tensors(file, self.device)[0]
-        check_state(folder / FULL, state, self.transformer)
+        check_state(folder / TRANSFORMER, state, self.transformer)
         self.transformer.load_state_dict(state)
         check_numbers(f"{folder}: the trained transformer", self.transformer)
 
@@ -137,14 +154,3 @@ def check_state(folder: Path, state: Mapping[str, Tensor], network: nn.Module) -
             f"{folder}: {name} is {read.get(name, 'missing')} there and {own.get(name, 'missing')} in "
             f"{type(network).__name__}, and {len(other) - 1} more; take the folder that a run of this model wrote"
         )
-
-
-def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which are ordered by chance: so that equal weights are equal files."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # what follows stays aligned
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

@@ -24,6 +24,7 @@ CHOICES = [
     for choice in typing.get_args(part)
 ]
 NEEDS = {  # what a choice asks of other keys
+    ("model.lora.reference", "start"): ["model.lora.path=/a/lora", "model.lora.targets=null"],
     ("engine.zero_stage", 3): ["rollout.cuda_graph=false"],
     ("objective.log_prob_weight", "cps_reference"): ["rollout.sampler=cps"],
     ("rollout.window.kind", "all_but_last"): ["rollout.window.size=null"],

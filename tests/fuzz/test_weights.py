@@ -57,8 +57,7 @@ def content(weights: dict[str, Tensor], said: Any = SAID) -> bytes:
 def check_lora(file: Path, network: nn.Module) -> None:
     read = works_or_is_refused(lambda: read_lora(file, network), file)
     if read is not None:
-        weights, settings = read
-        assert weights["transformer.0.lora_B.weight"].shape == (3, settings["transformer.r"])
+        assert read.layers["0"].b.shape == (3, read.rank)
 
 
 def embeddings(file: Callable[[Path], None], folder: Path) -> None:
@@ -115,6 +114,6 @@ def test_contents_of_embeddings(held: dict, tmp_path_factory: pytest.TempPathFac
 
 def test_what_the_properties_start_from_is_good(network: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "lora").write_bytes(content(lora()))
-    weights, settings = read_lora(tmp_path / "lora", network)
-    assert weights.keys() == lora().keys() and settings["transformer.r"] == 2
+    read = read_lora(tmp_path / "lora", network)
+    assert read.layers.keys() == {"0"} and read.rank == 2
     assert json.loads(as_json(SAID)) == SAID

@@ -152,6 +152,32 @@ def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, f
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_training_goes_on_from_a_lora_as_strong_as_the_stock_pipeline_reads_it(name: str, folders, tmp_path: Path) -> None:
+    first, stock, model = load(name, folders), load(name, folders), load(name, folders)
+    before = own_images(name, first, 1.0)
+    first.add_lora(rank=4, alpha=8)
+    values = {n: torch.randn_like(p) * 0.3 for n, p in first.transformer.named_parameters() if p.requires_grad}
+    first.save_trained(tmp_path, values)
+    stock.pipeline.load_lora_weights(tmp_path)
+    expected = own_images(name, stock, 1.0)
+    assert not torch.equal(expected, before)
+    for reference in ("base", "start"):
+        model = load(name, folders)
+        model.continue_lora(tmp_path, rank=4, alpha=32, reference=reference)
+        assert torch.equal(own_images(name, model, 1.0), expected)
+        trained = {n: p for n, p in model.transformer.named_parameters() if p.requires_grad}
+        assert trained.keys() == values.keys()
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.mul_(1.5)
+        after = own_images(name, model, 1.0)
+        with model.reference():
+            assert torch.equal(own_images(name, model, 1.0), expected if reference == "start" else before)
+        assert torch.equal(own_images(name, model, 1.0), after) and not torch.equal(after, expected)
+        assert all(p.requires_grad == (n in trained) for n, p in model.transformer.named_parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path: Path) -> None:
     model = load(name, folders)
     before = own_images(name, model, 1.0)
