@@ -15,7 +15,7 @@ from support.helpers import ROOT, environment
 
 from fastgrpo.commands.bench import bench_config
 from fastgrpo.commands.cli import main
-from fastgrpo.commands.plan import Counts, count, count_model, flops_per_image, memory
+from fastgrpo.commands.plan import Counts, count, count_model, flops_per_image, memory, plan_table
 from fastgrpo.measure import GIB
 from fastgrpo.models import load_model, loading, model_class
 from fastgrpo.testing import FAMILIES, load_family
@@ -198,6 +198,28 @@ def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pyt
     total = result["flops_per_image"]["total"]
     assert result["images_per_second_and_gpu"] == pytest.approx(0.4 * 989e12 / total)
     assert result["seconds_per_iteration"] == pytest.approx(768 / 2 / result["images_per_second_and_gpu"])
+
+
+def test_several_sizes_are_planned_at_their_mean_cost_and_the_memory_of_the_largest(
+    tiny_architecture: None, capsys: pytest.CaptureFixture
+) -> None:
+    """As plans of each size alone say; neither the first nor the last listed is the largest."""
+    options = ["plan", "--config", str(CONFIG), "--set", "model.architecture=tiny"]
+
+    def planned(*settings: str) -> dict:
+        assert main([*options, *(part for one in settings for part in ("--set", one)), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    shares = {"16x16": 0.25, "32x24": 0.5, "16x24": 0.25}
+    alone = {size: planned(*map("model.{}={}".format, ("height", "width"), size.split("x"))) for size in shares}
+    sizes = "rollout.sizes=[[16, 16], {height: 32, width: 24, weight: 2}, [16, 24]]"
+    found = planned(sizes)
+    for name, flops in found["flops_per_image"].items():
+        assert flops == pytest.approx(sum(share * alone[size]["flops_per_image"][name] for size, share in shares.items()))
+    assert found["memory_bytes"] == alone["32x24"]["memory_bytes"] and found["counts"] == alone["32x24"]["counts"]
+    expected = {size: {"share": s, "flops_per_image": alone[size]["flops_per_image"]["total"]} for size, s in shares.items()}
+    assert found["sizes"] == expected and alone["16x16"]["sizes"] == {}
+    assert "32x24 0.0 (50%)" in plan_table(found, load_config(CONFIG, [sizes]))
 
 
 CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))
