@@ -226,7 +226,7 @@ class Trainer:
             seen = self.guards.after_update(iteration, weights, self.ema.weights)
         return {
             "iteration": iteration,
-            **(dict(zip(("height", "width"), self.model.size, strict=True)) if self.config.rollout.sizes else {}),
+            **iteration_size(self.config, iteration).given,
             **({} if scores is None else reward_metrics(self.reward, scores, advantages, group_size, whole)),
             "rollout_forwards": forward_passes(batches) * self.ranks.world_size,
             **updates,

@@ -33,8 +33,8 @@ def progress(metrics: dict[str, Any]) -> str:
     """The text at the end of the progress bar: the main metrics of an iteration and its seconds by phase."""
     times = " ".join(f"{phase} {seconds:.1f}s" for phase, seconds in metrics["seconds"].items())
     main = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {metrics['loss']:.3f}"
-    size = f"{metrics['height']}x{metrics['width']} " if "height" in metrics else ""
-    return f"{size}{main} kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
+    size = "x".join(str(metrics[side]) for side in ("height", "width", "num_frames") if side in metrics)
+    return f"{size} {main}".lstrip() + f" kl {metrics['kl']:.1e} clip {metrics['clip_fraction']:.0%} | {times}"
 
 
 def accuracy_line(row: dict[str, Any]) -> str:

@@ -80,8 +80,9 @@ def _size_table(rows: list[dict[str, Any]]) -> str:
     """How many iterations had each size, with their mean reward and seconds; empty where the metrics name no size."""
     by_size: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if is_number(row.get("height")) and is_number(row.get("width")):
-            by_size.setdefault(f"{row['height']:g} x {row['width']:g}", []).append(row)
+        sides = [f"{row[side]:g}" for side in ("height", "width", "num_frames") if is_number(row.get(side))]
+        if sides:
+            by_size.setdefault(" x ".join(sides), []).append(row)
     shown, text = list(by_size.items())[:MAX_NAMES], ""
     for i, (size, part) in enumerate(shown):
         rewards = [row["reward"] for row in part if is_number(row.get("reward"))]
@@ -89,7 +90,7 @@ def _size_table(rows: list[dict[str, Any]]) -> str:
         seconds = sum(sum(phase_seconds(row).values()) for row in part) / len(part)
         text += f'<tr><th>{size}</th><td class="bars">{bar(color_class(i), len(part) / len(rows))}</td>'
         text += number_cells(str(len(part)), reward, f"{seconds:.3g} s") + "</tr>"
-    return html_table(["height x width", "", "iterations", "reward", "each"], text) if text else ""
+    return html_table(["height x width x frames", "", "iterations", "reward", "each"], text) if text else ""
 
 
 def _held_out(run: SavedRun) -> str:

@@ -48,6 +48,7 @@ def call(
     pipeline: WanPipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
     height: int = SIDE, width: int = SIDE, num_frames: int = FRAMES,
 ) -> Tensor:  # fmt: skip
+    """Videos (B, T, 3, H, W) of the stock pipeline."""
     return pipeline(
         list(prompts), num_inference_steps=num_steps, guidance_scale=guidance_scale, latents=latents,
         max_sequence_length=TEXT_TOKENS, height=height, width=width, num_frames=num_frames, output_type="pt",

@@ -16,6 +16,7 @@ from fastgrpo.commands.bench import Bench, Record, bench_config
 from fastgrpo.commands.cli import main
 from fastgrpo.commands.plan import count_model, flops_per_image
 from fastgrpo.engine.ranks import OneRank
+from fastgrpo.validation import ConfigError
 
 CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
 SMALL = [
@@ -181,3 +182,14 @@ def test_another_device_is_held_against_what_it_was_seen_to_do(monkeypatch: pyte
     flops, source = measure.peak_flops(torch.float32)
     assert flops == pytest.approx(2 * 1024**3 / 30e-3) and source.endswith("square matrices in float32")
     assert measure.peak_bandwidth()[0] == 2 * 4 * 2**26
+
+
+def test_all_images_of_a_benchmark_have_one_size_the_first_or_the_one_that_is_named(tmp_path: Path) -> None:
+    sizes = "rollout.sizes=[[512, 768], {height: 768, width: 512, weight: 3}]"
+    for named, size in ((None, (512, 768)), ("768x512", (768, 512))):
+        config = bench_config(CONFIG, [sizes], random_weights=False, output=tmp_path, size=named)
+        assert (config.model.height, config.model.width) == size and not config.rollout.sizes
+    with pytest.raises(ConfigError, match=r"--size 9x9: is not in rollout\.sizes; there are 512x768, 768x512"):
+        bench_config(CONFIG, [sizes], random_weights=False, output=tmp_path, size="9x9")
+    with pytest.raises(ConfigError, match=r"there are none, so set model\.height"):
+        bench_config(CONFIG, [], random_weights=False, output=tmp_path, size="9x9")

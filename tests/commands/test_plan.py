@@ -218,9 +218,31 @@ def test_what_is_made_of_frames_is_called_a_video() -> None:
     table = plan_table(
         {"architecture": "wan", "dtype": "bfloat16", "gpus": 8, "counts": vars(counts), "mfu": 0.4, "peak_flops": 989e12,
          "flops_per_image": {"total": 4e17}, "images_per_second_and_gpu": 0.001, "seconds_per_iteration": 1.0,
-         "memory_bytes": {"stage 1": memory(config, counts, 8, 1).as_dict()}}, config,
+         "memory_bytes": {"stage 1": memory(config, counts, 8, 1).as_dict()}, "sizes": {}}, config,
     )  # fmt: skip
     assert "3.60 videos an hour and GPU" in table and "TFLOP a video" in table and "image" not in table
+
+
+def test_several_sizes_are_planned_at_their_mean_cost_and_the_memory_of_the_largest(
+    tiny_architecture: None, capsys: pytest.CaptureFixture
+) -> None:
+    """As plans of each size alone say; neither the first nor the last listed is the largest."""
+    options = ["plan", "--config", str(CONFIG), "--set", "model.architecture=tiny"]
+
+    def planned(*settings: str) -> dict:
+        assert main([*options, *(part for one in settings for part in ("--set", one)), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    shares = {"16x16": 0.25, "32x24": 0.5, "16x24": 0.25}
+    alone = {size: planned(*map("model.{}={}".format, ("height", "width"), size.split("x"))) for size in shares}
+    sizes = "rollout.sizes=[[16, 16], {height: 32, width: 24, weight: 2}, [16, 24]]"
+    found = planned(sizes)
+    for name, flops in found["flops_per_image"].items():
+        assert flops == pytest.approx(sum(share * alone[size]["flops_per_image"][name] for size, share in shares.items()))
+    assert found["memory_bytes"] == alone["32x24"]["memory_bytes"] and found["counts"] == alone["32x24"]["counts"]
+    expected = {size: {"share": s, "flops_per_image": alone[size]["flops_per_image"]["total"]} for size, s in shares.items()}
+    assert found["sizes"] == expected and alone["16x16"]["sizes"] == {}
+    assert "32x24 0.0 (50%)" in plan_table(found, load_config(CONFIG, [sizes]))
 
 
 CONFIGS = sorted(path.stem for path in CONFIG.parent.glob("*_compressibility.yaml"))

@@ -13,7 +13,9 @@ from support.runs import ForkServer
 from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.sizes import Size
 from fastgrpo.data.embeddings import Embeddings
+from fastgrpo.data.prompts import PromptSet
 from fastgrpo.models import load_model
+from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy, check_sizes, sized
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.sampling.graph import CapturedRollout
@@ -140,8 +142,21 @@ def test_each_iteration_of_a_run_is_that_of_a_run_at_its_size_alone(model, tmp_p
     result = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     assert len(result["rows"]) == 4
     for row, alone in zip(result["rows"], result["alone"], strict=True):
-        assert [row.pop("height"), row.pop("width")] == alone.pop("size")
+        assert {side: row.pop(side) for side in alone["size"]} == alone.pop("size")
         assert row == alone and row["grad_norm"] > 0 and row["first_ratio_deviation"] == 0
     assert result["sizes"] == 3
     rewards = [row["reward"] for row in result["rows"]]
     assert all(first != second for first, second in pairwise(rewards))
+
+
+def test_a_text_that_has_no_room_beside_the_image_of_one_size_is_refused_at_the_start(tmp_path: Path) -> None:
+    """Qwen-Image-Edit's encoder reads the input image at the output's size, as 4 tokens of 16 x 16 and 400 of 160 x 160."""
+    family = load_family("qwen_image_edit")
+    family.save(tmp_path / "edit")
+    model = load_model("qwen_image_edit", path=tmp_path / "edit", dtype=torch.float32, device=CPU, **family.settings)
+    records = [{"prompt": one.text, "image": [str(file) for file in one.images]} for one in family.prompts]
+    prompts = PromptSet([one.text for one in family.prompts], records, ["a", "b"])
+    check_cut(model, 320, (prompts, None, Size(16, 16)), (prompts, None))
+    with pytest.raises(ValueError, match=r"model\.max_text_tokens = 320: .* with its image is \d+ tokens; raise it"):
+        check_cut(model, 320, (prompts, None, Size(16, 16), Size(160, 160)))
+    assert model.size == (16, 16)

@@ -105,10 +105,10 @@ def test_eval_and_sample_draw_at_the_size_of_an_evaluation(
     assert scored[0] == rows(folder, "evaluations.jsonl")[-1]["accuracy"] != scored[1]
     picture = tmp_path / "picture.png"
     one = ["--prompt", "a red circle", "--images", "1", "--output", str(picture)]
-    fork_server.run("sample", str(folder), *one)
-    wide = Image.open(picture).size
-    fork_server.run("sample", str(folder), *one, "--set", "evaluation.width=16")
-    assert wide[0] > wide[1] and Image.open(picture).size[0] < Image.open(picture).size[1]
+    for settings, (height, width) in (([], (24, 32)), (["--set", "evaluation.width=16"], (24, 16))):
+        fork_server.run("sample", str(folder), *one, *settings)
+        enlarged = 128 // max(height, width)  # a sheet with room for two, and gaps of two pixels
+        assert Image.open(picture).size == ((2 * width + 6) * enlarged, (height + 4) * enlarged)
     refused = fork_server.run("sample", str(folder), *one, "--set", "evaluation.height=40", status=2)
     assert "evaluation.height = 40" in refused and "this model's positions end at 32; take at most that" in refused
 

@@ -36,12 +36,11 @@ def main(arguments: Sequence[str]) -> None:
     mixed = configuration(name, folder, output / "mixed", *SMALL, f"rollout.sizes={json.dumps(sizes)}")
     rows = list(iterations(mixed, range(1, 5), ranks).values())
     alone: dict[int, dict] = {}
-    for size in sizes:
+    for number, size in enumerate(sizes):
         own = [f"model.{key}={side}" for key, side in size.items()]
-        numbers = [row["iteration"] for row in rows if (row["height"], row["width"]) == (size["height"], size["width"])]
-        single = configuration(name, folder, output / f"{size['height']}x{size['width']}", *SMALL, *own)
-        found = iterations(single, numbers, ranks) if numbers else {}
-        alone |= {n: row | {"size": [size["height"], size["width"]]} for n, row in found.items()}
-    distinct = len({(row["height"], row["width"]) for row in rows})
+        numbers = [row["iteration"] for row in rows if {key: row[key] for key in size} == size]
+        single = configuration(name, folder, output / str(number), *SMALL, *own)
+        alone |= {n: row | {"size": size} for n, row in iterations(single, numbers, ranks).items()}
+    distinct = len({tuple(row["size"].values()) for row in alone.values()})
     print(json.dumps({"rows": rows, "alone": [alone[n] for n in range(1, 5)], "sizes": distinct}))
     finish()
