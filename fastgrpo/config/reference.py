@@ -28,7 +28,7 @@ def describe_section(cls: type, prefix: str = "") -> Iterator[str]:
         else:
             default = "required"
             if f.default is not dataclasses.MISSING:
-                default = f"default {f.default}"
+                default = f"default {f.default}" if f.default != "" else 'default ""'
             elif f.default_factory is not dataclasses.MISSING:
                 default = f"default {f.default_factory()}"
             yield f"  {prefix}{f.name} ({type_name(hint)}, {default})\n      {docs.get(f.name, '')}"

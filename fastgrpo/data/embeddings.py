@@ -64,7 +64,7 @@ class Embeddings:
 
     def prompted(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> Prompted:
         """The conditioning of B prompts and, under guidance, what it is compared with."""
-        self._wait()
+        self.wait()
         different = self.asked(prompts, guidance_scale)
         place = {prompt: i for i, prompt in enumerate(different)}
         rows = self._rows([self._one(key) for key in self._keys(different)])
@@ -117,7 +117,7 @@ class Embeddings:
 
     def read_ahead(self, prompts: Sequence[str | ImagePrompt], guidance_scale: float) -> None:
         """Begins to read from the disk what `prompted` will be asked for next; what fails here will fail there."""
-        self._wait()
+        self.wait()
         if self.files is not None:
             self._ahead = self._reader.submit(self._read_ahead, self._keys(self.asked(prompts, guidance_scale)))
 
@@ -131,7 +131,7 @@ class Embeddings:
                 if read > self._most:  # one more would take the place of the first
                     return
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Until nothing is read ahead, so that one thread at a time is at the memory."""
         if self._ahead is not None:
             self._ahead.result()

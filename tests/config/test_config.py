@@ -82,6 +82,10 @@ def test_ready_configurations_are_valid(path: Path) -> None:
         ("objective.advantage_std=group", r"objective\.advantage_std: unknown key"),
         ("rollout.num_steps=1", r"rollout\.num_steps = 1: .* at least 2"),
         ("rollout.sampler=ode", r"rollout: sampler 'ode' .* no noise"),
+        (
+            "rollout.guidance_scale=0",
+            r"rollout\.guidance_scale = 0.0: .*Z-Image's cards say 0: that is 1 here$",
+        ),
         ("rollout.noise_level=0", r"rollout\.noise_level = 0.0: must be above 0 and at most 10"),
         ("rollout.window={kind: fixed, size: 10}", r"rollout: a window of 10 steps from step 0"),
         ("rollout.window={kind: random, size: 3, range: [8, 12]}", r"rollout: "),
@@ -373,3 +377,10 @@ def test_v_old_is_made_again_where_the_update_rounds_in_another_way(settings: li
 def test_the_largest_micro_batch_may_be_the_rollouts_own() -> None:
     config = load_config(TINY, ["update.micro_batch_size=largest"])
     assert not recomputes_old(config, micro_batch_size=64) and recomputes_old(config, micro_batch_size=128)
+
+
+def test_a_negative_prompt_that_nothing_is_compared_with_is_refused() -> None:
+    """Guidance of the evaluation alone is enough."""
+    load_config(TINY, ["model.negative_prompt=blurred", "evaluation.guidance_scale=2"])
+    with pytest.raises(ConfigError, match=r"model\.negative_prompt = 'blurred': .* nothing is compared with it; raise"):
+        load_config(TINY, ["model.negative_prompt=blurred", "evaluation.guidance_scale=1"])

@@ -202,7 +202,7 @@ def test_what_is_read_ahead_is_not_read_again_and_never_encoded(tiny_model, tmp_
     Embeddings(model, tmp_path).prepare(PROMPTS, ONE)
     ahead = Embeddings(model, tmp_path)
     ahead.read_ahead([*PROMPTS, "a new one"], 3.0)
-    ahead._wait()
+    ahead.wait()
     assert {key.prompt for key in ahead.in_memory} == set(PROMPTS) == set(model.asked)
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"")

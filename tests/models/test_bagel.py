@@ -12,13 +12,11 @@ from support.helpers import NoSync
 from transformers import Qwen3Config, Qwen3Model
 
 from fastgrpo.data.embedding_files import EmbeddingFiles
-from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.models import load_model
 from fastgrpo.models.bagel import Bagel, BagelConditioning
 from fastgrpo.models.bagel_folder import published_name, read_autoencoder
 from fastgrpo.models.bagel_network import GEN, BagelTransformer, PositionTable
 from fastgrpo.policy import Policy
-from fastgrpo.records import concatenate
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.bagel import original_names, tiny_autoencoder, velocity_ref
@@ -234,15 +232,6 @@ def test_blocks_compile_without_a_break(folder: Path) -> None:
     for layer in model.transformer.layers:
         layer.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(velocity(model, x, conditioning), before)
-
-
-def test_embeddings_on_disk_are_read_back(model: Bagel, tmp_path: Path) -> None:
-    first = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
-    again = Embeddings(model, tmp_path).prompted(PROMPTS[:2], 4.0)
-    expected = [concatenate([model.encode([p]) for p in prompts]) for prompts in (PROMPTS[:2], ["", ""])]
-    for one, other, own in zip(first, again, expected, strict=True):
-        for a, b, c in zip(one, other, own, strict=True):
-            assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_bfloat16(folder: Path, model: Bagel) -> None:

@@ -80,7 +80,36 @@ def test_a_family_whose_latents_are_mixed_is_told_that_images_cannot_be_encoded(
 def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, scale: float, folders) -> None:
     """Step by step, to the last bit unless the family says otherwise, one prompt at a time as the embeddings are made."""
     model, family = load(name, folders), load_family(name)
-    prompt, latents = family.prompts[0], noise(load(name, folders), 1)
+    prompt, latents = family.prompts[0], noise(model, 1)
+    fed = fed_to_the_scheduler(model, lambda pipeline: family.call(pipeline, [prompt], latents, STEPS, scale))
+    check_velocities(model, family, fed, prompt, None if scale == 1 else compared_with(prompt), scale)
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "qwen_image"])
+def test_velocities_under_a_negative_prompt_are_the_stock_pipelines(name: str, folders) -> None:
+    """By the pipeline's own negative_prompt. That of Qwen-Image is padded like the prompt, for the same rounding."""
+    model, family, negative = load(name, folders), load_family(name), "a blurred dog"
+    prompt, latents = family.prompts[0], noise(model, 1)
+
+    class Negative:
+        def __getattr__(self, member: str):
+            return getattr(model.pipeline, member)
+
+        def encode_prompt(self, texts: list[str], **options):
+            return model.pipeline.encode_prompt([negative] if texts == [" "] else texts, **options)
+
+        def __call__(self, *prompts: list[str], **options):
+            told = {} if "negative_prompt_embeds" in options else {"negative_prompt": [negative]}
+            return model.pipeline(*prompts, **options, **told)
+
+    fed = fed_to_the_scheduler(model, lambda _: family.call(Negative(), [prompt], latents, STEPS, 3.0))
+    check_velocities(model, family, fed, prompt, compared_with(prompt, negative), 3.0)
+    with pytest.raises(AssertionError):
+        check_velocities(model, family, fed, prompt, compared_with(prompt), 3.0)
+
+
+def fed_to_the_scheduler(model, run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the stock pipeline hands to its scheduler in each step of `run`, (x, velocity)."""
     scheduler = model.pipeline.scheduler
     fed, step = [], scheduler.step
 
@@ -90,15 +119,19 @@ def test_velocities_are_what_the_stock_pipeline_feeds_its_scheduler(name: str, s
 
     scheduler.step = record
     model.pipeline.set_progress_bar_config(disable=True)
-    family.call(model.pipeline, [prompt], latents, STEPS, scale)
+    run(model.pipeline)
     assert len(fed) == STEPS
-    with torch.no_grad():
-        conditioning, sigmas = model.encode([prompt]), model.sigmas(STEPS)
-        without = None if scale == 1 else model.encode([compared_with(prompt)])
-        assert torch.equal(sigmas, scheduler.sigmas.cpu().float())
-        for (x, expected), sigma in zip(fed, sigmas, strict=False):
-            found = guided(model, x, sigma[None], conditioning, without, scale, family.guided_together)
-            assert found.shape == expected.shape and (found - expected).abs().max() <= family.tolerance
+    return fed
+
+
+@torch.no_grad()
+def check_velocities(model, family, fed, prompt, compared, scale: float) -> None:
+    conditioning, sigmas = model.encode([prompt]), model.sigmas(STEPS)
+    without = None if compared is None else model.encode([compared])
+    assert torch.equal(sigmas, model.pipeline.scheduler.sigmas.cpu().float())
+    for (x, expected), sigma in zip(fed, sigmas, strict=False):
+        found = guided(model, x, sigma[None], conditioning, without, scale, family.guided_together)
+        assert found.shape == expected.shape and (found - expected).abs().max() <= family.tolerance
 
 
 def guided(model, x, sigma, conditioning, without, scale, together):

@@ -6,8 +6,6 @@ Sources: flow_grpo, DanceGRPO, DiffusionNFT, Flow-Factory, verl-omni and their i
 
 import ast
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import ROOT
+from support.plain_trainer import BATCH, GROUPS, SIZE, STEPS, brightness, networks_of, trainer_of
 from support.toy import Toy, ToyPolicy, toy_prompts
 from torch import Tensor, nn
 
 from fastgrpo.config.keys import Window
-from fastgrpo.engine.options import EngineOptions
-from fastgrpo.engine.ranks import OneRank, Ranks
-from fastgrpo.engine.shards import Shard
 from fastgrpo.learning.advantages import group_advantages
 from fastgrpo.learning.objectives import effective_clip_range
 from fastgrpo.models.adapter import to_pixels
@@ -32,7 +28,6 @@ from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.sampling.windows import window_starts
 from fastgrpo.trainer import Trainer
-from fastgrpo.validation import load_config
 from fastgrpo_kernels import normal
 
 TESTS = {
@@ -142,76 +137,6 @@ TESTS = {
     "images are decoded in tiles": ["test_pitfalls.py::test_images_decoded_in_tiles"],
 }
 
-CONFIG = ROOT / "configs" / "tiny_shapes_grpo.yaml"
-GROUPS, SIZE, BATCH, STEPS = 3, 4, 3, 5  # batches of one and a half prompts: groups are split
-SMALL = [
-    f"rollout.groups={GROUPS}", f"rollout.group_size={SIZE}", f"rollout.batch_size={BATCH}", f"rollout.num_steps={STEPS}",
-    "rollout.window={kind: random, size: 2}", "update.steps_per_rollout=1", "model.lora={rank: 4, alpha: 8}",
-    "evaluation.batch_size=2", "evaluation.samples=2", "objective.beta=0", "reward.train=test_pitfalls:brightness",
-]  # fmt: skip
-
-
-def brightness(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    return images.float().mean((1, 2, 3))
-
-
-class PlainEngine:
-    """An engine of plain torch in this process."""
-
-    steps_begun, skipped_steps, loss_scale = 0, 0, None
-
-    def __init__(self, policy: nn.Module, ranks: Ranks, options: EngineOptions) -> None:
-        self.policy, self.ranks = policy.to(options.dtype), ranks
-        self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=options.learning_rate)
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        return self.policy(*arguments)
-
-    def rollout_policy(self) -> nullcontext:
-        return nullcontext(self.policy)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-
-    def step(self) -> Tensor:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.zeros(())
-
-    def state(self) -> Shard:
-        return Shard({}, {}, {})
-
-    def trained_state(self) -> dict[str, Tensor]:
-        return {name: p.detach().float().clone() for name, p in self.trained.items()}
-
-    @contextmanager
-    def swapped(self, state: dict[str, Tensor]) -> Iterator[None]:
-        saved = {name: p.detach().clone() for name, p in self.trained.items()}
-        for chosen in (state, saved):
-            with torch.no_grad():
-                for name, p in self.trained.items():
-                    p.copy_(chosen[name])
-            if chosen is state:
-                yield
-
-
-def trainer_of(output: Path, *settings: str, rank: int = 0, ranks: int = 1) -> Trainer:
-    """A trainer in this process, of a LoRA that has an effect."""
-    config = load_config(CONFIG, [*SMALL, f"output={output}", *settings])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgrpo.trainer.Engine", PlainEngine)
-        trainer = Trainer(config, ranks=OneRank(rank, ranks))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in trainer.engine.trained.items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    return trainer
-
 
 def rollouts_of(trainer: Trainer) -> list[tuple]:
     """Of each rollout to come the schedule, the noise's address and the result."""
@@ -236,18 +161,6 @@ def losses_of(trainer: Trainer) -> list[tuple]:
 
     trainer.updater.learners[trainer.model.latent_shape] = replace(learner, objective=record)
     return found
-
-
-def networks_of(trainer: Trainer) -> tuple[list[tuple], list[tuple]]:
-    """What the network will be given, (x, sigma, rows of the conditioning) a pass: in rollouts, and in updates."""
-    in_rollout, in_update = [], []
-
-    def record(module: nn.Module, arguments: tuple) -> None:
-        x, sigma, conditioning = arguments
-        (in_update if torch.is_grad_enabled() else in_rollout).append((x, sigma, len(conditioning[0])))
-
-    trainer.engine.policy.register_forward_pre_hook(record)
-    return in_rollout, in_update
 
 
 @pytest.fixture(scope="module")
