@@ -64,10 +64,9 @@ class WanFamily(Adapter):
 
     def _check_scheduler(self) -> None:
         """Refuse a scheduler whose noise levels are not those of a flow, or whose timesteps are not known here."""
-        scheduler: Any = self.pipeline.scheduler
-        of_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
-            isinstance(scheduler, UniPCMultistepScheduler) and scheduler.config.use_flow_sigmas
-        )
+        scheduler = self.pipeline.scheduler
+        unipc_of_flow = scheduler.config.get("use_flow_sigmas") and isinstance(scheduler, UniPCMultistepScheduler)
+        of_flow = unipc_of_flow or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         if not of_flow:
             raise ValueError(
                 f"model.path: its scheduler is a {type(scheduler).__name__} without the noise levels of a flow; take the "

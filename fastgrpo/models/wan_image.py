@@ -147,7 +147,7 @@ class WanImage(WanFamily):
         patch = self.transformer.config.patch_size[-1]
         tokens = x.shape[3] * x.shape[4] // patch**2  # of a frame
         timestep = self.timestep(sigma)[:, None].repeat(1, x.shape[2] * tokens)
-        timestep[:, :tokens] = 0
+        timestep[:, :tokens].zero_()
         v = self._run(torch.cat([first, x[:, :, 1:]], dim=2), timestep, encoder_hidden_states=embeds)
         known = (x[:, :, :1].float() - first.float()) / sigma.view(-1, 1, 1, 1, 1)
         return torch.cat([known.to(v.dtype), v[:, :, 1:]], dim=2)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
-from support.drawing import drawn
+from support.drawing import drawn, ode_arguments
+from support.helpers import NoSync
 from torch import Tensor
 
 from fastgrpo.data.embeddings import Embeddings
@@ -123,6 +124,14 @@ def test_prompts_with_one_image_and_with_two_go_together() -> None:
             assert torch.allclose(found[i : i + 1], alone, atol=1e-5)
     again = concatenate([model.encode([asked(1)]), model.encode([asked(2)])])
     assert all(map(torch.equal, again, both))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rollout_has_no_host(kind: str) -> None:
+    model = adapter(kind, torch.bfloat16)
+    arguments = ode_arguments(model, [asked(COUNTS[kind][0])] * 2, 3, 4.5)
+    with NoSync():
+        rollout(Policy(model), *arguments)
 
 
 # TI2V: the first frame is given.
