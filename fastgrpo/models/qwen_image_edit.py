@@ -101,12 +101,11 @@ class QwenImageEdit(DoubleStream):
         """At which an image of so many pixels is read."""
         side = self.settings.input_size
         if side == "output":
-            (height, width), area = self.size, math.prod(self.size)
-            latents = height, width
+            latents, area, ratio = self.size, math.prod(self.size), self.size[1] / self.size[0]
         else:
-            area = int(side or PUBLISHED_SIDE) ** 2
-            latents = scaled(area, width / height)
-        return Sizes(latents, latents if area <= self.shown_area else scaled(self.shown_area, width / height))
+            area, ratio = (side or PUBLISHED_SIDE) ** 2, width / height
+            latents = scaled(area, ratio)
+        return Sizes(latents, latents if area <= self.shown_area else scaled(self.shown_area, ratio))
 
     def _checked_sizes(self, prompt: ImagePrompt, sizes: Sequence[tuple[int, int]]) -> list[Sizes]:
         """At which a prompt's images of these widths and heights are read. ValueError: those of other prompts differ."""
@@ -149,9 +148,8 @@ class QwenImageEdit(DoubleStream):
         resize = self.pipeline.image_processor.resize
         shown = [resize(picture, *size.shown) for picture, size in zip(pictures, sizes, strict=True)]
         embeds, mask = self._read(prompt.text, image=shown)
-        return self._with_images(
-            embeds, mask, [self._latents(picture, *size.latents) for picture, size in zip(pictures, sizes, strict=True)]
-        )
+        latents = [self._latents(picture, *size.latents) for picture, size in zip(pictures, sizes, strict=True)]
+        return self._with_images(embeds, mask, latents)
 
     def _latents(self, picture: Image, height: int, width: int) -> Tensor:
         """The latents (1, h, w, C) of a picture, read at a size in pixels."""
