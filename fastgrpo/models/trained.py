@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config
 from fastgrpo.models.lora_file import read_lora
+from fastgrpo.models.quantized import hide
 from fastgrpo.tensor_files import read_tensors
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
@@ -56,6 +57,7 @@ class Trainable(LoadedPipeline):
                 raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
         self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
         if self.quantized:  # whose layers have no dtype that PEFT could take for the LoRA
+            hide(self.transformer)
             for parameter in self.transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(self.dtype)
