@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastgrpo.files import json_value
 
@@ -57,3 +58,16 @@ def method_of(transformer: Any) -> str | None:
     """The method by which a loaded transformer is quantised; None: its weights are plain numbers."""
     quantizer = getattr(transformer, "hf_quantizer", None)
     return None if quantizer is None else str(quantizer.quantization_config.quant_method.value)
+
+
+def hide(transformer: nn.Module) -> None:
+    """Make weights of torchao's own class plain attributes of their layers, and no parameters.
+
+    DeepSpeed moves, casts, sends and shards every parameter of what it wraps, and such tensors do not bear it. They are
+    frozen, on their device, and the same on every rank.
+    """
+    for module in transformer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if type(parameter.data) is not torch.Tensor:
+                delattr(module, name)
+                setattr(module, name, parameter.data)

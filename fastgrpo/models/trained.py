@@ -18,6 +18,7 @@ from fastgrpo.models.loading import TRANSFORMER, LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config, put_lora, running
 from fastgrpo.models.lora_file import Lora, read_lora, write_lora
 from fastgrpo.models.lora_formats import Factors
+from fastgrpo.models.quantized import hide
 from fastgrpo.tensor_files import read_tensors
 
 START = "start"  # the name of a second, frozen LoRA: the one that training went on from
@@ -55,6 +56,7 @@ class Trainable(LoadedPipeline):
                 raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
         self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
         if self.quantized:  # whose layers have no dtype that PEFT could take for the LoRA
+            hide(self.transformer)
             for parameter in self.transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(self.dtype)
