@@ -41,16 +41,16 @@ from fastgrpo.lifeline import Lifeline
 from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
-from fastgrpo.policy import Model, Policy
+from fastgrpo.policy import EXPERTS, Model, Policy, expert_rule
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
 from fastgrpo.rewards import Reward, RewardError, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.graph import captured_or_eager
-from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.sampling.schedule import group_schedule, with_experts
 from fastgrpo.saving import EMA, Saving
-from fastgrpo.validation import check_folder, check_ranks
+from fastgrpo.validation import check_experts, check_folder, check_ranks
 
 
 class Trainer:
@@ -91,6 +91,8 @@ class Trainer:
         self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
+        if (rule := expert_rule(self.model)) is not None:
+            check_experts(config, [EXPERTS[i] for i in rule(self.model.sigmas(config.rollout.num_steps)[:-1]).tolist()])
         prepare(self.model, config)
         options = EngineOptions(
             zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
@@ -289,7 +291,7 @@ class Trainer:
         """The schedule of every group's rollout, a row each."""
         settings, sigmas = self.config.rollout, self.model.sigmas(self.config.rollout.num_steps)
         schedule = group_schedule(settings, sigmas, iteration, self.config.seed, weighting(self.config.objective))
-        return schedule.to(self.model.device)
+        return with_experts(schedule, self.model).to(self.model.device)
 
     def _advantages(self, scores: Tensor | None, whole: Tensor | None) -> tuple[Advantages, Pairs | None]:
         """Advantages and, for pairwise objectives, pairs from all ranks' scores (N, R); bitwise equal on every rank.

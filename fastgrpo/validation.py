@@ -26,11 +26,11 @@ from fastgrpo.reporting.run_folder import RunFolder, readable_lines
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.tables import SAMPLERS
-from fastgrpo.sampling.windows import window_size
+from fastgrpo.sampling.windows import trainable_steps, window_size
 
 __all__ = [
-    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_ranks", "differences", "dump_config",
-    "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
+    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_experts", "check_ranks", "differences",
+    "dump_config", "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
 ]  # fmt: skip
 
 
@@ -115,6 +115,28 @@ def trained_steps(config: Config) -> int:
     if OBJECTIVES[config.objective.name].on_final_images:
         return config.forward.num_timesteps
     return window_size(config.rollout.window, config.rollout.num_steps)
+
+
+def check_experts(config: Config, experts: Sequence[str]) -> None:
+    """Refuse to train other experts of a model than those that make the trained steps.
+
+    One that makes none would only be decayed, and of one that is not trained nothing would be learned.
+
+    experts: the name of the one that makes each step of the rollout, high or low.
+    """
+    rollout, forward = config.rollout, config.forward
+    steps, key = trainable_steps(rollout.window, rollout.num_steps), "rollout.window"
+    if OBJECTIVES[config.objective.name].on_final_images:
+        steps, key = range(*(forward.range or (0, rollout.num_steps))), "forward.range"
+    making = set(experts[steps.start : steps.stop])
+    fitting = "both" if len(making) == 2 else making.pop()
+    if config.model.experts != fitting:
+        who = "both experts make" if fitting == "both" else f"the {fitting} expert alone makes"
+        way_out = (
+            f"{who} the steps that are trained, {steps.start} to {steps.stop - 1}, as the high expert's are the first "
+            f"{experts.count('high')} of {len(experts)}: take model.experts={fitting}, or other steps by {key}"
+        )
+        schema.refuse("model.experts", config.model.experts, way_out)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -16,6 +16,7 @@ import diffusers
 import torch
 
 from fastgrpo.finite import first_not_finite, in_words
+from fastgrpo.models.experts import experts_of
 from fastgrpo.models.folder import check_folder
 from fastgrpo.models.settings import Settings
 from fastgrpo.quiet import quiet
@@ -35,6 +36,7 @@ class LoadedPipeline:
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
         self.pipeline = pipeline.to(device)
         self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
+        self._experts = experts_of(pipeline)
         self._check_settings()
         take_no_shortcuts(dtype)
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
@@ -62,13 +64,15 @@ class LoadedPipeline:
         On the meta device its tensors have shapes and no data.
         """
         dtypes = {"vae": cls.vae_dtype or dtype}
+        published = read_architecture(architecture)
         parts = {
             name: build(cls.part_class(config["_class_name"]), config, dtypes.get(name, dtype), device)
-            for name, config in read_architecture(architecture)["parts"].items()
+            for name, config in published["parts"].items()
         }
         kind = cls.part_class(cls.pipeline_class)
         absent = {name: None for name in inspect.signature(kind).parameters if name.startswith(PROMPT_PARTS)}
-        return cls(kind(**{**absent, **parts}), dtype=dtype, device=device, **settings)
+        options = published.get("pipeline", {})
+        return cls(kind(**{**absent, **parts, **options}), dtype=dtype, device=device, **settings)
 
     @classmethod
     def part_class(cls, name: str) -> Any:
@@ -82,8 +86,13 @@ class LoadedPipeline:
 
     @property
     def transformer(self) -> Any:
-        """The network that makes velocities, an nn.Module."""
-        return self.pipeline.transformer
+        """The network that makes velocities, an nn.Module: the pipeline's, or both of them as one."""
+        return self.pipeline.transformer if self._experts is None else self._experts
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        """The networks of diffusers that `transformer` consists of, by the names of their folders: one, or two experts."""
+        return {"transformer": self.transformer} if self._experts is None else dict(self._experts.items())
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:

@@ -1,7 +1,7 @@
 """The settings of a model: the keys of a configuration's `model` section that a model family reads."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class Settings:
     width: int | None = None
     num_frames: int | None = None  # frames of a video
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
+    experts: Literal["both", "high", "low"] = "both"  # of two networks, those that are trained
 
 
 def model_settings(section: Any) -> dict[str, Any]:

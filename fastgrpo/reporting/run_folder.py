@@ -61,7 +61,8 @@ class RunFolder:
     @property
     def trained(self) -> Path | None:
         """The trained weights, a LoRA's file or a transformer's folder; None before the first checkpoint."""
-        places = (self.path / "transformer", self.path / "pytorch_lora_weights.safetensors")
+        loras = (f"pytorch_lora_weights{number}.safetensors" for number in ("", "_2"))
+        places = [self.path / name for name in ("transformer", "transformer_2", *loras)]
         return next((place for place in places if place.exists()), None)
 
     @property

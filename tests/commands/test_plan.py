@@ -220,7 +220,7 @@ def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path
     """By its shapes alone: on the meta device, where not one number of it is left."""
     family = load_family(name)
     family.save(tmp_path)
-    model = load_model(name, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    model = load_model(family.model, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
     parameters = sum(p.numel() for p in model.transformer.parameters())
     counts = count_model(load_config(CONFIG), model)
     assert (counts.parameters, counts.latent_elements) == (parameters, math.prod(model.latent_shape))
