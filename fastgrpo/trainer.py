@@ -41,7 +41,7 @@ from fastgrpo.lifeline import Lifeline
 from fastgrpo.measure import device_name
 from fastgrpo.metrics import forward_passes, means_over_ranks, reward_metrics, run_summary
 from fastgrpo.parts import Objects, Parts, Prompts
-from fastgrpo.policy import EXPERTS, Model, Policy, expert_rule
+from fastgrpo.policy import Model, Policy
 from fastgrpo.records import TRAIN, Batch, Schedule, noise_address, only_final
 from fastgrpo.reporting.progress import Stopwatch, accuracy_line, progress
 from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
@@ -91,8 +91,7 @@ class Trainer:
         self.parts.check_cut(config.model.max_text_tokens, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.prompt_probabilities = prompt_probabilities(self.prompts, config.prompts.weights, config.rollout.groups)
-        if (rule := expert_rule(self.model)) is not None:
-            check_experts(config, [EXPERTS[i] for i in rule(self.model.sigmas(config.rollout.num_steps)[:-1]).tolist()])
+        check_experts(config, self.model)
         prepare(self.model, config)
         options = EngineOptions(
             zero_stage=config.engine.zero_stage, dtype=self.model.dtype,

@@ -22,6 +22,7 @@ from fastgrpo.data.images import TARGET_FIELDS
 from fastgrpo.engine.checkpoint_folders import complete_checkpoints
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
+from fastgrpo.policy import EXPERTS, Model, expert_rule
 from fastgrpo.reporting.run_folder import RunFolder, readable_lines
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.sampling.schedule import group_schedule
@@ -117,14 +118,15 @@ def trained_steps(config: Config) -> int:
     return window_size(config.rollout.window, config.rollout.num_steps)
 
 
-def check_experts(config: Config, experts: Sequence[str]) -> None:
+def check_experts(config: Config, model: Model) -> None:
     """Refuse to train other experts of a model than those that make the trained steps.
 
-    One that makes none would only be decayed, and of one that is not trained nothing would be learned.
-
-    experts: the name of the one that makes each step of the rollout, high or low.
+    An expert that makes none would only be decayed, and from the steps of one that is not trained nothing would be learned.
     """
-    rollout, forward = config.rollout, config.forward
+    rule, rollout, forward = expert_rule(model), config.rollout, config.forward
+    if rule is None:
+        return
+    experts = [EXPERTS[number] for number in rule(model.sigmas(rollout.num_steps)[:-1]).tolist()]  # of each step
     steps, key = trainable_steps(rollout.window, rollout.num_steps), "rollout.window"
     if OBJECTIVES[config.objective.name].on_final_images:
         steps, key = range(*(forward.range or (0, rollout.num_steps))), "forward.range"

@@ -62,8 +62,8 @@ class ModelConfig:
     distilled_guidance: Guidance | None = None
     """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
     experts: Literal["both", "high", "low"] = "both"
-    """Of a model of two networks, one for high noise and one for low, such as Wan2.2-A14B: train both, or one of them. They
-    must be those that make the steps of rollout.window, or the noise levels of forward.range."""
+    """Which experts are trained, where a model has one for high noise and one for low, as Wan2.2-A14B has. They must be the
+    ones that make the steps of rollout.window, or the noise levels of forward.range."""
     max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] = 256
     """Length of the text sequence, called max_sequence_length in the diffusers pipelines."""
     tiny_decoder: Path | None = None
