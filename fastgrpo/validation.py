@@ -145,6 +145,8 @@ def _check_model(model: ModelConfig) -> None:
     schema.choice("model.name", model.name, MODELS)
     if model.random_weights and model.architecture is None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
+    if model.idle_expert == "host" and model.train == "full":
+        schema.refuse("model.idle_expert", "host", "only frozen weights can wait on the host: take model.train=lora")
 
 
 def _check_rewards(reward: RewardConfig) -> None:
@@ -248,6 +250,11 @@ def _check_engine(config: Config) -> None:
     if stage == 3 and config.rollout.cuda_graph:
         way_out = "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false"
         schema.refuse("rollout.cuda_graph", True, way_out)
+    if config.model.idle_expert == "host" and config.rollout.cuda_graph:
+        way_out = "weights that come and go have no address for a graph to read: take rollout.cuda_graph=false"
+        schema.refuse("model.idle_expert", "host", way_out)
+    if config.model.idle_expert == "host" and stage == 3:
+        schema.refuse("model.idle_expert", "host", "ZeRO-3 shards the weights by itself: take engine.zero_stage=1")
 
 
 def _check_guard(config: Config) -> None:

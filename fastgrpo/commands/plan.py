@@ -193,6 +193,8 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
     width = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     rollout, full = config.rollout, config.model.train == "full"
     frozen = counts.parameters - (counts.trained if full else 0)
+    if config.model.idle_expert == "host" and not mixes_steps(config):
+        frozen //= 2  # of two experts of one size
     masters = 0 if config.model.dtype == "float32" else 4
     trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus

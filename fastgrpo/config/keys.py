@@ -64,6 +64,9 @@ class ModelConfig:
     experts: Literal["both", "high", "low"] = "both"
     """Which experts are trained, where a model has one for high noise and one for low, as Wan2.2-A14B has. They must be the
     ones that make the steps of rollout.window, or the noise levels of forward.range."""
+    idle_expert: Literal["device", "host"] = "device"
+    """Where the frozen weights wait of an expert that makes no velocity at the moment, where a model has two. On the host,
+    in pinned memory, they take none of the GPU's, and are copied back each time that the other expert has its turn."""
     max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] = 256
     """Length of the text sequence, called max_sequence_length in the diffusers pipelines."""
     tiny_decoder: Path | None = None

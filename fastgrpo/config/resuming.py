@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "iterations": "a run may be made longer; a line of learning rates then ends at the new last iteration",
     "output": "the run's folder may be moved or renamed",
     "model.path": "a place: the weights in it count, not where they lie",
+    "model.idle_expert": "where weights wait, which has no effect on what they compute",
     "reward.folder": "a place: where a reward of one's own is looked for",
     "prompts.train": "a place: the prompts in it count",
     "prompts.eval": "a place: the prompts in it count",

@@ -27,6 +27,8 @@ class Experts(nn.ModuleDict):
         """boundary: the lowest timestep, from 0 to 1000, that is the high expert's."""
         super().__init__({"transformer": high, "transformer_2": low})
         self.boundary = boundary
+        self.idle_on_host = False
+        self._waiting: dict[str, HostWeights] = {}
 
     @property
     def config(self) -> Any:
@@ -56,8 +58,11 @@ class Experts(nn.ModuleDict):
 
     def forward(self, *, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
         """timestep: (B,) float32; inputs: the other arguments of the networks, with return_dict=False."""
+        asked = _ASKED.get() or self._read(timestep)
+        if self.idle_on_host and not timestep.is_meta:
+            self._place(asked)
         networks: list[Any] = list(self.values())
-        found = [networks[i](timestep=timestep, **inputs)[0] for i in _ASKED.get() or self._read(timestep)]
+        found = [networks[i](timestep=timestep, **inputs)[0] for i in asked]
         if len(found) == 1:
             return (found[0],)
         high, low = found
@@ -69,6 +74,18 @@ class Experts(nn.ModuleDict):
             return tuple(range(len(self)))
         return tuple(sorted(set(self._is_low(timestep).long().tolist())))
 
+    def _place(self, asked: tuple[int, ...]) -> None:
+        """Have the frozen weights of these experts on the device, and those of no other.
+
+        The backward pass of a batch must be over by then: it reads the weights again.
+        """
+        if not self._waiting:  # at the first batch, as DeepSpeed moves everything to the device when it starts
+            self._waiting = {name: HostWeights(network) for name, network in self.items()}
+        for wanted in (False, True):  # first out, then in
+            for number, weights in enumerate(self._waiting.values()):
+                if (number in asked) == wanted:
+                    weights.move(to_device=wanted)
+
     def enable_gradient_checkpointing(self) -> None:
         """As that of diffusers' networks."""
         networks: list[Any] = list(self.values())
@@ -76,10 +93,38 @@ class Experts(nn.ModuleDict):
             network.enable_gradient_checkpointing()
 
 
-def experts_of(pipeline: Any) -> Experts | None:
-    """The two transformers of a pipeline of diffusers as one; None where it has a single one."""
+class HostWeights:
+    """The frozen weights beside a network's LoRA, with a copy on the host that takes their place while nobody needs them.
+
+    They never change, so that the way out is no copy at all. Pinned, the way back does not wait for the device.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        # By name: while an adapter is switched off, its weights do not require a gradient either.
+        self.frozen = [p for name, p in network.named_parameters() if "lora_" not in name]
+        self.device, self.on_device = self.frozen[0].device, True
+        self.on_host = [p.detach().to("cpu", copy=True) for p in self.frozen]
+        if self.device.type == "cuda":
+            self.on_host = [copy.pin_memory() for copy in self.on_host]
+
+    def move(self, *, to_device: bool) -> None:
+        """To the device, or out of its memory; nothing where they are there already."""
+        if self.on_device == to_device:
+            return
+        for p, copy in zip(self.frozen, self.on_host, strict=True):
+            p.data = torch.empty_like(copy, device=self.device).copy_(copy, non_blocking=True) if to_device else copy
+        self.on_device = to_device
+
+
+def experts_of(pipeline: Any, *, idle_on_host: bool = False) -> Experts | None:
+    """The two transformers of a pipeline of diffusers as one; None where it has a single one.
+
+    idle_on_host: the frozen weights of an expert that a batch does not ask for are on the host meanwhile.
+    """
     low = getattr(pipeline, "transformer_2", None)
     if low is None:
         return None
     boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
-    return Experts(pipeline.transformer, low, boundary)
+    experts = Experts(pipeline.transformer, low, boundary)
+    experts.idle_on_host = idle_on_host
+    return experts

@@ -36,7 +36,7 @@ class LoadedPipeline:
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
         self.pipeline = pipeline.to(device)
         self.dtype, self.device, self.settings = dtype, device, Settings(**settings)
-        self._experts = experts_of(pipeline)
+        self._experts = experts_of(pipeline, idle_on_host=self.settings.idle_expert == "host")
         self._check_settings()
         take_no_shortcuts(dtype)
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):

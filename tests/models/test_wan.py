@@ -140,18 +140,6 @@ def test_a_published_folder_samples_by_the_euler_scheduler_of_its_shift(folder: 
     assert (found - stock_videos(stock, model)).abs().max() <= 1 < (found - unipc).abs().max()
 
 
-def test_two_transformers_are_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "a14b")
-    pipeline = WanPipeline.from_pretrained(tmp_path / "a14b")
-    pipeline.register_modules(transformer_2=pipeline.transformer)
-    pipeline.register_to_config(boundary_ratio=0.875)
-    pipeline.save_pretrained(tmp_path / "a14b")
-    with pytest.raises(ValueError, match=r"model\.path = .*transformer_2.*A14B.*take Wan2\.1-T2V-1\.3B"):
-        load(tmp_path / "a14b")
-    with pytest.raises(ValueError, match=r"model_index\.json"):
-        load(tmp_path)
-
-
 def test_a_timestep_a_token_is_one_a_sample_without_an_input_frame() -> None:
     """Wan2.2-TI2V-5B: the stock pipeline's velocities, whose VAE also folds pixels into channels."""
     torch.manual_seed(0)
