@@ -1,6 +1,9 @@
 """A model as a policy: what an engine wraps, a rollout samples from, and an update trains.
 
 v = network(x, sigma, conditioning)          under guidance one pass over both conditionings of each sample
+
+A model may have several experts, each for a part of the noise levels. Then a network takes a fourth argument: the numbers of
+those that the batch asks for, known on the host. Without it the model looks at sigma, and its device is waited for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +19,9 @@ from fastgrpo.config.sizes import Size
 from fastgrpo.records import Prompted
 from fastgrpo_kernels import Guided
 
-# (x (B, *D) in the model's dtype, sigma (B,) float32, conditioning) -> v (B, *D)
-Network = Callable[[Tensor, Tensor, tuple], Tensor]
+EXPERTS = ("high", "low")  # of the noise that each is for, by the number of the expert
+# (x (B, *D) in the model's dtype, sigma (B,) float32, conditioning, and where it has several its experts) -> v (B, *D)
+Network = Callable[..., Tensor]
 # (v, v_uncond, scale) -> v: guidance that is more than v_uncond + scale (v - v_uncond)
 GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -151,9 +155,18 @@ class Policy(nn.Module):
         """(H, W), the size of an image in pixels; latents of one shape may be of several."""
         return self._shapes()[1]
 
-    def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple, experts: tuple[int, ...] | None = None) -> Tensor:
         """The velocity v = noise - data at x (B, *D) and sigma (B,)."""
-        return self.velocity(x, sigma, conditioning)
+        if experts is None:
+            return self.velocity(x, sigma, conditioning)
+        transformer: Any = self.transformer
+        with transformer.asking(experts):
+            return self.velocity(x, sigma, conditioning)
+
+
+def expert_rule(model: Model) -> Callable[[Tensor], Tensor] | None:
+    """What says which expert makes the velocity at sigma (*), as its number, int64; None where the model is one network."""
+    return getattr(model.transformer, "expert_of", None)
 
 
 def sized(model: Model, size: Size) -> AbstractContextManager[None]:
@@ -182,17 +195,19 @@ def check_sizes(model: Model, sizes: Mapping[str, Size]) -> None:
 
 def prompted_velocity(
     network: Network, prompted: Prompted, guidance_scale: float = 1.0, guide: GuidanceRule | None = None
-) -> Callable[[Tensor, Tensor], Guided]:
-    """The network under these prompts, a function of x (B, *D) and sigma (B,): its velocity with and without the prompt.
+) -> Callable[..., Guided]:
+    """The network under these prompts, a function of x (B, *D), sigma (B,) and the experts, where the model has several.
+
+    It returns the velocity with and without the prompt.
 
     The kernels combine the two. By a rule of the model's own, `guide`, they are combined here, and there is one.
     """
     asked = prompted.asked
     if not prompted.guided:
-        return lambda x, sigma: Guided(network(x, sigma, asked))
+        return lambda x, sigma, *experts: Guided(network(x, sigma, asked, *experts))
 
-    def velocity(x: Tensor, sigma: Tensor) -> Guided:
-        v_uncond, v = network(torch.cat([x, x]), torch.cat([sigma, sigma]), asked).chunk(2)
+    def velocity(x: Tensor, sigma: Tensor, *experts: tuple[int, ...]) -> Guided:
+        v_uncond, v = network(torch.cat([x, x]), torch.cat([sigma, sigma]), asked, *experts).chunk(2)
         return Guided(v, v_uncond, guidance_scale) if guide is None else Guided(guide(v, v_uncond, guidance_scale))
 
     return velocity

@@ -148,6 +148,7 @@ class Schedule(NamedTuple):
     history: Tensor | None = None  # (B, T) float32, c_p / c_x of `fastgrpo.sampling.after_window`; None: no memory
     siblings: int = 1  # number of consecutive samples that share the first one's initial noise
     prefix: int = 0  # number of steps before the window, without noise, that are computed once for all siblings
+    experts: tuple[int, ...] | None = None  # (T,) that make the velocities, by number; None: the model is one network
 
     @property
     def num_steps(self) -> int:
@@ -212,6 +213,7 @@ class Experience:
     prompted: Prompted  # of (B)
     advantages: Tensor  # (B,) float32
     weight: Tensor  # (B,) float32, 0 where a sample teaches nothing
+    experts: tuple[int, ...] | None = None  # of a micro-batch: those that it asks for on any rank; None: nobody looked
 
     @property
     def samples(self) -> int:
@@ -223,7 +225,7 @@ class Experience:
         by_step = {name: getattr(self, name)[:, sample] for name in TRANSITION_FIELDS}
         return replace(self, **by_step, **self._of_samples(sample))
 
-    def transitions(self, part: slice) -> "Experience":
+    def transitions(self, part: slice | Tensor) -> "Experience":
         """Some of its S B transitions, counted step by step, as a micro-batch."""
         steps, batch = self.sigma.shape
         sample = torch.arange(batch, device=self.sigma.device).repeat(steps)[part]  # (N,)
@@ -243,8 +245,9 @@ TRANSITION_FIELDS = ("x", "x_next", "v_old", "sigma", "coefficients", "kl_weight
 
 def join(experiences: Sequence[Experience]) -> Experience:
     """Several batches as one."""
+    by_step: dict[str, Any] = {name: torch.cat([getattr(e, name) for e in experiences], dim=1) for name in TRANSITION_FIELDS}
     return Experience(
-        **{name: torch.cat([getattr(e, name) for e in experiences], dim=1) for name in TRANSITION_FIELDS},
+        **by_step,
         prompted=join_prompted([e.prompted for e in experiences]),
         advantages=torch.cat([e.advantages for e in experiences]),
         weight=torch.cat([e.weight for e in experiences]),

@@ -1,7 +1,7 @@
 """The trained weights that a run hands out: written whole, and never of another iteration than its last checkpoint.
 
     trained.json                        the iteration, a hash of the averaged weights, and of each file below
-    pytorch_lora_weights.safetensors    or transformer/: what `save_trained` of the model writes
+    pytorch_lora_weights.safetensors    or transformer/, and those of a second expert: what `save_trained` writes
 
 The files are written aside and renamed, trained.json last. A run that goes on compares it with the checkpoint and with the
 files, and writes them again where one is missing or does not fit: a kill between the checkpoint and here costs nothing.

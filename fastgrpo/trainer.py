@@ -50,9 +50,9 @@ from fastgrpo.reporting.run_folder import RunFolder, best_iteration, read_lines
 from fastgrpo.rewards import Reward, RewardError, RewardUnavailable
 from fastgrpo.rewards.scorer import Scorer
 from fastgrpo.sampling.graph import captured_or_eager
-from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.sampling.schedule import group_schedule, with_experts
 from fastgrpo.saving import EMA, Saving
-from fastgrpo.validation import check_folder, check_ranks
+from fastgrpo.validation import check_experts, check_folder, check_ranks
 
 
 class Trainer:
@@ -93,6 +93,7 @@ class Trainer:
         self.parts.check_texts(config, show=self.ranks.rank == 0)
         self.callbacks = [FolderLog(), *callbacks]
         self.draws = Draws(self.prompts, config, self.parts.image_fields)
+        check_experts(config, self.model)
         prepare(self.model, config)
         options = EngineOptions(
             zero_stage=config.engine.zero_stage, dtype=self.model.dtype,
@@ -306,7 +307,7 @@ class Trainer:
         """The schedule of every group's rollout, a row each."""
         settings, sigmas = self.config.rollout, self.model.sigmas(self.config.rollout.num_steps)
         schedule = group_schedule(settings, sigmas, iteration, self.config.seed, weighting(self.config.objective))
-        return schedule.to(self.model.device)
+        return with_experts(schedule, self.model).to(self.model.device)
 
     def _advantages(self, scores: Tensor | None, whole: Tensor | None) -> tuple[Advantages, Pairs | None]:
         """Advantages and, for pairwise objectives, pairs from all ranks' scores (N, R); bitwise equal on every rank.

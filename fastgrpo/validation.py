@@ -25,14 +25,16 @@ from fastgrpo.engine.checkpoint_folders import complete_checkpoints
 from fastgrpo.files import inside
 from fastgrpo.learning.objectives import OBJECTIVES, settings_of, weighting
 from fastgrpo.models import MODELS
+from fastgrpo.policy import EXPERTS, Model, expert_rule
 from fastgrpo.reporting.run_folder import RunFolder, readable_lines
 from fastgrpo.rewards import REWARDS, weights_of
 from fastgrpo.sampling.schedule import group_schedule
 from fastgrpo.sampling.tables import SAMPLERS
-from fastgrpo.sampling.windows import window_size
+from fastgrpo.sampling.windows import trainable_steps, window_size
 
 __all__ = [
-    "Config", "ConfigError", "changes_of_run", "check", "check_folder", "check_ranks", "config_of", "differences",
+    "Config", "ConfigError", "changes_of_run", "check", "check_experts", "check_folder", "check_ranks", "config_of",
+    "differences",
     "dump_config", "has_trained", "load_config", "read_config", "recomputes_old", "trained_steps",
 ]  # fmt: skip
 
@@ -132,10 +134,35 @@ def trained_steps(config: Config) -> int:
     return window_size(config.rollout.window, config.rollout.num_steps)
 
 
+def check_experts(config: Config, model: Model) -> None:
+    """Refuse to train other experts of a model than those that make the trained steps.
+
+    An expert that makes none would only be decayed, and from the steps of one that is not trained nothing would be learned.
+    """
+    rule, rollout, forward = expert_rule(model), config.rollout, config.forward
+    if rule is None:
+        return
+    experts = [EXPERTS[number] for number in rule(model.sigmas(rollout.num_steps)[:-1]).tolist()]  # of each step
+    steps, key = trainable_steps(rollout.window, rollout.num_steps), "rollout.window"
+    if OBJECTIVES[config.objective.name].on_final_images:
+        steps, key = range(*(forward.range or (0, rollout.num_steps))), "forward.range"
+    making = set(experts[steps.start : steps.stop])
+    fitting = "both" if len(making) == 2 else making.pop()
+    if config.model.experts != fitting:
+        who = "both experts make" if fitting == "both" else f"the {fitting} expert alone makes"
+        way_out = (
+            f"{who} the steps that are trained, {steps.start} to {steps.stop - 1}, as the high expert's are the first "
+            f"{experts.count('high')} of {len(experts)}: take model.experts={fitting}, or other steps by {key}"
+        )
+        schema.refuse("model.experts", config.model.experts, way_out)
+
+
 def _check_model(model: ModelConfig) -> None:
     schema.choice("model.name", model.name, MODELS)
     if model.random_weights and model.architecture is None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
+    if model.idle_expert == "host" and model.train == "full":
+        schema.refuse("model.idle_expert", "host", "only frozen weights can wait on the host: take model.train=lora")
 
 
 def _check_lora(config: Config) -> None:
@@ -268,6 +295,11 @@ def _check_engine(config: Config) -> None:
     if stage == 3 and config.rollout.cuda_graph:
         way_out = "ZeRO-3 moves the weights, which a graph reads by address: take rollout.cuda_graph=false"
         schema.refuse("rollout.cuda_graph", True, way_out)
+    if config.model.idle_expert == "host" and config.rollout.cuda_graph:
+        way_out = "weights that come and go have no address for a graph to read: take rollout.cuda_graph=false"
+        schema.refuse("model.idle_expert", "host", way_out)
+    if config.model.idle_expert == "host" and stage == 3:
+        schema.refuse("model.idle_expert", "host", "ZeRO-3 shards the weights by itself: take engine.zero_stage=1")
 
 
 def _check_guard(config: Config) -> None:

@@ -43,7 +43,7 @@ from fastgrpo.models import configured_model
 from fastgrpo.records import TRAIN, Prompted, Schedule, noise_address
 from fastgrpo.sampling.graph import CapturedRollout, CudaCapture
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.sampling.schedule import group_schedule
+from fastgrpo.sampling.schedule import group_schedule, with_experts
 from fastgrpo.trainer import Trainer
 from fastgrpo.validation import Config, ConfigError, load_config, read_config
 from fastgrpo_kernels import NoiseAddress
@@ -178,7 +178,8 @@ class Bench:
         """What the trainer would hand to a rollout of `batch` images of one group."""
         config, device = self.config, self.model.device
         sigmas = self.model.sigmas(config.rollout.num_steps)
-        schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective)).to(device)
+        schedule = group_schedule(config.rollout, sigmas, 1, config.seed, weighting(config.objective))
+        schedule = with_experts(schedule, self.model).to(device)
         prompt = as_prompt(self.trainer.prompts.metadata[0], self.model.image_conditioned)
         prompted = self.trainer.embeddings.prompted([prompt] * batch, config.rollout.guidance_scale)
         address = noise_address(TRAIN, config.seed, 1, torch.arange(batch, device=device))

@@ -36,9 +36,11 @@ from fastgrpo.learning.objectives import OBJECTIVES, weighting
 from fastgrpo.measure import GIB
 from fastgrpo.models import model_class
 from fastgrpo.models.settings import model_settings
+from fastgrpo.policy import Policy, expert_rule
 from fastgrpo.records import concatenate
 from fastgrpo.sampling.schedule import group_schedule
-from fastgrpo.validation import Config, ConfigError, load_config, recomputes_old, trained_steps
+from fastgrpo.sampling.windows import differ_by_group
+from fastgrpo.validation import Config, ConfigError, check_experts, load_config, recomputes_old, trained_steps
 
 GpuCount = Annotated[int, AtLeast(1), AtMost(1_000_000)]
 Mfu = Annotated[float, Above(0), AtMost(1)]
@@ -70,41 +72,48 @@ def count(config: Config) -> Counts:
     """Counts the configuration's architecture, built on the meta device."""
     if config.model.architecture is None:
         raise ConfigError("model.architecture: name the published architecture to plan for, for example sd3.5-medium")
-    return count_model(config, model_class(config.model.name).random(
-        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META,
-        **model_settings(config.model),
-    ))  # fmt: skip
+    model = model_class(config.model.name).random(
+        config.model.architecture, dtype=getattr(torch, config.model.dtype), device=META, **model_settings(config.model)
+    )
+    check_experts(config, model)
+    return count_model(config, model)
 
 
 def count_model(config: Config, model: Any) -> Counts:
-    """Counts an adapter that has nothing to train yet; only its shapes are left afterwards."""
+    """Counts an adapter that has nothing to train yet; only its shapes are left afterwards.
+
+    Of a model of two experts a forward pass is that of one. Both work in an update where a micro-batch may ask for both.
+    """
     # As many tokens as the encoders make; without them, or where they read an image too, as many as a prompt may have.
     conditioning = model.placeholder(1) if model.image_conditioned else model.encode([""])
     conditioning = type(conditioning)(*(tensor.to(META) for tensor in conditioning))
     model = type(model)(model.pipeline, dtype=model.dtype, device=META, **vars(model.settings))
     batch, guided = config.rollout.batch_size, passes(config)
     latents = torch.empty(batch, *model.latent_shape, device=META)
+    policy, several = Policy(model), expert_rule(model) is not None
 
-    def velocity(rows: int) -> Callable[[], torch.Tensor]:
+    def velocity(rows: int, experts: tuple[int, ...]) -> Callable[[], torch.Tensor]:
         x, sigma = latents[:1].to(model.dtype).repeat_interleave(rows, 0), torch.ones(rows, device=META)
-        return partial(model.velocity, x, sigma, concatenate([conditioning] * rows))
+        return partial(policy, x, sigma, concatenate([conditioning] * rows), experts if several else None)
 
     with torch.no_grad(), flash_attention():
-        forward_flops, rollout_bytes = counted(velocity(guided * batch))
+        forward_flops, rollout_bytes = counted(velocity(guided * batch, (0,)))
         decode_flops, decode_bytes = counted(lambda: model.decode(latents))
     if config.model.train == "full":
         model.train_all(keep_reference=False)
     else:
         model.add_lora(rank=config.model.lora.rank, alpha=config.model.lora.alpha, targets=config.model.lora.targets)
     model.transformer.train()
-    transitions = guided * micro_batch(config)
-    forward, again = velocity(transitions), 0
+    transitions, trained = guided * micro_batch(config), model.transformer.trained if several else ()
+    forward, again = velocity(transitions, trained[:1]), 0
     with flash_attention():
         train_flops, update_bytes = counted(lambda: forward().sum().backward())
         if config.update.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
             checkpointed, update_bytes = counted(lambda: forward().sum().backward())
             again = checkpointed - train_flops
+        if len(trained) > 1 and mixes_steps(config):
+            _, update_bytes = counted(lambda: velocity(transitions, trained)().sum().backward())
     return Counts(
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
@@ -143,6 +152,13 @@ def prompt_rows(config: Config, gpus: int) -> int:
     if passes(config) == 1:
         return prompts
     return 2 * prompts if model_class(config.model.name).image_conditioned else prompts + 1
+
+
+def mixes_steps(config: Config) -> bool:
+    """Whether a micro-batch may hold transitions of several steps."""
+    every_level = OBJECTIVES[config.objective.name].on_final_images
+    window, batch = config.rollout.window, config.rollout.batch_size
+    return every_level or differ_by_group(window) or batch % micro_batch(config) > 0
 
 
 def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
@@ -192,7 +208,9 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
     """The memory at a ZeRO stage. `counts` are of this configuration, as they know the size of its batches."""
     width = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     rollout, full = config.rollout, config.model.train == "full"
-    frozen = 0 if full else counts.parameters
+    frozen = counts.parameters - (counts.trained if full else 0)
+    if config.model.idle_expert == "host" and not mixes_steps(config):
+        frozen //= 2  # of two experts of one size
     masters = 0 if config.model.dtype == "float32" else 4
     trained = trained_steps(config)
     images = rollout.groups * rollout.group_size / gpus
@@ -202,7 +220,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
     return Memory(
         held={
             "weights": (frozen + counts.trained) * width / (gpus if stage == 3 else 1) + counts.buffer_bytes,
-            "reference copy": counts.parameters * width * (full and config.objective.beta > 0),
+            "reference copy": counts.trained * width * (full and config.objective.beta > 0),
             "8-bit copy": counts.parameters * (rollout.precision == "fp8"),
             "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1) * (stage > 0),
             "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),

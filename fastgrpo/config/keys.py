@@ -78,6 +78,12 @@ class ModelConfig:
     """Number of frames of a video. Left out: the number that the model was made for."""
     distilled_guidance: Annotated[float, Above(0), AtMost(1000)] | None = None
     """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
+    experts: Literal["both", "high", "low"] = "both"
+    """Which experts are trained, where a model has one for high noise and one for low, as Wan2.2-A14B has. They must be the
+    ones that make the steps of rollout.window, or the noise levels of forward.range."""
+    idle_expert: Literal["device", "host"] = "device"
+    """Where the frozen weights wait of an expert that makes no velocity at the moment, where a model has two. On the host,
+    in pinned memory, they take none of the GPU's, and are copied back each time that the other expert has its turn."""
     max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] | None = None
     """Length of the text sequence, called max_sequence_length in the diffusers pipelines. Left out: the family's own, which
     is the stock pipeline's default."""

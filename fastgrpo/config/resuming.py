@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "model.transformer": "as model.path",
     "model.variant": "as model.path",
     "model.lora.path": "a place: the LoRA in it counts, not where it lies",
+    "model.idle_expert": "where weights wait, which has no effect on what they compute",
     "reward.folder": "a place: where a reward of one's own is looked for",
     "prompts.train": "a place: the prompts in it count",
     "prompts.eval": "a place: the prompts in it count",

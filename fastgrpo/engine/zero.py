@@ -115,6 +115,7 @@ class Engine(Generic[PolicyType]):
     def step(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before clipping, (). Collective.
 
+        The gradient of a weight that no loss reached, as of an expert that no sample asked for, is 0.
         Raises NotFinite where a float16 gradient overflows at the smallest scale too: scaling cannot be the reason then.
         """
         self.steps_begun += 1
@@ -126,9 +127,13 @@ class Engine(Generic[PolicyType]):
                     raise
                 raise NotFinite("the gradient is not finite at any scale of the loss") from error
             norm = self.deepspeed.get_global_grad_norm()
+            if self.zero_stage == 3:  # or a weight that the next update does not reach would have this one's gradient again
+                self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
             return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
         # DeepSpeed has no norm for us in stage 0 and would step on a gradient that is not finite.
         parameters = self._trained.values()
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or torch.inf)
         if not norm.isfinite():
             norm = torch.full_like(norm, torch.inf)

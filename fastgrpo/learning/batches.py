@@ -1,6 +1,7 @@
 """The transitions to learn from: a rollout's trained steps, without what teaches nothing, in micro-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +34,41 @@ def experience_of(batch: Batch, advantages: Tensor, weight: Tensor) -> Experienc
     )
 
 
-def micro_batches(experience: Experience, size: int) -> Iterator[Experience]:
-    """Its transitions, step by step and `size` at a time."""
+@dataclass(frozen=True)
+class ByExpert:
+    """How the transitions of a model of two experts are taken: the first expert's, then the second's.
+
+    A micro-batch that holds transitions of both takes a forward pass of each; so ordered, there is one of them at most. The
+    ranks agree on which experts run, as DeepSpeed sums the gradients of the same weights on all of them: a micro-batch of
+    one rank that crosses from the first expert to the second makes the others run both.
+    """
+
+    rule: Callable[[Tensor], Tensor]  # sigma (*) -> the number of the expert (*) int64
+    over_ranks: Callable[[Tensor], Tensor]  # the largest of each number over the ranks, a collective
+    trained: tuple[int, ...]  # the numbers of the experts that are trained
+
+    def order(self, experience: Experience) -> Tensor:
+        """The transitions in the order in which they are taken, (S B,) int64."""
+        return self.rule(experience.sigma.flatten()).argsort(stable=True)
+
+    def asked(self, experience: Experience, size: int) -> list[tuple[int, ...]]:
+        """The experts that each micro-batch asks for on any rank. Collective, and the device is waited for."""
+        expert = self.rule(experience.sigma.flatten()).sort().values.view(-1, size)
+        needed = torch.stack([(expert == number).any(1) for number in (0, 1)], 1).int()
+        return [tuple(i for i in (0, 1) if row[i]) for row in self.over_ranks(needed).tolist()]
+
+
+def micro_batches(experience: Experience, size: int, experts: ByExpert | None = None) -> Iterator[Experience]:
+    """Its transitions, step by step and `size` at a time; of a model of several experts one expert after the other."""
     steps, batch = experience.sigma.shape
     if steps * batch % size:
         raise ValueError(f"micro_batch_size {size} does not divide {steps} steps of {batch} samples into whole batches")
-    for start in range(0, steps * batch, size):
-        yield experience.transitions(slice(start, start + size))
+    if experts is None:
+        for start in range(0, steps * batch, size):
+            yield experience.transitions(slice(start, start + size))
+        return
+    for chosen, asked in zip(experts.order(experience).split(size), experts.asked(experience, size), strict=True):
+        yield replace(experience.transitions(chosen), experts=asked)
 
 
 def live_batches(experiences: Sequence[Experience], count: int, sort_key: Tensor | None = None) -> list[Experience]:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastgrpo.learning.batches import micro_batches
+from fastgrpo.learning.batches import ByExpert, micro_batches
 from fastgrpo.learning.forward_process import target_moments
 from fastgrpo.learning.objectives import Loss, Moments, StepRows
 from fastgrpo.policy import GuidanceRule, Network, Policy, prompted_velocity
@@ -47,12 +47,14 @@ class Learner:
     model_dtype: torch.dtype
     micro_batch_size: int  # transitions a forward pass; divides S B
     guide: GuidanceRule | None = None  # the model's own guidance, where it has one
+    experts: ByExpert | None = None  # None: the model is one network
     mix: float | None = None  # see `forward_process.target_moments`; None: the objective trains on denoising transitions
 
     def velocity(self, batch: Experience) -> Guided:
         """The policy's velocities of a micro-batch, with a gradient where gradients are on."""
         velocity = prompted_velocity(self.network or self.engine, batch.prompted, self.guidance_scale, self.guide)
-        return velocity(batch.x.to(self.model_dtype), batch.sigma)
+        asked = () if batch.experts is None else (batch.experts,)
+        return velocity(batch.x.to(self.model_dtype), batch.sigma, *asked)
 
     @torch.no_grad()
     def reference_velocity(self, batch: Experience) -> Tensor | None:
@@ -76,7 +78,7 @@ def optimizer_step(learner: Learner, experiences: Sequence[Experience], samples:
     total = (samples or len(experiences) * batch) * steps / size
     losses: list[Loss] = []
     for experience in experiences:
-        for transitions in micro_batches(experience, size):
+        for transitions in micro_batches(experience, size, learner.experts):
             loss = transition_loss(learner, transitions)
             losses.append(loss)
             # A loss that is not finite can have a finite gradient. Times NaN it has none, and the engine skips the step on
@@ -104,17 +106,22 @@ def recompute_old(learner: Learner, experience: Experience) -> Experience:
     With gradients on, though none is used: that can change which kernels a network runs.
     """
     parts = []
-    for batch in micro_batches(experience, learner.micro_batch_size):
+    for batch in micro_batches(experience, learner.micro_batch_size, learner.experts):
         with torch.enable_grad():
             parts.append(guided_velocity(learner.velocity(batch)))
-    return replace(experience, v_old=torch.cat(parts).view_as(experience.v_old))
+    v_old = torch.cat(parts)
+    if learner.experts is not None:
+        v_old = v_old[learner.experts.order(experience).argsort()]
+    return replace(experience, v_old=v_old.view_as(experience.v_old))
 
 
 def largest_micro_batch(learner: Learner, experience: Experience) -> int:
     """The largest divisor of the S B transitions whose loss and gradient fit into GPU memory, by trying.
 
-    On a CPU nothing can be tried without harm, and all are taken at once.
+    On a CPU nothing can be tried without harm, and all are taken at once. Of a model of several experts all that are trained
+    run in the trial, as they do in the largest micro-batch that may come.
     """
+    asked = None if learner.experts is None else learner.experts.trained
     transitions = experience.sigma.numel()
     # The bare policy: the engine would count a gradient that is only tried as part of an update.
     with learner.engine.rollout_policy() as policy:
@@ -122,7 +129,8 @@ def largest_micro_batch(learner: Learner, experience: Experience) -> int:
         bare = replace(learner, network=policy)
         for size in (n for n in range(transitions, 0, -1) if transitions % n == 0):
             try:
-                loss = transition_loss(bare, next(micro_batches(experience, size))).loss
+                first = replace(experience.transitions(slice(0, size)), experts=asked)
+                loss = transition_loss(bare, first).loss
                 torch.autograd.grad(loss, trained, allow_unused=True)
             except torch.OutOfMemoryError:
                 continue

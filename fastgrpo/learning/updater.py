@@ -6,6 +6,7 @@ batches, advantages -> experiences -> those worth running -> with v_old -> optim
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from fastgrpo.config.derived import recomputes_old
 from fastgrpo.config.keys import Config
 from fastgrpo.engine.zero import Engine
 from fastgrpo.learning.advantages import Advantages
-from fastgrpo.learning.batches import experience_of, live_batches, live_count
+from fastgrpo.learning.batches import ByExpert, experience_of, live_batches, live_count
 from fastgrpo.learning.ema import Ema, lagging
 from fastgrpo.learning.forward_process import add_noise, noise_levels
 from fastgrpo.learning.objectives import OBJECTIVES, effective_clip_range, settings_of
 from fastgrpo.learning.pairs import Pairs
 from fastgrpo.learning.update import Learner, largest_micro_batch, optimizer_step, recompute_old
-from fastgrpo.policy import Model
+from fastgrpo.policy import Model, expert_rule
 from fastgrpo.records import FORWARD, Batch, Experience, noise_address
 
 
@@ -60,8 +61,16 @@ class Updater:
             model_dtype=self.model.dtype,
             micro_batch_size=size if isinstance(size, int) else rollout.batch_size,
             guide=self.model.guide,
+            experts=self._experts(),
             mix=settings.get("mix", 1.0) if self.objective.on_final_images else None,
         )
+
+    def _experts(self) -> ByExpert | None:
+        rule = expert_rule(self.model)
+        if rule is None:
+            return None
+        transformer: Any = self.model.transformer
+        return ByExpert(rule, partial(self.engine.ranks.all_reduce, op="max"), transformer.trained)
 
     def behaviour(self) -> AbstractContextManager:
         """Puts the policy that samples in the network's place, where it is not the trained one."""

@@ -80,6 +80,10 @@ class Adapter(Trainable, Accelerated):
             value = getattr(self.settings, name)
             if value is not None and name not in self.takes:
                 raise ValueError(f"model.{name} = {value}: {type(self).__name__} has no such input; leave it out")
+        for name, default in (("experts", "both"), ("idle_expert", "device")):
+            value = getattr(self.settings, name)
+            if value != default and len(self.transformers) == 1:
+                raise ValueError(f"model.{name} = {value}: this model is one network; leave it out")
         for name, value in (("height", self.settings.height), ("width", self.settings.width)):
             if value is not None and value % self.pixels_per_token:
                 raise ValueError(f"model.{name} = {value}: must be a multiple of {self.pixels_per_token}")

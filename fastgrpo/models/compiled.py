@@ -21,10 +21,10 @@ class CompiledVelocity:
     """A model's velocity with its blocks compiled in place, one program for each shape; alike blocks share the programs."""
 
     def __init__(
-        self, velocity: Velocity, transformer: Any, blocks: Sequence[nn.Module], drafting: Callable[[], bool]
+        self, velocity: Velocity, transformers: Sequence[Any], blocks: Sequence[nn.Module], drafting: Callable[[], bool]
     ) -> None:
-        """drafting: whether the blocks multiply in 8 bits at the moment, for which there is no gradient."""
-        self.velocity, self.transformer, self.blocks, self.drafting = velocity, transformer, blocks, drafting
+        """transformers: that the blocks are of. drafting: whether these multiply in 8 bits, which has no gradient."""
+        self.velocity, self.transformers, self.blocks, self.drafting = velocity, transformers, blocks, drafting
         self._cuts = False  # whether the graph is cut behind each block
         for block in blocks:
             # Left to itself, the compiler would answer a second shape with one program for all shapes to come.
@@ -42,12 +42,16 @@ class CompiledVelocity:
     @contextmanager
     def _without_graph(self) -> Iterator[None]:
         """Inside, blocks are called as in an update, but nothing is kept behind a block or at a checkpoint."""
-        checkpoint = getattr(self.transformer, "_gradient_checkpointing_func", None)
-        self._cuts, self.transformer._gradient_checkpointing_func = True, _call
+        checkpoints = [getattr(transformer, "_gradient_checkpointing_func", None) for transformer in self.transformers]
+        self._cuts = True
+        for transformer in self.transformers:
+            transformer._gradient_checkpointing_func = _call
         try:
             yield
         finally:
-            self._cuts, self.transformer._gradient_checkpointing_func = False, checkpoint
+            self._cuts = False
+            for transformer, checkpoint in zip(self.transformers, checkpoints, strict=True):
+                transformer._gradient_checkpointing_func = checkpoint
 
     def _run_block(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = program(*args, **kwargs)

@@ -19,6 +19,7 @@ import torch
 
 from fastgrpo.config.sizes import Size
 from fastgrpo.finite import first_not_finite, in_words
+from fastgrpo.models.experts import experts_of
 from fastgrpo.models.folder import check_folder
 from fastgrpo.models.quantized import method_of
 from fastgrpo.models.settings import Settings
@@ -45,6 +46,7 @@ class LoadedPipeline:
         self.dtype, self.device = dtype, device
         tokens = settings.get("max_text_tokens")
         self.settings = Settings(**settings | {"max_text_tokens": self.stock_text_tokens if tokens is None else tokens})
+        self._experts = experts_of(pipeline, idle_on_host=self.settings.idle_expert == "host")
         self._check_settings()
         take_no_shortcuts(dtype)
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
@@ -131,8 +133,13 @@ class LoadedPipeline:
 
     @property
     def transformer(self) -> Any:
-        """The network that makes velocities, an nn.Module."""
-        return self.pipeline.transformer
+        """The network that makes velocities, an nn.Module: the pipeline's, or both of them as one."""
+        return self.pipeline.transformer if self._experts is None else self._experts
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        """The networks of diffusers that `transformer` consists of, by the names of their folders: one, or two experts."""
+        return {"transformer": self.transformer} if self._experts is None else dict(self._experts.items())
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
@@ -149,7 +156,7 @@ class LoadedPipeline:
     @property
     def quantized(self) -> str | None:
         """The method by which the transformer's weights are quantised, such as gguf; None: they are plain numbers."""
-        return method_of(self.transformer)
+        return next(filter(None, map(method_of, self.transformers.values())), None)
 
     def refuse_quantized(self, asked: str, way_out: str) -> None:
         """Refuse what no quantised transformer can do: ValueError. asked: the key and its value."""

@@ -74,14 +74,17 @@ def read_lora(path: Path, network: nn.Module) -> Lora:
     return Lora(ranks[0], layers)
 
 
-def write_lora(folder: Path, form: str, lora: Lora, network: nn.Module, name: str = "lora") -> None:
+def write_lora(
+    folder: Path, form: str, lora: Lora, network: nn.Module, name: str = "lora", *, weight_name: str = DIFFUSERS
+) -> None:
     """Write a LoRA in one of the `FORMATS` into a folder. name: of the file, in formats whose readers look for none by name.
+    weight_name: of the file in the format of diffusers.
 
     alpha is the rank, so readers that know no alpha apply it as it is. ValueError: the network has no such format.
     """
     weights = written(form, lora.layers, network)
     settings = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": sorted(lora.layers)}
-    file = folder / {"diffusers": DIFFUSERS, "peft": PEFT}.get(form, f"{name}.safetensors")
+    file = folder / {"diffusers": weight_name, "peft": PEFT}.get(form, f"{name}.safetensors")
     notes = {"lora_adapter_metadata": json_text({f"transformer.{key}": one for key, one in settings.items()})}
     write_tensors(file, weights, {"format": "pt", **(notes if form == "diffusers" else {})})
     if form == "peft":

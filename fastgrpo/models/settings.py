@@ -22,6 +22,8 @@ class Settings:
     input_size: int | Literal["output"] | None = None  # of an input image: the side in pixels of the square of its area
     num_frames: int | None = None  # frames of a video
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
+    experts: Literal["both", "high", "low"] = "both"  # of two networks, those that are trained
+    idle_expert: Literal["device", "host"] = "device"  # where the one that nobody asks for keeps its frozen weights
 
 
 def model_settings(section: Any) -> dict[str, Any]:

@@ -34,12 +34,7 @@ class Accelerated(LoadedPipeline):
     @property
     def blocks(self) -> list[torch.nn.Module]:
         """The transformer's blocks: the modules of which it has many alike."""
-        # SD3 names them only where diffusers asks which modules must not be split between devices.
-        names = self.transformer._repeated_blocks or self.transformer._no_split_modules
-        found = [module for module in self.transformer.modules() if type(module).__name__ in names]
-        if not found:
-            raise ValueError(f"{type(self.transformer).__name__} names no blocks, which model.compile and fp8 work on")
-        return found
+        return [block for transformer in self.transformers.values() for block in blocks_of(transformer)]
 
     def compile(self) -> None:
         """torch.compile each of the transformer's blocks, see `fastgrpo.models.compiled`, and an image's decoder."""
@@ -49,8 +44,9 @@ class Accelerated(LoadedPipeline):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.velocity = CompiledVelocity(
-            self.velocity, self.transformer, self.blocks, drafting=lambda: any(layer.drafting for layer in self._drafted)
-        )
+            self.velocity, list(self.transformers.values()), self.blocks,
+            drafting=lambda: any(layer.drafting for layer in self._drafted),
+        )  # fmt: skip
         of_images = isinstance(self.pipeline.vae, AutoencoderKL)
         if of_images:  # that of a video decodes frame by frame, with a memory
             self.pipeline.vae.decoder.compile(dynamic=False)
@@ -61,7 +57,8 @@ class Accelerated(LoadedPipeline):
         # cuDNN's gradient under a mask can be NaN (pytorch issue 196678).
         if name != "native" and self.masks:
             raise ValueError(f"model.attention = {name!r}: {type(self).__name__} has to mask {self.masks}; take native")
-        use_attention(self.transformer, name)
+        for transformer in self.transformers.values():
+            use_attention(transformer, name)
 
     def prepare_drafts(self) -> None:
         """Make ready for `drafting`, once the trained weights are in place."""
@@ -88,3 +85,13 @@ class Accelerated(LoadedPipeline):
             )
         check_numbers(f"model.tiny_decoder = {path}", decoder)
         self.tiny_decoder = decoder.to(self.device).eval().requires_grad_(False)
+
+
+def blocks_of(transformer: Any) -> list[torch.nn.Module]:
+    """The blocks of one network of diffusers."""
+    # SD3 names them only where diffusers asks which modules must not be split between devices.
+    names = transformer._repeated_blocks or transformer._no_split_modules
+    found = [module for module in transformer.modules() if type(module).__name__ in names]
+    if not found:
+        raise ValueError(f"{type(transformer).__name__} names no blocks, which model.compile and fp8 work on")
+    return found

@@ -14,14 +14,18 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from fastgrpo.models.loading import TRANSFORMER, LoadedPipeline, check_numbers
+from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config, put_lora, running
-from fastgrpo.models.lora_file import Lora, read_lora, write_lora
+from fastgrpo.models.lora_file import DIFFUSERS, Lora, read_lora, write_lora
 from fastgrpo.models.lora_formats import Factors
 from fastgrpo.models.quantized import hide
+from fastgrpo.policy import EXPERTS
 from fastgrpo.tensor_files import read_tensors
 
 START = "start"  # the name of a second, frozen LoRA: the one that training went on from
+# The file of a LoRA by the network that it is of. The first has diffusers' own name; of the second,
+# `pipeline.load_lora_weights(folder, weight_name=..., load_into_transformer_2=True)` reads the one that is named here.
+LORAS = {"transformer": DIFFUSERS, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 
 
 class Trainable(LoadedPipeline):
@@ -44,29 +48,50 @@ class Trainable(LoadedPipeline):
     @property
     def has_lora(self) -> bool:
         """Whether `add_lora` was called or a LoRA was read."""
-        return hasattr(self.transformer, "peft_config")
+        return bool(self._adapted)
+
+    @property
+    def _adapted(self) -> list[Any]:
+        """The networks with a LoRA."""
+        return [network for network in self.transformers.values() if hasattr(network, "peft_config")]
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """Those of `transformers` that are trained: of two, the ones that model.experts names."""
+        chosen = self.settings.experts
+        networks = zip(EXPERTS, self.transformers.items(), strict=False)
+        return dict(item for name, item in networks if chosen in ("both", name))
 
     def add_lora(self, *, rank: int, alpha: int, targets: tuple[str, ...] | None = None) -> None:
         """Put a trainable low-rank update beside each target layer. Until it is trained it has no effect."""
         chosen = list(targets or self.lora_targets)
-        layers = [f".{name}" for name, _ in self.transformer.named_modules()]
-        for target in chosen:  # PEFT complains only if none of them is there
-            if not any(layer.endswith(f".{target}") for layer in layers):
-                name = type(self.transformer).__name__
-                raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
-        self.transformer.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
-        if self.quantized:  # whose layers have no dtype that PEFT could take for the LoRA
-            hide(self.transformer)
-            for parameter in self.transformer.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(self.dtype)
+        for network in self.trained.values():
+            layers = [f".{name}" for name, _ in network.named_modules()]
+            for target in chosen:  # PEFT complains only if none of them is there
+                if not any(layer.endswith(f".{target}") for layer in layers):
+                    name = type(network).__name__
+                    raise ValueError(f"model.lora.targets: {name} has no layer {target!r}; leave it out")
+            network.add_adapter(lora_config(rank=rank, alpha=alpha, targets=chosen))
+        self._hide_quantized()
+
+    def _hide_quantized(self) -> None:
+        """Quantised layers have no dtype that PEFT could take for the LoRA, and no weights that an engine could hold."""
+        if not self.quantized:
+            return
+        hide(self.transformer)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)
 
     def train_all(self, *, keep_reference: bool) -> None:
         """Make every weight of the transformer trainable. keep_reference: keep a frozen copy for `reference` too."""
         self.refuse_quantized("model.train = 'full'", "take lora, or the plain weights")
-        if keep_reference:
-            self.untrained = copy.deepcopy(self.transformer)
-        self.transformer.requires_grad_(True)
+        trained = self.trained
+        if keep_reference:  # which shares a network that is not trained
+            shared = {id(network): network for name, network in self.transformers.items() if name not in trained}
+            self.untrained = copy.deepcopy(self.transformer, shared)
+        for network in trained.values():
+            network.requires_grad_(True)
 
     def continue_lora(self, path: Path, *, rank: int, alpha: int, reference: str) -> None:
         """Train the LoRA at a path further. At first it is as strong as in its file: its B is divided by alpha / r.
@@ -74,15 +99,22 @@ class Trainable(LoadedPipeline):
         reference: `reference` is then the model without any LoRA (base), or with this one as it is now (start).
         ValueError: the file is no LoRA of this model, or its rank is another than `rank`.
         """
-        lora = read_lora(path, self.transformer)
-        if rank != lora.rank:
-            raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; set the key to that")
-        self.check_trainable(lora.layers)
-        put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha)
-        if reference == START:
-            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=alpha, name=START)
-            self.transformer.set_adapter("default")
+        for name, network in self.trained.items():
+            lora = read_lora(self._lora_at(path, name), network)
+            if rank != lora.rank:
+                raise ValueError(f"model.lora.rank = {rank}: the LoRA at {path} has rank {lora.rank}; set the key to that")
+            self.check_trainable(lora.layers)
+            put_lora(network, lora.layers, rank=lora.rank, alpha=alpha)
+            if reference == START:
+                put_lora(network, lora.layers, rank=lora.rank, alpha=alpha, name=START)
+                network.set_adapter("default")
+        self._hide_quantized()
         self._reference_is_start = reference == START
+
+    def _lora_at(self, path: Path, name: str) -> Path:
+        """Where the LoRA of a network is read from: its own file in a folder; that of the only trained one is any."""
+        own = path / LORAS[name]
+        return path if len(self.trained) == 1 and not own.is_file() else own
 
     def check_trainable(self, layers: Iterable[str]) -> None:
         """Refuse layers of which a LoRA cannot be trained: ValueError. A family that has some overrides it."""
@@ -94,55 +126,64 @@ class Trainable(LoadedPipeline):
             with running(self.transformer, START):
                 yield
             return
-        if self.has_lora:
-            self.transformer.disable_adapters()
-        elif self.untrained is None:
+        adapted = self._adapted
+        if not adapted and self.untrained is None:
             raise RuntimeError("no copy of the untrained transformer was kept: see train_all")
+        for network in adapted:
+            network.disable_adapters()
         self._in_reference = True
         try:
             yield
         finally:
             self._in_reference = False
-            if self.has_lora:
-                self.transformer.enable_adapters()
+            for network in adapted:
+                network.enable_adapters()
 
     def save_trained(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """Write the trained weights in the diffusers format. trained: parameter name in `transformer` -> float32 value.
 
         A LoRA has the same strength in every reader, with alpha = rank. `pipeline.load_lora_weights(folder)` reads it in any
         script; its class's `from_pretrained(folder, subfolder="transformer")` a whole transformer, in the model's dtype.
+        Of two experts each has a file (`LORAS`) or a folder of its own.
         """
-        if self.has_lora:
-            self._save_lora(folder, trained)
-            return
-        state = self.transformer.state_dict()
-        state |= {name: tensor.to(self.dtype) for name, tensor in trained.items()}
-        # save_pretrained would write the weights that the transformer holds now, whatever it is handed.
-        self.transformer.save_config(folder / TRANSFORMER)
-        save_torch_state_dict(state, folder / TRANSFORMER, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        for name, network in self.trained.items():
+            prefix = "" if network is self.transformer else f"{name}."
+            own = {n.removeprefix(prefix): value for n, value in trained.items() if n.startswith(prefix)}
+            if self.has_lora:
+                self._save_lora(folder / LORAS[name], network, own)
+            else:
+                self._save_full(folder / name, network, own)
 
-    def _save_lora(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+    def _save_full(self, folder: Path, network: Any, trained: Mapping[str, Tensor]) -> None:
+        state = network.state_dict() | {name: tensor.to(self.dtype) for name, tensor in trained.items()}
+        # save_pretrained would write the weights that the transformer holds now, whatever it is handed.
+        network.save_config(folder)
+        save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+    def _save_lora(self, file: Path, network: Any, trained: Mapping[str, Tensor]) -> None:
         # Readers that know no alpha apply B A as it is, so alpha / rank goes into B.
-        config, end = self.transformer.peft_config["default"], ".default.weight"
+        config, end = network.peft_config["default"], ".default.weight"
         scale = config.lora_alpha / config.r
         layers = {
             layer: Factors(trained[f"{layer}.lora_A{end}"], trained[f"{layer}.lora_B{end}"] * scale)
             for layer in (name.removesuffix(f".lora_A{end}") for name in trained if name.endswith(f".lora_A{end}"))
         }
-        write_lora(folder, "diffusers", Lora(config.r, layers), self.transformer)
+        write_lora(file.parent, "diffusers", Lora(config.r, layers), network, weight_name=file.name)
 
     def load_trained(self, folder: Path) -> None:
         """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
-        if not (folder / TRANSFORMER).is_dir():
-            lora = read_lora(folder, self.transformer)
-            put_lora(self.transformer, lora.layers, rank=lora.rank, alpha=lora.rank)
-            return
-        state: dict[str, Tensor] = {}
-        for file in sorted((folder / TRANSFORMER).glob("*.safetensors")):
-            state |= read_tensors(file, self.device)[0]
-        check_state(folder / TRANSFORMER, state, self.transformer)
-        self.transformer.load_state_dict(state)
-        check_numbers(f"{folder}: the trained transformer", self.transformer)
+        for name, network in self.trained.items():
+            if (folder / name).is_dir():
+                state: dict[str, Tensor] = {}
+                for file in sorted((folder / name).glob("*.safetensors")):
+                    state |= read_tensors(file, self.device)[0]
+                check_state(folder / name, state, network)
+                network.load_state_dict(state)
+                check_numbers(f"{folder}: the trained {name}", network)
+            else:
+                lora = read_lora(self._lora_at(folder, name), network)
+                put_lora(network, lora.layers, rank=lora.rank, alpha=lora.rank)
+        self._hide_quantized()
 
 
 def check_state(folder: Path, state: Mapping[str, Tensor], network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video and Wan2.2-TI2V-5B from text (arXiv 2503.20314): videos, prompts read by UMT5, true guidance.
+"""Wan 2.1 and 2.2 from text (arXiv 2503.20314): videos, prompts read by UMT5, true guidance.
 
 The noise levels, and the timesteps that the network reads, are those of the folder's own scheduler. In the published folders
 that is UniPC, whose timesteps are whole numbers. The steps between the levels are this project's, of first order, where
@@ -7,6 +7,7 @@ which compares with the empty prompt, unless model.negative_prompt says Wan's ow
 TI2V-5B draws from text alone here, and from an image in `wan_image`. Its pipeline gives each token a timestep of its own, so
 that an input frame could be clean. Without an input frame all of them are equal, and one timestep a sample says the same in
 a fraction of the memory.
+A14B has two transformers, for high noise and for low (`fastgrpo.models.experts`). Guidance is the same in both.
 
 Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F frames, T frames of a video.
 """
@@ -45,10 +46,15 @@ class WanFamily(Adapter):
     @classmethod
     def check_files(cls, path: Path, **base: Any) -> None:
         super().check_files(path, **base)
-        if json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("transformer_2", [None])[0]:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        first, second = (index.get(name, [None])[0] is not None for name in ("transformer", "transformer_2"))
+        boundary = index.get("boundary_ratio")
+        if not first:
+            raise ValueError(f"model.path = {path}: model_index.json names no transformer; take the folder as published")
+        if second and not (isinstance(boundary, float) and 0 < boundary < 1):
             raise ValueError(
-                f"model.path = {path}: holds two transformers (transformer_2), as Wan2.2-A14B, one for high noise and one "
-                "for low; this trains one: take Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-TI2V-5B"
+                f"model.path = {path}: holds two transformers, and model_index.json has boundary_ratio = {boundary}, which "
+                "says where the second takes over; published are 0.875 (Wan2.2-T2V-A14B) and 0.9 (Wan2.2-I2V-A14B)"
             )
 
     def _check_settings(self) -> None:

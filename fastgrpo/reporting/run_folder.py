@@ -9,7 +9,8 @@ faults.jsonl                        a line for each time that numbers were not f
 samples/00040.png, samples/00040/   always the same prompts (samples/prompts.json) and noise: a grid, and each image
 checkpoints/                        see `fastgrpo.engine.checkpoint`
 pytorch_lora_weights.safetensors    the averaged LoRA, for `load_lora_weights(run)` of any diffusers script
-transformer/                        or the averaged weights of a whole transformer
+pytorch_lora_weights_2.safetensors  that of a second expert
+transformer/   transformer_2/       or the averaged weights of whole transformers
 best/                               the weights of the best evaluation, where `checkpoint.keep_best` asks for them
 trained.json                        which iteration's these are, and their hashes: see `fastgrpo.trained_files`
 lock.json                           while a process trains here, who it is: see `fastgrpo.engine.lock`
@@ -61,7 +62,8 @@ class RunFolder:
     @property
     def trained(self) -> Path | None:
         """The trained weights, a LoRA's file or a transformer's folder; None before the first checkpoint."""
-        places = (self.path / "transformer", self.path / "pytorch_lora_weights.safetensors")
+        loras = (f"pytorch_lora_weights{number}.safetensors" for number in ("", "_2"))
+        places = [self.path / name for name in ("transformer", "transformer_2", *loras)]
         return next((place for place in places if place.exists()), None)
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import Prompted
 from fastgrpo.sampling.rollout import rollout
-from fastgrpo.sampling.schedule import ode_schedule
+from fastgrpo.sampling.schedule import ode_schedule, with_experts
 from fastgrpo_kernels import NoiseAddress
 
 
@@ -22,5 +22,5 @@ def generate(
     guidance_scale: float,
 ) -> Tensor:
     """Images (B, 3, H, W) uint8, or videos (B, T, 3, H, W)."""
-    schedule = ode_schedule(model.sigmas(num_steps), address.sample_id.numel()).to(model.device)
-    return model.decode(rollout(policy, schedule, address, prompted, guidance_scale).final)
+    schedule = with_experts(ode_schedule(model.sigmas(num_steps), address.sample_id.numel()), model)
+    return model.decode(rollout(policy, schedule.to(model.device), address, prompted, guidance_scale).final)

@@ -38,7 +38,8 @@ def rollout(
     indices = torch.arange(schedule.num_steps, device=x.device)
 
     for i in range(schedule.prefix, schedule.num_steps):
-        v = velocity(x_model, schedule.sigmas[i].expand(len(x)))
+        asked = () if schedule.experts is None else (schedule.experts[i : i + 1],)
+        v = velocity(x_model, schedule.sigmas[i].expand(len(x)), *asked)
         # c_x (x + c_p / c_x D_prev) = c_x x + c_p D_prev; exactly c_x x where c_p = 0, so in the window too.
         remembering = x if data is None or schedule.history is None else x + _column(schedule.history, i, x) * data
         step = sde_step(remembering, v, schedule.table, indices[i : i + 1], address, model_dtype=policy.dtype)

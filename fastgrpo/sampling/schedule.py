@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config.keys import KLForm, LogProbWeight, RolloutConfig, StepWeight
+from fastgrpo.policy import Model, expert_rule
 from fastgrpo.records import Schedule
 from fastgrpo.sampling.after_window import compress_schedule, dpmpp_2m
 from fastgrpo.sampling.tables import (
@@ -94,7 +95,14 @@ def prefix_schedule(schedule: Schedule, rows: Tensor) -> Schedule:
         start=schedule.start[rows],
         size=0,
         kl_weight=schedule.kl_weight,
+        experts=None if schedule.experts is None else schedule.experts[: schedule.prefix],
     )
+
+
+def with_experts(schedule: Schedule, model: Model) -> Schedule:
+    """The same with the expert of each step, where the model has several, so that a rollout need not ask the device."""
+    rule = expert_rule(model)
+    return schedule if rule is None else schedule._replace(experts=tuple(rule(schedule.sigmas[:-1].cpu()).tolist()))
 
 
 def _second_order(schedule: Schedule) -> Schedule:

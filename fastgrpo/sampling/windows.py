@@ -78,6 +78,13 @@ def window_size(window: Window, num_steps: int) -> int:
     return window.size
 
 
+def trainable_steps(window: Window, num_steps: int) -> range:
+    """The steps among which the window lies, whatever the iteration."""
+    if window.kind == "fixed":
+        return range(window.start, window.start + window_size(window, num_steps))
+    return range(*_bounds(window, num_steps))
+
+
 def differ_by_group(window: Window) -> bool:
     """Whether the groups of one iteration may have windows of their own."""
     return window.kind == "random" and not window.shared

@@ -2,14 +2,14 @@
 
     family = load_family("flux")
     family.save(folder)                     a folder like a downloaded one, in the diffusers format
-    model = load_model("flux", path=folder, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    model = load_model(family.model, path=folder, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
 
 They serve the tests of this project and of yours: a reward, a sampler or an objective runs on every family in seconds.
 """
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ FAMILIES = {
     "qwen_image_21": "fastgrpo.testing.qwen_image_21:FAMILY",
     "wan": "fastgrpo.testing.wan:FAMILY",
     "wan_image": "fastgrpo.testing.wan_image:FAMILY",
+    "wan_experts": "fastgrpo.testing.wan:EXPERTS",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",
     "flux2_klein": "fastgrpo.testing.flux2:KLEIN",
@@ -42,6 +43,7 @@ class Family:
     # (pipeline, prompts, latents (B, *D), num_steps, guidance_scale) -> (B, 3, H, W) or (B, T, 3, H, W) float, 0 to 1;
     # some take height, width and num_frames besides
     call: Callable[..., Tensor]
+    model: str = ""  # the family that reads it, in `fastgrpo.models`; left out: called as here
     settings: dict[str, Any] = field(default_factory=dict)  # the settings that its model is loaded with
     guidance: tuple[float, ...] = (1.0, 3.0)  # guidance scales that the family is capable of
     guided_together: bool = False  # whether the stock pipeline runs both halves of guidance as one batch
@@ -56,6 +58,7 @@ class Family:
 
 
 def load_family(name: str) -> Family:
-    """The tiny pipeline of the model family that `fastgrpo.models` calls `name`."""
+    """The tiny pipeline called `name` in `FAMILIES`."""
     module, _, attribute = FAMILIES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    family: Family = getattr(importlib.import_module(module), attribute)
+    return replace(family, model=family.model or name)

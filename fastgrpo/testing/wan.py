@@ -1,4 +1,4 @@
-"""A tiny Wan 2.1: nine frames of 16 by 16 pixels."""
+"""A tiny Wan 2.1, and one of two experts as Wan2.2-A14B: nine frames of 16 by 16 pixels."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,26 @@ def make() -> WanPipeline:
     torch.manual_seed(2)
     tokenizer = t5_tokenizer()
     return WanPipeline(
-        transformer=WanTransformer3DModel(
-            num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=32,
-            ffn_dim=64, num_layers=2, rope_max_seq_len=32,
-        ),
+        transformer=tiny_transformer(),
         vae=tiny_vae(),
         # The published folders hold UniPC instead, whose steps are not the flow's Euler steps.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=umt5_encoder(len(tokenizer)), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def make_experts() -> WanPipeline:
+    pipeline = make()
+    pipeline.register_modules(transformer_2=tiny_transformer())
+    # Between the first two of three or four steps, so that few steps take both. Published is 0.875.
+    pipeline.register_to_config(boundary_ratio=0.95)
+    return pipeline
+
+
+def tiny_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64,
+        num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
 
 
@@ -55,7 +67,6 @@ def call(
     ).frames  # fmt: skip
 
 
-FAMILY = Family(
-    make=make, call=call,
-    settings={"max_text_tokens": TEXT_TOKENS, "height": SIDE, "width": SIDE, "num_frames": FRAMES},
-)  # fmt: skip
+SETTINGS = {"max_text_tokens": TEXT_TOKENS, "height": SIDE, "width": SIDE, "num_frames": FRAMES}
+FAMILY = Family(make=make, call=call, settings=SETTINGS)
+EXPERTS = Family(make=make_experts, call=call, model="wan", settings=SETTINGS)

@@ -55,10 +55,11 @@ def four_blocks_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The published architectures at full width with four blocks of a kind: a count takes its time by the operation."""
     for path in loading.ARCHITECTURES.glob("*.json"):
         architecture = json.loads(path.read_text())
-        transformer = architecture["parts"]["transformer"]
-        depths = transformer.keys() & {"num_layers", "num_single_layers", "num_hidden_layers", "n_layers"}
-        assert depths, f"{path.stem} does not say how many blocks it has"
-        transformer.update(dict.fromkeys(depths, 4))
+        for name in architecture["parts"].keys() & {"transformer", "transformer_2"}:
+            transformer = architecture["parts"][name]
+            depths = transformer.keys() & {"num_layers", "num_single_layers", "num_hidden_layers", "n_layers"}
+            assert depths, f"{path.stem} does not say how many blocks it has"
+            transformer.update(dict.fromkeys(depths, 4))
         (tmp_path / path.name).write_text(json.dumps(architecture))
     monkeypatch.setattr(loading, "ARCHITECTURES", tmp_path)
 
@@ -265,7 +266,7 @@ def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path
     """By its shapes alone: on the meta device, where not one number of it is left."""
     family = load_family(name)
     family.save(tmp_path)
-    model = load_model(name, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    model = load_model(family.model, path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **family.settings)
     parameters = sum(p.numel() for p in model.transformer.parameters())
     counts = count_model(load_config(CONFIG), model)
     assert (counts.parameters, counts.latent_elements) == (parameters, math.prod(model.latent_shape))

@@ -224,12 +224,13 @@ def test_other_tokenizers_have_other_files(name: str, tmp_path: Path, monkeypatc
     """Of every part that reads a prompt, though the networks stay the same; and other releases, whose templates differ."""
     family = load_family(name)
     family.save(tmp_path / "one")
+    arguments = {"dtype": torch.float32, "device": torch.device("cpu"), **family.settings}
 
     def fingerprint() -> str:
-        model = load_model(name, path=tmp_path / "one", dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+        model = load_model(family.model, path=tmp_path / "one", **arguments)
         before = EmbeddingFiles(model, tmp_path).fingerprint
         model.encode(family.prompts[:1])
-        again = load_model(name, path=tmp_path / "one", dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+        again = load_model(family.model, path=tmp_path / "one", **arguments)
         again.encode(family.prompts[:1])  # what a tokenizer remembers of a text is no difference
         assert EmbeddingFiles(again, tmp_path).fingerprint == before
         return before

@@ -35,7 +35,7 @@ def test_a_rollout_runs_the_program_of_the_update(name: str, programs: list, tmp
     """Nothing is compiled for the first pass with gradients that was not there for one without, checkpoints or none."""
     family = load_family(name)
     family.save(tmp_path)
-    model = load_model(name, path=tmp_path, dtype=torch.float32, device=CPU, **family.settings)
+    model = load_model(family.model, path=tmp_path, dtype=torch.float32, device=CPU, **family.settings)
     model.add_lora(rank=4, alpha=8)
     model.compile()
     conditioning, batch = model.encode(list(family.prompts)), len(family.prompts)

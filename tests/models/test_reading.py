@@ -32,7 +32,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, folder = load_family(request.param), tmp_path_factory.mktemp(request.param)
     family.save(folder)
-    loaded = load_model(request.param, path=folder, dtype=torch.float32, device=CPU, **family.settings)
+    loaded = load_model(family.model, path=folder, dtype=torch.float32, device=CPU, **family.settings)
     loaded.family_name = request.param
     return loaded
 

@@ -197,18 +197,6 @@ def test_the_published_recipe_is_the_released_step_in_float64(published: Path) -
     assert [round(steps.s[i].item(), 3) for i in (0, 1, 17, 18)] == [0.129, 0.131, 0.106, 0.083]
 
 
-def test_two_transformers_are_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "a14b")
-    pipeline = WanPipeline.from_pretrained(tmp_path / "a14b")
-    pipeline.register_modules(transformer_2=pipeline.transformer)
-    pipeline.register_to_config(boundary_ratio=0.875)
-    pipeline.save_pretrained(tmp_path / "a14b")
-    with pytest.raises(ValueError, match=r"model\.path = .*transformer_2.*A14B.*take Wan2\.1-T2V-1\.3B"):
-        load(tmp_path / "a14b")
-    with pytest.raises(ValueError, match=r"model_index\.json"):
-        load(tmp_path)
-
-
 def test_a_timestep_a_token_is_one_a_sample_without_an_input_frame() -> None:
     """Wan2.2-TI2V-5B: the stock pipeline's velocities, whose VAE also folds pixels into channels."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.policy import Model, Policy
 from fastgrpo.records import SAMPLE, Prompted, Schedule, noise_address
 from fastgrpo.sampling.generate import generate
-from fastgrpo.sampling.schedule import ode_schedule
+from fastgrpo.sampling.schedule import ode_schedule, with_experts
 from fastgrpo_kernels import INITIAL_STEP, NoiseAddress, normal
 
 
@@ -34,4 +34,5 @@ def ode_arguments(
     """What `rollout` is given after the policy."""
     address = noise_address(SAMPLE, 0, 0, torch.arange(len(prompts)))
     prompted = Embeddings(model).prompted(prompts, guidance_scale)
-    return ode_schedule(model.sigmas(num_steps), len(prompts)), address, prompted, guidance_scale
+    schedule = with_experts(ode_schedule(model.sigmas(num_steps), len(prompts)), model)
+    return schedule, address, prompted, guidance_scale

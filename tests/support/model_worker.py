@@ -50,7 +50,7 @@ def configuration(name: str, folder: Path, output: Path, *overrides: str) -> Any
     output.mkdir(parents=True, exist_ok=True)
     config = {
         "output": str(output), "iterations": ITERATIONS,
-        "model": {"name": name, "path": str(folder), "lora": {"rank": 8, "alpha": 16}, **family.settings},
+        "model": {"name": family.model, "path": str(folder), "lora": {"rank": 8, "alpha": 16}, **family.settings},
         "prompts": {"train": write_prompts(output / "train.jsonl", prompts),
                     "eval": write_prompts(output / "eval.jsonl", held_out), "images_outside": True},
         "reward": {"train": "support.model_worker:redness", "eval": "support.model_worker:redness"},
