@@ -26,6 +26,7 @@ CHOICES = [
 NEEDS = {  # what a choice asks of other keys
     ("model.lora.reference", "start"): ["model.lora.path=/a/lora", "model.lora.targets=null"],
     ("engine.zero_stage", 3): ["rollout.cuda_graph=false"],
+    ("model.idle_expert", "host"): ["rollout.cuda_graph=false"],
     ("objective.log_prob_weight", "cps_reference"): ["rollout.sampler=cps"],
     ("rollout.window.kind", "all_but_last"): ["rollout.window.size=null"],
 }

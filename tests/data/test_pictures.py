@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fastgrpo.data.images import load_targets
-from fastgrpo.data.pictures import MAX_BYTES, load_picture
+from fastgrpo.data.pictures import MAX_BYTES, load_picture, picture_size
 
 WHITE = [255, 255, 255]
 # EXIF's orientation -> what was done to the pixels (H, W, 3) when they were stored, in the words of its standard: the 0th
@@ -67,7 +67,7 @@ def test_a_picture_is_turned_as_its_exif_says(orientation: int, form: str, tmp_p
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](noise())))
     stored.save(tmp_path / "a", form, exif=exif.tobytes(), **({"lossless": True} if form == "WEBP" else {}))
-    assert np.array_equal(pixels(tmp_path / "a"), noise())
+    assert np.array_equal(pixels(tmp_path / "a"), noise()) and picture_size(tmp_path / "a") == (7, 5)
 
 
 @pytest.mark.parametrize("orientation", STORED)

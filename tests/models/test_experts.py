@@ -123,6 +123,21 @@ def test_steps_of_other_experts_are_another_graph(folder: Path) -> None:
     assert recorder.captures == count + 2
 
 
+def test_siblings_share_the_steps_of_both_experts(folder: Path, passes) -> None:
+    """Computed once for two samples of one noise until the window begins, and the same as one by one."""
+    model = tuned(load(folder, 0.9))
+    steps = sampler_steps("flow_sde", model.sigmas(6), 0.7)
+    alone = with_experts(window_schedule(steps, torch.full((2,), 3), 1), model)
+    prompted = Embeddings(model).prompted([PROMPTS[0]] * 2, 1.0)
+    passes.clear()
+    arguments = noise_address(TRAIN, 0, 1, torch.tensor([4, 5])), prompted, 1.0
+    shared = rollout(Policy(model), alone._replace(siblings=2, prefix=3), *arguments)
+    first, second = model.transformer.values()
+    assert (passes[id(first)], passes[id(second)]) == (2, 1 + 3 * 2)
+    one = rollout(Policy(model), alone, *arguments)
+    torch.testing.assert_close(shared.final[0], one.final[0], rtol=1e-4, atol=1e-4)
+
+
 def straddling(model: Any, scale: float = 1.0) -> Experience:
     """Windows of two steps that begin before and after the boundary, which lies behind the second of six steps."""
     steps = sampler_steps("flow_sde", model.sigmas(6), 0.7)
