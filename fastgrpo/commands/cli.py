@@ -10,6 +10,7 @@ fastgrpo eval runs/tiny_shapes --base                                the model i
 fastgrpo eval runs/tiny_shapes --prompts a.txt --reward tiny_shapes --reward jpeg_compressibility --table
 fastgrpo sample runs/tiny_shapes --prompt "two red circles" --output circles.png
 fastgrpo export runs/tiny_shapes --format comfyui --output lora      the trained weights for other programs
+fastgrpo push runs/tiny_shapes --folder card                         a model card with the trained weights
 fastgrpo report runs/tiny_shapes                                     write report.html anew
 fastgrpo serve-reward --reward tiny_shapes --port 8000               score images for runs on other machines
 fastgrpo make-prompts geneval --exclude eval.jsonl --count 50000 --output train.jsonl    training prompts
@@ -34,6 +35,7 @@ COMMANDS = {
     "eval": ("evaluate", "accuracy of a run on its held-out prompts"),
     "sample": ("sample", "draw images"),
     "export": ("export", "write the trained weights for other programs"),
+    "push": ("push", "a model card with the trained weights, written or sent to the Hugging Face Hub"),
     "report": ("report", "write a run's report.html anew"),
     "serve-reward": ("serve", "score images for runs on other machines"),
     "make-prompts": ("make_prompts", "write training prompts for the rewards geneval and ocr"),

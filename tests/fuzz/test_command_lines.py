@@ -26,6 +26,8 @@ OPTIONS = {
     "eval": {"--steps": "2", "--guidance": "2", "--images": "4", "--seed": "1", "--prompts": "none.txt", "--reward": "ocr"},
     "sample": {"--prompt": "a cat", "--steps": "2", "--guidance": "2", "--images": "4", "--seed": "1", "--input": "a.png",
                "--output": "a.png"},
+    "export": {"--format": "peft", "--output": "exported"},
+    "push": {"--folder": "card", "--base-model": "a/b"},
     "report": {},
     "serve-reward": {"--reward": "tiny_shapes", "--port": "8000", "--host": "127.0.0.1", "--max-images": "8"},
     "make-prompts": {"--count": "5", "--seed": "1", "--output": "a.jsonl", "--mix": "counting=1", "--exclude": "none.jsonl"},
@@ -37,6 +39,8 @@ WORK = {
     "bench": ("fastgrpo.commands.bench", "bench_config"),
     "eval": ("fastgrpo.commands.evaluate", "load_rewards"),
     "sample": ("fastgrpo.commands.sample", "saved_model"),
+    "export": ("fastgrpo.commands.export", "export"),
+    "push": ("fastgrpo.commands.push", "faults_of_trained"),
     "serve-reward": ("fastgrpo.rewards.serving.service", "make_service"),
 }
 FLAGS = ("--base", "--json", "--table", "--trust", "--random-weights", "--help", "--nothing", "-", "--")
