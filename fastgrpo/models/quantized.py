@@ -61,7 +61,7 @@ def method_of(transformer: Any) -> str | None:
 
 
 def hide(transformer: nn.Module) -> None:
-    """Make weights of torchao's own class plain attributes of their layers, and no parameters.
+    """Make weights of a package's own class, as torchao and GGUF have, plain attributes of their layers and no parameters.
 
     DeepSpeed moves, casts, sends and shards every parameter of what it wraps, and such tensors do not bear it. They are
     frozen, on their device, and the same on every rank.

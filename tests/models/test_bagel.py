@@ -290,6 +290,25 @@ def test_weights_that_do_not_fit_are_named(broken: Path, change, message: str) -
         load(broken)
 
 
+def test_a_config_that_transformers_5_wrote_is_read(broken: Path) -> None:
+    sizes = json.loads((broken / "llm_config.json").read_text())
+    nested = {"rope_parameters": {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}}
+    (broken / "llm_config.json").write_text(json.dumps(sizes | nested))
+    assert load(broken).transformer.config.rope_theta == nested["rope_parameters"]["rope_theta"]
+
+
+def test_shards_and_what_is_for_other_families_are_refused(broken: Path) -> None:
+    for key in ("transformer", "variant"):
+        with pytest.raises(
+            ValueError, match=rf"model\.{key} = x: BAGEL is read from its published folder alone; leave it out"
+        ):
+            Bagel.check_files(broken, **{key: "x"})
+    (broken / "ema.safetensors").rename(broken / "ema-00001-of-00001.safetensors")
+    (broken / "ema.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"ema\.safetensors is in shards .*; save it as the one file of that name"):
+        load(broken)
+
+
 def test_sizes_and_tokens_that_are_missing_are_named(broken: Path) -> None:
     sizes = json.loads((broken / "llm_config.json").read_text())
     (broken / "llm_config.json").write_text(json.dumps({k: v for k, v in sizes.items() if k != "rope_theta"}))

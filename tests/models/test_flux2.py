@@ -1,5 +1,8 @@
 """FLUX.2 dev and klein beside what every model is tested for: positions, sizes, schedule, distilled guidance, errors."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -7,11 +10,13 @@ from support.drawing import ode_arguments
 from support.helpers import NoSync
 
 from fastgrpo.models import model_class
+from fastgrpo.parts import check_guidance
 from fastgrpo.policy import Policy
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.testing import load_family
 from fastgrpo.testing.flux2 import TEXT_TOKENS
 
+CPU = torch.device("cpu")
 NAMES = ["flux2", "flux2_klein"]
 PROMPTS = ["", "a red circle", "two blue squares left of a cat", "z" * 90]
 
@@ -161,3 +166,33 @@ def test_a_tiny_decoder_reads_latents_on_the_networks_own_scale(models, tmp_path
     unpacked = model.pipeline._unpatchify_latents(packed.transpose(1, 2).unflatten(2, model.grid))
     assert torch.equal(model.vae_latents(packed, model.tiny_decoder), unpacked)
     assert model.decode(packed, draft=True).shape == model.decode(packed).shape
+
+
+def test_guidance_of_a_distilled_klein_is_refused() -> None:
+    """Its pipeline ignores the scale, so that images of the stock pipeline would be others than those that are trained."""
+    for distilled in (True, False):
+        pipeline = load_family("flux2_klein").make()
+        pipeline.register_to_config(is_distilled=distilled)
+        model = adapter("flux2_klein", pipeline)
+        check_guidance(model, "rollout.guidance_scale", 1.0)
+        if distilled:
+            with pytest.raises(ValueError, match=r"^rollout\.guidance_scale = 4: this klein was distilled .*; take 1, or"):
+                check_guidance(model, "rollout.guidance_scale", 4.0)
+        else:
+            check_guidance(model, "rollout.guidance_scale", 4.0)
+
+
+def test_dev_is_read_as_published_without_torchvision(tmp_path: Path) -> None:
+    """Its processor of texts and images makes of a text what the tokenizer in it does."""
+    load_family("flux2").save(tmp_path)
+    plain = model_class("flux2").load(tmp_path, dtype=torch.float32, device=CPU, **load_family("flux2").settings)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "PixtralProcessor"]}))
+    said = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2, "image_token": "[IMG]"}
+    (tmp_path / "tokenizer" / "processor_config.json").write_text(json.dumps(said))
+    images = {"image_processor_type": "PixtralImageProcessorFast", "processor_class": "PixtralProcessor"}
+    (tmp_path / "tokenizer" / "preprocessor_config.json").write_text(json.dumps(images))
+    model = model_class("flux2").load(tmp_path, dtype=torch.float32, device=CPU, **load_family("flux2").settings)
+    for prompt in (*PROMPTS, "[IMG] twice"):
+        assert torch.equal(model.encode([prompt]).embeds, plain.encode([prompt]).embeds)
+    assert model.readers_hash == model.readers_hash and model.read_in_part(PROMPTS).keys() == {PROMPTS[-1]}

@@ -1,16 +1,20 @@
 """The look at a weights' folder before anything heavy is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fastgrpo.models import model_class
 from fastgrpo.models.folder import check_folder, readable
 from fastgrpo.testing import FAMILIES, load_family
 
 KIND = "StableDiffusion3Pipeline"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,108 @@ def test_what_is_missing_is_named(folder: Path, spoil, message: str) -> None:
 
 
 def test_another_family_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a StableDiffusion3Pipeline, and this model\.name reads a FluxPipeline"):
+    told = r"holds a StableDiffusion3Pipeline, and this model\.name reads a FluxPipeline: set model\.name to sd3$"
+    with pytest.raises(ValueError, match=told):
         check_folder(folder, "FluxPipeline")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ValueError, match=r"holds a StableDiffusionXLPipeline, .* FluxPipeline: no model\.name reads that$"):
+        check_folder(folder, "FluxPipeline")
+
+
+def test_what_lies_at_a_path_in_place_of_a_pipeline_is_told(folder: Path, tmp_path: Path) -> None:
+    load_family("bagel").save(tmp_path / "bagel")
+    one = folder / "vae" / WEIGHTS
+    for path, told in (
+        (
+            Path("black-forest-labs/FLUX.1-dev"),
+            r"`hf download black-forest-labs/FLUX\.1-dev --local-dir models/FLUX\.1-dev`",
+        ),
+        (tmp_path / "nowhere", "there is no such folder$"),
+        (tmp_path / "bagel", "holds BAGEL as published: set model.name to bagel"),
+        (
+            folder / "transformer",
+            "holds a single network: name the whole pipeline's folder, and this one in model.transformer",
+        ),
+        (one, "is one file, .* this file in model.transformer"),
+    ):
+        with pytest.raises(ValueError, match=f"^model.path = {path}: .*{told}"):
+            check_folder(path, KIND)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("vae", WEIGHTS), ("text_encoder", "model.safetensors"), ("transformer", WEIGHTS)]
+)
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(part: str, file: str, folder: Path) -> None:
+    """In every network, whichever library's: diffusers would leave it without a value, transformers make it up."""
+    state = load_file(folder / part / file)
+    name = sorted(name for name in state if name.endswith("weight"))[-1]
+    save_file({key: tensor for key, tensor in state.items() if key != name}, folder / part / file)
+    with pytest.raises(ValueError, match=rf"{part}/ lacks {name}, one of 1 missing tensors of a \w+ as its config\.json"):
+        check_folder(folder, KIND)
+    save_file(state | {name: torch.zeros(3, 1)}, folder / part / file)
+    with pytest.raises(ValueError, match=rf"{part}/ holds {name} as \(3, 1\), where its config\.json makes it \(\d+,"):
+        check_folder(folder, KIND)
+
+
+def test_names_of_every_release_are_read(folder: Path, tmp_path: Path) -> None:
+    """transformers 4 kept places among a CLIP's weights, and had two ways to name those of Qwen2.5-VL."""
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
+    check_folder(folder, KIND)
+    load_family("qwen_image").save(tmp_path / "qwen")
+    file = tmp_path / "qwen" / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    check_folder(tmp_path / "qwen", "QwenImagePipeline")
+    other = {
+        re.sub("^model", "model.language_model", re.sub("^visual", "model.visual", name)): t for name, t in state.items()
+    }
+    assert any(name.startswith("model.language_model.") for name in other) and other.keys() != state.keys()
+    save_file(other, file)
+    check_folder(tmp_path / "qwen", "QwenImagePipeline")
+    name = max(name for name in state if name.startswith("visual."))
+    save_file({key: tensor for key, tensor in state.items() if key != name}, file)
+    with pytest.raises(ValueError, match=rf"text_encoder/ lacks model\.{name}, one of 1 missing"):
+        check_folder(tmp_path / "qwen", "QwenImagePipeline")
+
+
+def test_a_class_that_is_not_installed_and_a_config_of_something_else_are_told(folder: Path) -> None:
+    index = folder / "model_index.json"
+    whole = index.read_text()
+    index.write_text(whole.replace("SD3Transformer2DModel", "SD9Transformer2DModel"))
+    with pytest.raises(
+        ValueError, match="transformer/ is a SD9Transformer2DModel of diffusers, .* `pip install -U diffusers`"
+    ):
+        check_folder(folder, KIND)
+    index.write_text(whole)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": "two"}))
+    with pytest.raises(ValueError, match=r"transformer/ has a config\.json that makes no network \(TypeError"):
+        check_folder(folder, KIND)
+
+
+def test_pickles_alone_are_said(folder: Path) -> None:
+    (folder / "vae" / WEIGHTS).unlink()
+    torch.save({}, folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.warns(UserWarning, match=r"vae/ has its weights as \.bin only"):
+        check_folder(folder, KIND)
+
+
+def test_a_gguf_in_place_of_the_weights_is_told(folder: Path) -> None:
+    (folder / "transformer" / WEIGHTS).rename(folder / "transformer" / "q4.gguf")
+    with pytest.raises(
+        ValueError, match=r"transformer/ holds no weights .*, but q4\.gguf: set model\.transformer to that file"
+    ):
+        check_folder(folder, KIND)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("stochastic_sampling", True), ("num_train_timesteps", 500), ("invert_sigmas", True)]
+)
+def test_a_schedule_that_would_be_ignored_is_refused(key: str, value: object, folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"scheduler/scheduler_config\.json says {key} = {value}; noise levels here are"):
+        check_folder(folder, KIND)
 
 
 def test_a_part_that_is_left_out_on_purpose_is_no_error(folder: Path) -> None:

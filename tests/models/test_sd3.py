@@ -1,6 +1,7 @@
 """The SD3 adapter against the stock diffusers pipeline, on the embedded weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.drawing import drawn
 from support.helpers import ROOT
 from support.tiny_model import TINY_WEIGHTS, load_tiny_model, load_tuned_model
 
+from fastgrpo.models import load_model
 from fastgrpo.records import SAMPLE, noise_address
 from fastgrpo.validation import load_config
 from fastgrpo_kernels import INITIAL_STEP, normal
@@ -53,6 +55,21 @@ def test_sigmas_are_the_schedulers(tiny_model, num_steps: int) -> None:
     assert torch.equal(sigmas, scheduler.sigmas) and sigmas.shape == (num_steps + 1,)
     assert sigmas[0] == 1 and sigmas[-1] == 0
     assert torch.equal(sigmas[:-1] * 1000, scheduler.timesteps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 40])
+def test_sigmas_of_a_dynamic_shift_are_the_stock_pipelines(tiny_model, num_steps: int, tmp_path: Path) -> None:
+    """Which computes it of the number of tokens, with the settings of the scheduler."""
+    folder = Path(shutil.copytree(TINY_WEIGHTS, tmp_path / "dynamic"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    said = {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 1.3, "base_image_seq_len": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(PROMPTS[:1], num_inference_steps=num_steps, latents=noise(tiny_model, 1), max_sequence_length=1)
+    model = load_model("sd3", path=folder, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)
+    assert torch.equal(model.sigmas(num_steps), pipeline.scheduler.sigmas)
+    assert num_steps == 1 or not torch.equal(model.sigmas(num_steps), tiny_model.sigmas(num_steps))
 
 
 def test_velocity_is_what_the_stock_pipeline_feeds_its_scheduler(tiny_model) -> None:
@@ -200,8 +217,6 @@ def test_blocks_are_compiled_for_each_shape_by_itself(monkeypatch) -> None:
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
-    from fastgrpo.models import load_model
-
     with pytest.raises(ValueError, match=r"model\.path = .*model_index\.json"):
         load_model("sd3", path=tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_text_tokens=1)
 

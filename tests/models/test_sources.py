@@ -20,6 +20,7 @@ from fastgrpo.testing import load_family
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHORT = ["evaluation.every=0", "evaluation.images=2", "evaluation.images_between=2", "evaluation.samples=2"]
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 
 
@@ -256,29 +257,48 @@ def test_a_quantised_folder_is_refused_where_it_cannot_be_read(section: dict, me
 
 
 @pytest.mark.processes
-def test_whole_runs_from_the_same_weights_are_the_same_run(tmp_path: Path, fork_server: ForkServer) -> None:
+def test_a_whole_run_from_the_same_weights_elsewhere_is_the_same_run(tmp_path: Path, fork_server: ForkServer) -> None:
     """Trained, stopped, gone on with after the weights were moved, and sampled; other weights under the name are refused."""
     bare = without_weights(TINY_WEIGHTS, tmp_path / "bare")
-    part = Path(shutil.copytree(TINY_WEIGHTS / "transformer", tmp_path / "part"))
-    one = Path(shutil.copy(part / WEIGHTS, tmp_path / "one.safetensors"))
+    one = Path(shutil.copy(TINY_WEIGHTS / "transformer" / WEIGHTS, tmp_path / "one.safetensors"))
     os.rename(bare / "vae" / WEIGHTS, bare / "vae" / "diffusion_pytorch_model.fp16.safetensors")
     sources = {
         "plain": [],
-        "part": [f"model.path={bare}", "model.variant=fp16", f"model.transformer={part}"],
         "one": [f"model.path={bare}", "model.variant=fp16", f"model.transformer={one}"],
     }
     for name, settings in sources.items():
-        fork_server.train(tmp_path / name, "iterations=2", "evaluation.every=0", *settings)
+        fork_server.train(tmp_path / name, "iterations=2", *SHORT, *settings)
         assert rows(tmp_path / name) == rows(tmp_path / "plain") != []
         picture = tmp_path / f"{name}.png"
         fork_server.run("sample", str(tmp_path / name), "--prompt", "a red circle", "--output", str(picture))
         assert picture.read_bytes() == (tmp_path / "plain.png").read_bytes()
     moved = one.rename(tmp_path / "moved.safetensors")
-    more = [*sources["one"][:2], f"model.transformer={moved}", "evaluation.every=0"]
+    more = [*sources["one"][:2], f"model.transformer={moved}", *SHORT]
     fork_server.train(tmp_path / "one", "iterations=3", *more)
     save_file({key: tensor + 0.01 for key, tensor in load_file(moved).items()}, moved)
     printed = fork_server.train(tmp_path / "one", "iterations=4", *more, status=2)
     assert "another content of model.transformer" in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_folder_of_torchao_is_trained_beside(folders, tmp_path: Path) -> None:
+    """Whole numbers of 8 bits: nearly the images of the plain weights, and gradients for the LoRA alone."""
+    from diffusers import SD3Transformer2DModel, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    packed = TorchAoConfig(Int8WeightOnlyConfig())
+    part = folders["sd3"] / "transformer"
+    SD3Transformer2DModel.from_pretrained(part, quantization_config=packed, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found, expected = (images("sd3", folders["sd3"], torch.bfloat16, **b) for b in ({"transformer": tmp_path}, {}))
+    assert (found.int() - expected.int()).abs().float().mean() < 3
+    settings = load_family("sd3").settings
+    model = load_model("sd3", path=folders["sd3"], transformer=tmp_path, dtype=torch.bfloat16, device=CPU, **settings)
+    model.add_lora(rank=4, alpha=4)
+    x = torch.randn(2, *model.latent_shape, dtype=torch.bfloat16)
+    model.velocity(x, torch.tensor([0.5, 0.6]), model.encode(["a", "b"])).float().pow(2).sum().backward()
+    trained = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
 
 
 @needs_gguf
@@ -288,7 +308,7 @@ def test_a_whole_run_from_a_gguf_is_that_of_its_numbers(tmp_path: Path, fork_ser
         write_gguf(load_file(TINY_WEIGHTS / "transformer" / WEIGHTS), tmp_path / "q8.gguf"), tmp_path / "exact.safetensors"
     )
     for name in ("q8.gguf", "exact.safetensors"):
-        settings = [f"model.transformer={tmp_path / name}", "iterations=2", "evaluation.every=0"]
+        settings = [f"model.transformer={tmp_path / name}", "iterations=2", *SHORT]
         fork_server.train(tmp_path / Path(name).stem, *settings)
     found, expected = rows(tmp_path / "q8"), rows(tmp_path / "exact")
     assert len(found) == 2 and [row["first_ratio_deviation"] for row in found] == [0, 0]

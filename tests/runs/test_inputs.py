@@ -64,6 +64,19 @@ def test_weights_are_the_same_wherever_they_lie_and_others_when_one_is_trained_o
     assert [name for name in before if before[name] != changed[name]] == ["model.path/transformer"]
 
 
+def test_a_transformer_from_elsewhere_is_known_by_its_content_and_the_one_in_its_place_is_not(tmp_path: Path) -> None:
+    part = WEIGHTS / "transformer"
+    file = Path(shutil.copy(part / "diffusion_pytorch_model.safetensors", tmp_path / "one.safetensors"))
+    found = inputs(WEIGHTS, NONE, f"model.transformer={file}")
+    assert {"model.path/vae", "model.transformer"} <= found.keys() and "model.path/transformer" not in found
+    moved = file.rename(tmp_path / "moved.safetensors")
+    assert inputs(WEIGHTS, NONE, f"model.transformer={moved}") == found
+    moved.write_bytes(moved.read_bytes()[::-1])
+    changed = inputs(WEIGHTS, NONE, f"model.transformer={moved}")
+    assert [name for name in found if found[name] != changed[name]] == ["model.transformer"]
+    assert "model.transformer" in inputs(WEIGHTS, NONE, f"model.transformer={part}")
+
+
 def test_of_large_files_blocks_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgrpo.inputs.WHOLE", 1000)
     monkeypatch.setattr("fastgrpo.inputs.BLOCK", 16)
