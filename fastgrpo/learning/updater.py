@@ -43,10 +43,10 @@ class Updater:
         """That of the model's present size, with which the clip range is scaled."""
         shape = self.model.latent_shape
         if shape not in self.learners:
-            self.learners[shape] = self._learner()
+            self.learners[shape] = self._new_learner()
         return self.learners[shape]
 
-    def _learner(self) -> Learner:
+    def _new_learner(self) -> Learner:
         objective, rollout, size = self.config.objective, self.config.rollout, self.config.update.micro_batch_size
         settings, clip_range = settings_of(objective.name, objective.settings), objective.clip_range
         if "adv_clip_max" in settings:  # that of the advantages it is given

@@ -58,7 +58,7 @@ def umt5_encoder(vocabulary: int, width: int = 32) -> UMT5EncoderModel:
 
 def call(
     pipeline: WanPipeline, prompts: Sequence[str], latents: Tensor, num_steps: int, guidance_scale: float,
-    height: int = SIDE, width: int = SIDE, num_frames: int = FRAMES,
+    *, height: int = SIDE, width: int = SIDE, num_frames: int = FRAMES,
 ) -> Tensor:  # fmt: skip
     """Videos (B, T, 3, H, W) of the stock pipeline."""
     return pipeline(
