@@ -53,8 +53,8 @@ class WanImage(WanFamily):
     part_dtypes = {**WanFamily.part_dtypes, "image_encoder": torch.float32}  # as diffusers' documentation runs it
 
     @classmethod
-    def check_files(cls, path: Path) -> None:
-        super().check_files(path)
+    def check_files(cls, path: Path, **base: Any) -> None:
+        super().check_files(path, **base)
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         if index["_class_name"] != cls.pipeline_class and not index.get("expand_timesteps"):
             raise ValueError(f"model.path = {path}: holds a Wan that reads no image; take model.name wan")

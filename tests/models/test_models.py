@@ -161,6 +161,12 @@ def test_images_are_the_stock_pipelines(name: str, scale: float, folders) -> Non
         assert (found[i : i + 1].float() - expected).abs().max() <= 1
 
 
+def load_in_stock(pipeline, folder: Path) -> None:
+    """The LoRA that was saved in a folder, of each of the networks."""
+    for file, of in zip(sorted(folder.iterdir()), ({}, {"load_into_transformer_2": True}), strict=False):
+        pipeline.load_lora_weights(folder, weight_name=file.name, **of)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, folders, tmp_path: Path) -> None:
     model = load(name, folders)
@@ -180,8 +186,7 @@ def test_the_saved_lora_in_the_stock_pipeline_gives_the_same_images(name: str, f
         assert torch.equal(own_images(name, model, 1.0), before)
     model.save_trained(tmp_path, {n: p.detach().clone() for n, p in trained.items()})
     stock, fresh = load(name, folders), load(name, folders)
-    for file, of in zip(sorted(tmp_path.iterdir()), ({}, {"load_into_transformer_2": True}), strict=False):
-        stock.pipeline.load_lora_weights(tmp_path, weight_name=file.name, **of)
+    load_in_stock(stock.pipeline, tmp_path)
     fresh.load_trained(tmp_path)
     assert torch.equal(own_images(name, stock, 1.0), after) and torch.equal(own_images(name, fresh, 1.0), after)
 
@@ -193,7 +198,7 @@ def test_training_goes_on_from_a_lora_as_strong_as_the_stock_pipeline_reads_it(n
     first.add_lora(rank=4, alpha=8)
     values = {n: torch.randn_like(p) * 0.3 for n, p in first.transformer.named_parameters() if p.requires_grad}
     first.save_trained(tmp_path, values)
-    stock.pipeline.load_lora_weights(tmp_path)
+    load_in_stock(stock.pipeline, tmp_path)
     expected = own_images(name, stock, 1.0)
     assert not torch.equal(expected, before)
     for reference in ("base", "start"):
