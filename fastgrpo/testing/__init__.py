@@ -28,6 +28,7 @@ FAMILIES = {
     "wan": "fastgrpo.testing.wan:FAMILY",
     "wan_image": "fastgrpo.testing.wan_image:FAMILY",
     "wan_experts": "fastgrpo.testing.wan:EXPERTS",
+    "wan_image_experts": "fastgrpo.testing.wan_image:EXPERTS",
     "bagel": "fastgrpo.testing.bagel:FAMILY",
     "flux2": "fastgrpo.testing.flux2:DEV",
     "flux2_klein": "fastgrpo.testing.flux2:KLEIN",

@@ -11,6 +11,8 @@ from fastgrpo.testing import Family
 from fastgrpo.testing.tokenizers import t5_tokenizer
 
 TEXT_TOKENS, SIDE, FRAMES = 24, 16, 9
+# Of two experts. Between the first two of three or four steps, so that few steps take both; published are 0.875 and 0.9.
+BOUNDARY = 0.95
 
 
 def make() -> WanPipeline:
@@ -28,8 +30,7 @@ def make() -> WanPipeline:
 def make_experts() -> WanPipeline:
     pipeline = make()
     pipeline.register_modules(transformer_2=tiny_transformer())
-    # Between the first two of three or four steps, so that few steps take both. Published is 0.875.
-    pipeline.register_to_config(boundary_ratio=0.95)
+    pipeline.register_to_config(boundary_ratio=BOUNDARY)
     return pipeline
 
 

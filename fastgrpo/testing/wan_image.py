@@ -1,6 +1,7 @@
 """Tiny Wans from images, one of each published kind: nine frames of 16 by 16 pixels."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.testing import Family
 from fastgrpo.testing.pictures import picture
 from fastgrpo.testing.tokenizers import t5_tokenizer
-from fastgrpo.testing.wan import FRAMES, SIDE, tiny_vae, umt5_encoder
+from fastgrpo.testing.wan import BOUNDARY, FRAMES, SIDE, tiny_vae, umt5_encoder
 
 TEXT_TOKENS = 512  # the attention of Wan with CLIP knows no other number
 CLIP_SIDE, CLIP_WIDTH, CLIP_TOKENS = 8, 24, 5  # two by two patches and one token for all
@@ -31,10 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def make(kind: str = "i2v") -> WanImageToVideoPipeline:
     torch.manual_seed(2)
     tokenizer = t5_tokenizer()
-    transformer = WanTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=12, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
-        rope_max_seq_len=32, **KINDS[kind],
-    )  # fmt: skip
+    transformer = tiny_transformer(kind)
     if kind == "flf2v":
         torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)  # it begins as zeros
     clip = "image_dim" in KINDS[kind]
@@ -43,6 +41,21 @@ def make(kind: str = "i2v") -> WanImageToVideoPipeline:
         text_encoder=umt5_encoder(len(tokenizer)), tokenizer=tokenizer, expand_timesteps=kind == "ti2v",
         image_encoder=clip_vision() if clip else None, image_processor=clip_processor() if clip else None,
     )  # fmt: skip
+
+
+def tiny_transformer(kind: str) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=12, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
+        rope_max_seq_len=32, **KINDS[kind],
+    )  # fmt: skip
+
+
+def make_experts() -> WanImageToVideoPipeline:
+    """As Wan2.2-I2V-A14B."""
+    pipeline = make("i2v_without_clip")
+    pipeline.register_modules(transformer_2=tiny_transformer("i2v_without_clip"))
+    pipeline.register_to_config(boundary_ratio=BOUNDARY)
+    return pipeline
 
 
 def clip_vision() -> CLIPVisionModel:
@@ -82,3 +95,4 @@ FAMILY = Family(
     settings={"max_text_tokens": TEXT_TOKENS, "height": SIDE, "width": SIDE, "num_frames": FRAMES},
     prompts=(ImagePrompt("the circle turns red", (WIDE,)), ImagePrompt("a cat walks into the picture", (TALL,))),
 )  # fmt: skip
+EXPERTS = replace(FAMILY, make=make_experts, model="wan_image")
