@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         rewards.check(prompts.judged)
     model = saved_model(config, arguments.run, arguments.base)
     size = evaluation_size(config)
-    check_cut(model, config.model.max_text_tokens, *((prompts, rewards, size) for prompts in files.values()))
+    check_cut(model, config.model.max_text_tokens, *((prompts, rewards, [size]) for prompts in files.values()))
     rows: list[Row] = []
     for file, prompts in files.items():
         evaluator = Evaluator(
