@@ -5,7 +5,7 @@ prompts as files in the run's folder. So `config.yaml` says what was run, and th
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,8 @@ class Parts:
 
     def check_texts(self, config: Config, show: bool) -> None:
         """`check_cut` of all its prompts, with their rewards and sizes; and say it where their length is another's."""
-        trained = self.prompts, None if self.image_fields else self.reward, *training_sizes(config)
-        held_out = self.held_out, self.held_out_reward, evaluation_size(config)
+        trained = self.prompts, None if self.image_fields else self.reward, training_sizes(config)
+        held_out = self.held_out, self.held_out_reward, [evaluation_size(config)]
         check_cut(self.model, trained, held_out, negative_prompt=config.model.negative_prompt, show=show)
         if show and (line := getattr(self.model, "other_length", "")):
             print(line, file=sys.stderr)
@@ -159,14 +159,14 @@ def check_guidance(model: Model, key: str, scale: float) -> None:
 
 def check_cut(
     model: Any,
-    *scored: tuple[PromptSet, RewardSum | None, *tuple[Size, ...]],
+    *scored: tuple[PromptSet, RewardSum | None, Iterable[Size]],
     negative_prompt: str = "",
     show: bool = True,
 ) -> None:
     """Say how many prompts the model reads in part; refuse those of which a reward judges what the model does not read.
 
-    scored: prompts, with the rewards that score their images, None where nothing does, and the sizes of the images besides
-    the model's own: a model that reads an input image may have less room for text beside a larger one.
+    scored: prompts, with the rewards that score their images, None where nothing does, and the sizes of the images: a model
+    that reads an input image may have less room for text beside a larger one.
     """
     ask = getattr(model, "read_in_part", None)
     if ask is None:
@@ -179,10 +179,10 @@ def check_cut(
             f"{part[compared]!r}; shorten it, or raise model.max_text_tokens"
         )
     cut: dict[str | ImagePrompt, str] = {}
-    for prompts, reward, *sizes in scored:
+    for prompts, reward, sizes in scored:
         asked = [as_prompt(record, model.image_conditioned) for record in prompts.metadata]
         found: dict[str | ImagePrompt, str] = {}
-        for size in sizes or [Size()]:
+        for size in sizes:
             with sized(model, size):
                 found |= ask(asked)
         cut |= found

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = saved_model(config, arguments)
     negative_prompt = config.model.negative_prompt
     size = evaluation_size(config)
-    check_cut(model, *((prompts, rewards, size) for prompts in files.values()), negative_prompt=negative_prompt)
+    check_cut(model, *((prompts, rewards, [size]) for prompts in files.values()), negative_prompt=negative_prompt)
     guidance_scale = settings.guidance_scale if arguments.guidance is None else arguments.guidance
     check_guidance(model, "guidance", guidance_scale)
     rows: list[Row] = []

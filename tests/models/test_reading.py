@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgrpo.config.sizes import Size
 from fastgrpo.data.prompts import ImagePrompt, PromptSet
 from fastgrpo.models import load_model
 from fastgrpo.parts import check_cut
@@ -16,6 +17,7 @@ from fastgrpo.rewards.ocr import OCR
 from fastgrpo.testing import FAMILIES, load_family
 
 CPU = torch.device("cpu")
+OWN = [Size()]  # the model's own size alone
 LONG = "a red circle left of two green squares below a yellow cat " * 12
 CUT_NOTHING = {"qwen_image_edit", "qwen_image_edit_plus", "qwen_image_21"}
 READ_BY_CLIP_TOO = {"sd3", "flux", "flux_kontext"}  # which reads 77 tokens of a prompt, for `pooled` and a part of `embeds`
@@ -98,10 +100,10 @@ def test_a_run_counts_them_and_refuses_those_whose_text_is_cut_off(tiny_model, c
     reward = RewardSum(rewards={"ocr": Reading()}, weights={"ocr": 1.0})
     fine = prompts('"hi"', f'says "hi" {LONG}', f'says "hi" {LONG} "ho"', '"ho"')
     for show in (True, False):
-        check_cut(tiny_model, (fine, reward), (prompts("a cat"), None), show=show)
+        check_cut(tiny_model, (fine, reward, OWN), (prompts("a cat"), None, OWN), show=show)
         said = capsys.readouterr().err
         assert said.startswith("2 of 5 prompts are longer than model.max_text_tokens = 1 and are cut, for example") == show
     for text in (f'{LONG} says "hi"', f'says "{LONG}"'):
         with pytest.raises(ValueError, match=r"^a\.txt:1: model\.max_text_tokens = 1 cuts this prompt: reward 'ocr': "):
-            check_cut(tiny_model, (prompts('"ho"', text), reward), show=False)
-        check_cut(tiny_model, (prompts('"ho"', text), None), show=False)
+            check_cut(tiny_model, (prompts('"ho"', text), reward, OWN), show=False)
+        check_cut(tiny_model, (prompts('"ho"', text), None, OWN), show=False)

@@ -156,7 +156,7 @@ def test_a_text_that_has_no_room_beside_the_image_of_one_size_is_refused_at_the_
     model = load_model("qwen_image_edit", path=tmp_path / "edit", dtype=torch.float32, device=CPU, **family.settings)
     records = [{"prompt": one.text, "image": [str(file) for file in one.images]} for one in family.prompts]
     prompts = PromptSet([one.text for one in family.prompts], records, ["a", "b"])
-    check_cut(model, 320, (prompts, None, Size(16, 16)), (prompts, None))
+    check_cut(model, (prompts, None, [Size(16, 16)]), (prompts, None, [Size()]))
     with pytest.raises(ValueError, match=r"model\.max_text_tokens = 320: .* with its image is \d+ tokens; raise it"):
-        check_cut(model, 320, (prompts, None, Size(16, 16), Size(160, 160)))
+        check_cut(model, (prompts, None, [Size(16, 16), Size(160, 160)]))
     assert model.size == (16, 16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastgrpo.config.keys import ModelConfig
+from fastgrpo.config.sizes import Size
 from fastgrpo.data.prompts import PromptSet
 from fastgrpo.models import MODELS, load_model, model_class
 from fastgrpo.models.settings import model_settings
@@ -71,7 +72,7 @@ def test_another_length_is_said_where_padding_is_attended_to(tmp_path: Path) -> 
 def test_a_negative_prompt_that_would_be_cut_is_refused(tmp_path: Path) -> None:
     model = load("wan", tmp_path)
     with pytest.raises(ValueError, match=r"model\.negative_prompt = '[x ]+': .*text_tokens = 24 cuts it after '[x ]+'; sho"):
-        check_cut(model, (PromptSet(["a"], [{"prompt": "a"}]), None), negative_prompt="x " * 60)
+        check_cut(model, (PromptSet(["a"], [{"prompt": "a"}]), None, [Size()]), negative_prompt="x " * 60)
 
 
 def test_an_empty_prompt_is_refused_where_it_means_none(tmp_path: Path) -> None:
