@@ -121,6 +121,11 @@ def _check_model(model: ModelConfig) -> None:
     schema.choice("model.name", model.name, MODELS)
     if model.random_weights and model.architecture is None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
+    for key in ("transformer", "variant"):
+        if model.random_weights and getattr(model, key) is not None:
+            schema.refuse(
+                f"model.{key}", str(getattr(model, key)), "model.random_weights reads no weights: leave one of them out"
+            )
 
 
 def _check_rewards(reward: RewardConfig) -> None:
