@@ -30,7 +30,7 @@ from fastgrpo.data.prompts import (
     write_prompts,
 )
 from fastgrpo.inputs import Inputs, changes, inputs_of
-from fastgrpo.models import configured_model, model_class
+from fastgrpo.models import base_of, configured_model, model_class
 from fastgrpo.models.reading import cut_line
 from fastgrpo.policy import Model, check_sizes, sized
 from fastgrpo.reporting.run_folder import RunFolder
@@ -107,8 +107,7 @@ class Parts:
         """Loads what is configured; refuses what does not go together or cannot be read, with the key's path."""
         family: Any = objects.model or model_class(config.model.name)
         if objects.model is None and not config.model.random_weights:
-            section = config.model
-            family.check_files(section.path, transformer=section.transformer, variant=section.variant)
+            family.check_files(config.model.path, **base_of(config.model))
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
         if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):

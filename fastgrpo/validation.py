@@ -163,6 +163,11 @@ def _check_model(model: ModelConfig) -> None:
         schema.refuse("model.random_weights", True, "name the model.architecture to build, for example sd3.5-medium")
     if model.idle_expert == "host" and model.train == "full":
         schema.refuse("model.idle_expert", "host", "only frozen weights can wait on the host: take model.train=lora")
+    for key in ("transformer", "variant"):
+        if model.random_weights and getattr(model, key) is not None:
+            schema.refuse(
+                f"model.{key}", str(getattr(model, key)), "model.random_weights reads no weights: leave one of them out"
+            )
 
 
 def _check_lora(config: Config) -> None:

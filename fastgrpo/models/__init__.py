@@ -59,6 +59,11 @@ def load_model(name: str, **arguments: Any) -> "Adapter":
     return model
 
 
+def base_of(section: Any) -> dict[str, Any]:
+    """Where the weights come from beside `model.path`, as arguments of a family's `load` and `check_files`."""
+    return {key: value for key in ("transformer", "variant") if (value := getattr(section, key)) is not None}
+
+
 def configured_model(section: Any, device: "torch.device") -> "Model":
     """The model that a configuration's `model` section asks for. Nothing in it is trainable yet."""
     import torch
@@ -67,5 +72,4 @@ def configured_model(section: Any, device: "torch.device") -> "Model":
     dtype = getattr(torch, section.dtype)
     if section.random_weights:
         return model_class(section.name).random(section.architecture, dtype=dtype, device=device, **settings)
-    base = {"path": section.path, "transformer": section.transformer, "variant": section.variant}
-    return load_model(section.name, **base, dtype=dtype, device=device, **settings)
+    return load_model(section.name, path=section.path, dtype=dtype, device=device, **base_of(section), **settings)

@@ -104,7 +104,7 @@ def _made(make: Any, config: Any) -> Any:
 
 def _converted(kind: Any, config: Mapping[str, Any], state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint of another program under diffusers' names, or as they are where those fit better."""
-    rule = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
+    rule: Any = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
     if rule is None:
         raise ValueError(f"is one file, which diffusers does not read into a {kind.__name__}; take a folder")
     more = [name for name in state if name not in own]

@@ -6,10 +6,11 @@
 It takes milliseconds, whatever the size of the file.
 """
 
+import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastgrpo.files import json_value
 
@@ -44,13 +45,22 @@ def _safetensors(file: Path) -> Header:
             (length,) = struct.unpack("<Q", opened.read(8))
             entries = json_value(opened.read(min(length, size)))
         entries.pop("__metadata__", None)
-        held = {name: Held(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        held = {name: _held(entry) for name, entry in entries.items()}
         expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error):
         raise ValueError("is no file of safetensors, or the beginning of one") from None
     if size != expected:
         raise ValueError(f"has {size} bytes and must have {expected}")
     return held
+
+
+def _held(entry: dict[str, Any]) -> Held:
+    """A tensor of safetensors; ValueError for a shape that its bytes cannot have, of which no number has less than a bit."""
+    begin, end = entry["data_offsets"]
+    shape = tuple(map(int, entry["shape"]))
+    if min(shape, default=0) < 0 or math.prod(shape) > 8 * (end - begin):
+        raise ValueError
+    return Held(str(entry["dtype"]), shape)
 
 
 def _gguf(file: Path) -> Header:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.engine.ranks import OneRank
+from fastgrpo.models.folder import check_file
+from fastgrpo.models.headers import read_header
 from fastgrpo.models.lora_file import read_lora
 from fastgrpo.models.trained import check_state
 from fastgrpo.tensor_files import read_tensors
@@ -75,6 +77,20 @@ def test_bytes_of_a_lora(damage: list, network: nn.Module, tmp_path_factory: pyt
     file = tmp_path_factory.getbasetemp() / "pytorch_lora_weights.safetensors"
     file.write_bytes(damaged(content(lora()), damage))
     check_lora(file, network)
+
+
+@given(damage=damages, data=st.data())
+def test_heads_of_weights(damage: list, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a folder's check reads of them, and makes tensors of on the meta device: damaged bytes, and odd JSON."""
+    file = tmp_path_factory.getbasetemp() / "head.safetensors"
+    whole = content(lora())
+    end = 8 + int.from_bytes(whole[:8], "little")
+    if data.draw(st.booleans()):
+        head = as_json(odd_json(data, json.loads(whole[8:end])))
+        whole = len(head).to_bytes(8, "little") + head + whole[end:]
+    file.write_bytes(damaged(whole, damage) if data.draw(st.booleans()) else whole)
+    if works_or_is_refused(lambda: check_file(file, file.parent, "model.path = x") == {}, file):
+        assert all(torch.empty(held.shape, device="meta").shape == held.shape for held in read_header(file).values())
 
 
 @given(
