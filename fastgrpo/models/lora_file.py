@@ -83,14 +83,16 @@ def write_lora(
     alpha is the rank, so readers that know no alpha apply it as it is. ValueError: the network has no such format.
     """
     weights = written(form, lora.layers, network)
-    settings = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": sorted(lora.layers)}
     file = folder / {"diffusers": weight_name, "peft": PEFT}.get(form, f"{name}.safetensors")
-    notes = {"lora_adapter_metadata": json_text({f"transformer.{key}": one for key, one in settings.items()})}
-    write_tensors(file, weights, {"format": "pt", **(notes if form == "diffusers" else {})})
+    # No metadata on rank, alpha and layers: releases of diffusers up to 0.36 understand no settings but those of one PEFT.
+    write_tensors(file, weights, {"format": "pt"})
     if form == "peft":
         # Only what every release of PEFT knows.
-        plain = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "base_model_name_or_path": None}
-        file.with_name(PEFT_SETTINGS).write_text(json_text(plain | settings, indent=1) + "\n", encoding="utf-8")
+        settings = {
+            "peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.rank, "target_modules": sorted(lora.layers),
+            "bias": "none", "inference_mode": True, "base_model_name_or_path": None,
+        }  # fmt: skip
+        file.with_name(PEFT_SETTINGS).write_text(json_text(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _said(file: Path, notes: dict[str, str]) -> dict[str, Any]:

@@ -155,10 +155,9 @@ def test_the_bases_files_dtype_and_other_weights_stay(run, tmp_path: Path) -> No
     assert (tmp_path / "out" / "transformer" / "config.json").is_file() == (name != "bagel")
 
 
+@pytest.mark.parametrize("run", ["sd3"], indirect=True)
 def test_what_cannot_be_written_is_refused(run, tmp_path: Path, capsys) -> None:
     name, base, folder, _ = run
-    if name != "sd3":
-        pytest.skip("alike in all families")
     command = ["export", str(folder), "--format", "peft", "--output", str(tmp_path)]
     assert main(command) == 2 and "is there already; name a new folder" in capsys.readouterr().err
     written_run(name, base, tmp_path / "full", full=True)

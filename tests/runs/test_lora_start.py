@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.runs import ForkServer, rows
 
-from fastgrpo.validation import ConfigError, load_config
+from fastgrpo.validation import ConfigError, check_folder, load_config
 
 pytestmark = pytest.mark.processes
 
@@ -82,9 +82,14 @@ def test_another_rank_is_refused_with_that_of_the_file(first: Path, tmp_path: Pa
         (["model.lora.reference=start"], r"model\.lora\.reference = 'start': a new LoRA has no effect at first"),
         (["model.lora.path=/a/lora", "model.train=full"], r"model\.lora\.path = '/a/lora': model\.train = full"),
         (["model.lora.path=/a/lora", "model.lora.targets=[to_q]"], r"model\.lora\.targets = .*leave it out"),
-        (["model.lora.path=/a/run/x", "output=/a/run"], r"model\.lora\.path = .*would write over it"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_a_lora_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("configs/sd3_geneval.yaml", overrides)
+
+
+def test_a_run_does_not_write_over_the_lora_that_it_goes_on_from(tmp_path: Path) -> None:
+    config = load_config("configs/sd3_geneval.yaml", [f"model.lora.path={tmp_path}/run/best", f"output={tmp_path}/run"])
+    with pytest.raises(ConfigError, match=r"model\.lora\.path = .*the run would write over it: choose another output"):
+        check_folder(config)
