@@ -120,7 +120,7 @@ def test_a_prompt_larger_than_the_memory_is_kept_until_the_next(tiny_model) -> N
 
 def test_samples_of_a_prompt_share_its_row(tiny_model) -> None:
     """On the device is a row for each different prompt; what the network is asked is the row of each sample, bit for bit."""
-    prompts = ["a red circle", "two blue squares", "a red circle", "a red circle"]
+    prompts = ["a red circle", "two blue squares", "a red circle", "two blue squares"]
     for scale, rows in ((1.0, 2), (3.0, 3)):
         prompted = Embeddings(tiny_model).prompted(prompts, scale)
         assert [len(tensor) for tensor in prompted.rows] == [rows] * len(prompted.rows)

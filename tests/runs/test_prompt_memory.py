@@ -1,5 +1,6 @@
 """What a run holds of its prompts: a row a prompt on the device, what it will draw on disk, the next ones read ahead."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,17 @@ def test_the_plan_counts_what_a_trainer_holds_of_its_prompts(scale: int, rank: i
         ([], 4, 2),  # three samples each, of groups of four
         (["rollout.guidance_scale=3"], 1, GROUPS + 1),
         (["model.name=flux_kontext", "model.distilled_guidance=2.5", "rollout.guidance_scale=3"], 1, 2 * GROUPS),
-        (["objective={name: sft, offline: true, beta: 0}", "prompts.weights={}"], 1, GROUPS * SIZE),
-        (["objective={name: dpo, offline: true, beta: 0}", "prompts.weights={}"], 4, 2),
     ],
 )
 def test_rows_of_an_iteration(settings: list[str], gpus: int, rows: int) -> None:
     assert prompt_rows(load_config(CONFIG, [*SMALL, *settings]), gpus) == rows
+
+
+@pytest.mark.parametrize(("name", "gpus", "rows"), [("sft", 1, GROUPS * SIZE), ("dpo", 4, 2)])
+def test_rows_of_an_iteration_of_images_that_are_there(name: str, gpus: int, rows: int) -> None:
+    """Each image has a prompt of its own, and the two of a pair have one."""
+    config = load_config(CONFIG, SMALL)
+    assert prompt_rows(replace(config, objective=replace(config.objective, name=name, offline=True)), gpus) == rows
 
 
 def test_what_a_run_draws_is_what_its_iterations_draw() -> None:
