@@ -49,7 +49,8 @@ def load_picture(path: Path) -> Image.Image:
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of the picture that `load_picture` returns, read from the file's beginning alone."""
     with Image.open(path) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        # Of a TIFF Pillow gives the size as it is seen.
+        lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in TURNED
         return (image.height, image.width) if lies else image.size
 
 
