@@ -5,6 +5,7 @@ Trained steps and samples are one batch of S B transitions, taken `micro_batch_s
     for each micro-batch:   moments(v_new, v_old) -> loss -> backward
     then one step of the optimiser
 
+A model of several experts takes one expert's transitions after the other's (`batches.ByExpert`).
 At a micro-batch of B, the rollout's own, each is one step of all its samples, in the very shape in which v_old was made, so
 that the ratio of the first update is exactly 1. At any other size the network's rounding may differ by its shape; where
 that matters, `recompute_old` makes v_old anew in the update's.
