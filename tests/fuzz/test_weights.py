@@ -89,7 +89,7 @@ def test_heads_of_weights(damage: list, data: st.DataObject, tmp_path_factory: p
         head = as_json(odd_json(data, json.loads(whole[8:end])))
         whole = len(head).to_bytes(8, "little") + head + whole[end:]
     file.write_bytes(damaged(whole, damage) if data.draw(st.booleans()) else whole)
-    if works_or_is_refused(lambda: check_file(file, file.parent, "model.path = x") == {}, file):
+    if works_or_is_refused(lambda: check_file(file, file.parent, "model.path = x") == {}, file.name):
         assert all(torch.empty(held.shape, device="meta").shape == held.shape for held in read_header(file).values())
 
 
