@@ -85,8 +85,8 @@ class ModelConfig:
     """Where the frozen weights wait of an expert that makes no velocity at the moment, where a model has two. On the host,
     in pinned memory, they take none of the GPU's, and are copied back each time that the other expert has its turn."""
     max_text_tokens: Annotated[int, AtLeast(1), AtMost(100_000)] | None = None
-    """Length of the text sequence, called max_sequence_length in the diffusers pipelines. Left out: the family's own, which
-    is the stock pipeline's default."""
+    """Length of the text sequence, called max_sequence_length in the diffusers pipelines. Left out: the stock
+    pipeline's default, to which Qwen-Image-Edit adds the tokens of its input images in the text encoder."""
     negative_prompt: str = ""
     """Text that classifier-free guidance compares a prompt with, in rollouts, updates and evaluations alike; the input
     images stay the same. Left empty: no text."""

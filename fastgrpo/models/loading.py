@@ -39,7 +39,7 @@ class LoadedPipeline:
     pipeline_class: ClassVar[str]
     published_as: ClassVar[tuple[str, ...]] = ()  # other classes that a folder of the family may name
     part_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}  # of parts of the pipeline, where it is not the model's
-    stock_text_tokens: ClassVar[int] = 512  # max_text_tokens where the settings name none: the stock pipeline's default
+    stock_text_tokens: ClassVar[int] = 512  # the default of the stock pipeline's max_sequence_length
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: torch.device, **settings: Any) -> None:
         self.pipeline = pipeline.to(device)
@@ -48,9 +48,16 @@ class LoadedPipeline:
         self.settings = Settings(**settings | {"max_text_tokens": self.stock_text_tokens if tokens is None else tokens})
         self._experts = experts_of(pipeline, idle_on_host=self.settings.idle_expert == "host")
         self._check_settings()
+        if tokens is None:
+            self.settings = replace(self.settings, max_text_tokens=self.default_text_tokens)
         take_no_shortcuts(dtype)
         for module in (self.transformer, self.pipeline.vae, *self.text_encoders):
             module.requires_grad_(False)
+
+    @property
+    def default_text_tokens(self) -> int:
+        """max_text_tokens where the settings name none."""
+        return self.stock_text_tokens
 
     @classmethod
     def load(

@@ -15,7 +15,8 @@ Samples of a batch have the same number of tokens. So all prompts of a run have 
 second and the third ones each come to one size; others are refused.
 
 `max_text_tokens` counts the tokens of the images in the text encoder too, of 28 x 28 pixels each: 1369 for 1024 x 1024 and
-196 for 384 x 384. A prompt that is longer is refused, because the stock pipelines cut none here.
+196 for 384 x 384. Left out, it holds 512 tokens of text and as many square images as the model reads. A longer prompt is
+refused, because the stock pipelines cut none here.
 
 Letters: as in `fastgrpo.models.qwen_image`; an image is h rows of w tokens.
 """
@@ -38,6 +39,7 @@ from fastgrpo.records import concatenate
 
 PUBLISHED_SIDE = 1024  # of the square whose area an input image has
 SMALLEST_SIDE = 32  # both sides are multiples of it
+PUBLISHED_TOKEN = 28  # side in pixels of the square that is one token of the text encoder
 
 
 class QwenEditConditioning(NamedTuple):
@@ -97,6 +99,19 @@ class QwenImageEdit(DoubleStream):
         side = self.settings.input_size
         return super().encoder_settings | {"input_size": self.size if side == "output" else side or PUBLISHED_SIDE}
 
+    @property
+    def default_text_tokens(self) -> int:
+        """The stock pipeline's for the text, and those of the most images that a prompt may have, as squares."""
+        images = self.input_images[-1] * self._image_tokens(self._sizes(1, 1))
+        return min(self.stock_text_tokens + images, self.longest_text)
+
+    def _image_tokens(self, size: Sizes) -> int:
+        """The tokens of one input image in the text encoder."""
+        if self.pipeline.processor is None:  # of a model with random weights
+            return math.prod(round(side / PUBLISHED_TOKEN) for side in size.shown)
+        processor = self.pipeline.processor.image_processor
+        return processor.get_number_of_image_patches(*size.shown) // processor.merge_size**2
+
     def _sizes(self, width: int, height: int) -> Sizes:
         """At which an image of so many pixels is read."""
         side = self.settings.input_size
@@ -128,9 +143,8 @@ class QwenImageEdit(DoubleStream):
         """None: a prompt that is longer with its images is refused."""
         if not self.text_encoders:
             return {}
-        processor = self.pipeline.processor.image_processor
         sizes = [self._checked_sizes(prompt, [picture_size(one) for one in prompt.images]) for prompt in prompts][0]
-        tokens = sum(processor.get_number_of_image_patches(*size.shown) // processor.merge_size**2 for size in sizes)
+        tokens = sum(map(self._image_tokens, sizes))
         for text in dict.fromkeys(prompt.text for prompt in prompts):
             reading = self.reading(self._written(text, len(sizes)))
             # The template has one token in the place of each image's.

@@ -1,5 +1,6 @@
 """What Qwen-Image-Edit and Qwen-Image-Edit-Plus read of their input images, and at which size."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ from PIL import Image
 from support.drawing import drawn, noise
 from support.files import seen_alike
 from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
 
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import model_class
 from fastgrpo.models.qwen_image import tell_images_from_text
+from fastgrpo.models.qwen_image_edit import ImageProcessor
 from fastgrpo.testing import load_family
 from fastgrpo.testing.qwen_image import INPUT, smaller_inputs
 
@@ -251,6 +254,31 @@ def test_an_edit_that_does_not_fit_is_refused() -> None:
     model = load(EDIT, max_text_tokens=100)
     with pytest.raises(ValueError, match=r"model\.max_text_tokens = 100: .*is \d+ tokens; raise it"):
         model.encode([PROMPTS[EDIT][0]])
+
+
+@pytest.mark.parametrize(("name", "images"), [(EDIT, 1), (PLUS, 3)])
+def test_the_length_that_is_left_out_holds_the_images_and_a_text(name: str, images: int, tmp_path: Path) -> None:
+    """At the size that is set. The tiny text encoder has a token for 8 x 8 pixels, and another for each letter."""
+    model = load(name, input_size=128, max_text_tokens=None)
+    assert model.settings.max_text_tokens == 512 + images * (128 // 8) ** 2
+    prompt = ImagePrompt("a" * 150, (picture(tmp_path, 40, 40),) * images)
+    assert not model.read_in_part([prompt]) and model.encode([prompt]).mask.sum() > 150 + images * (128 // 8) ** 2
+    assert load(name, input_size="output", height=64, width=32, max_text_tokens=None).settings.max_text_tokens == (
+        512 + images * 8 * 4
+    )
+    assert load(name, input_size=None, max_text_tokens=None).settings.max_text_tokens == model.longest_text
+
+
+@pytest.mark.parametrize(("name", "expected"), [(EDIT, {None: 1881, 512: 836}), (PLUS, {None: 1100, 512: 1100, 256: 755})])
+def test_the_length_that_is_left_out_is_the_published_processors(name: str, expected: dict) -> None:
+    """Also where there is no processor, as for a model with random weights."""
+    published = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056)
+    model = load(name)
+    for processor in (ImageProcessor(published, model.pipeline.tokenizer), None):
+        model.pipeline.processor = processor
+        for side, tokens in expected.items():
+            model.settings = replace(model.settings, input_size=side)
+            assert model.default_text_tokens == tokens
 
 
 def test_embeddings_of_another_size_are_others() -> None:
