@@ -141,6 +141,7 @@ class Policy(nn.Module):
         super().__init__()
         self.transformer = model.transformer
         self.velocity = lambda *args: model.velocity(*args)  # as it is at the time: `compile` replaces it
+        self._prepared = lambda conditioning: getattr(model, "prepared", _same)(conditioning)
         self._shapes = lambda: (model.latent_shape, model.size)  # as they are at the time too
         self.dtype: torch.dtype = model.dtype  # of what the network reads
         self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one
@@ -155,6 +156,14 @@ class Policy(nn.Module):
         """(H, W), the size of an image in pixels; latents of one shape may be of several."""
         return self._shapes()[1]
 
+    def prepared(self, conditioning: Any) -> Any:
+        """What `forward` may read in place of a conditioning (B, ...) as long as the weights do not change.
+
+        It gives the same velocities to the last bit, and holds what no step changes, so that this is made once a rollout.
+        Of a model without a method `prepared` it is the conditioning itself.
+        """
+        return self._prepared(conditioning)
+
     def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple, experts: tuple[int, ...] | None = None) -> Tensor:
         """The velocity v = noise - data at x (B, *D) and sigma (B,)."""
         if experts is None:
@@ -162,6 +171,10 @@ class Policy(nn.Module):
         transformer: Any = self.transformer
         with transformer.asking(experts):
             return self.velocity(x, sigma, conditioning)
+
+
+def _same(conditioning: Any) -> Any:
+    return conditioning
 
 
 def expert_rule(model: Model) -> Callable[[Tensor], Tensor] | None:
@@ -194,15 +207,20 @@ def check_sizes(model: Model, sizes: Mapping[str, Size]) -> None:
 
 
 def prompted_velocity(
-    network: Network, prompted: Prompted, guidance_scale: float = 1.0, guide: GuidanceRule | None = None
+    network: Network,
+    prompted: Prompted,
+    guidance_scale: float = 1.0,
+    guide: GuidanceRule | None = None,
+    prepared: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Guided]:
     """The network under these prompts, a function of x (B, *D), sigma (B,) and the experts, where the model has several.
 
     It returns the velocity with and without the prompt.
 
     The kernels combine the two. By a rule of the model's own, `guide`, they are combined here, and there is one.
+    prepared: `Policy.prepared`, for a function that is called several times with the same weights.
     """
-    asked = prompted.asked
+    asked = prompted.asked if prepared is None else prepared(prompted.asked)
     if not prompted.guided:
         return lambda x, sigma, *experts: Guided(network(x, sigma, asked, *experts))
 

@@ -169,8 +169,7 @@ class Bench:
             with self.trainer.engine.rollout_policy() as policy, self.model.drafting():
                 run(policy, schedule, address, prompted, self.config.rollout.guidance_scale)
 
-        passes = schedule.forward_passes(batch) * prompted.passes
-        work = passes * self.counts.forward_flops / self.peak
+        work = prompted.passes * self.counts.rollout_flops(schedule.forward_passes(batch), batch) / self.peak
         with self.compiled_blocks("compiled" in form):
             return rollout_row(draw, batch, self.config.rollout.num_steps, work, rounds)
 

@@ -59,6 +59,7 @@ class Counts:
     vae_parameters: int
     latent_elements: int
     forward_flops: int
+    prepared_flops: int  # of a forward pass, what a rollout does once for all its steps
     train_flops: int  # forward and backward pass, without what checkpointing computes again
     checkpoint_flops: int  # what it computes again of a transition
     decode_flops: int
@@ -66,6 +67,10 @@ class Counts:
     rollout_bytes: int  # live at a time in a forward pass of a rollout's batch
     decode_bytes: int  # live at a time while a batch is decoded
     update_bytes: int  # live at a time in a micro-batch's forward and backward pass: activations and gradients
+
+    def rollout_flops(self, forwards: float, samples: int = 1) -> float:
+        """FLOPs of so many forward passes of a rollout, of all its samples together."""
+        return forwards * (self.forward_flops - self.prepared_flops) + samples * self.prepared_flops
 
 
 def count(config: Config) -> Counts:
@@ -92,12 +97,16 @@ def count_model(config: Config, model: Any) -> Counts:
     latents = torch.empty(batch, *model.latent_shape, device=META)
     policy, several = Policy(model), expert_rule(model) is not None
 
+    def prompts(rows: int) -> Any:
+        return concatenate([conditioning] * rows)
+
     def velocity(rows: int, experts: tuple[int, ...]) -> Callable[[], torch.Tensor]:
         x, sigma = latents[:1].to(model.dtype).repeat_interleave(rows, 0), torch.ones(rows, device=META)
-        return partial(policy, x, sigma, concatenate([conditioning] * rows), experts if several else None)
+        return partial(policy, x, sigma, prompts(rows), experts if several else None)
 
     with torch.no_grad(), flash_attention():
         forward_flops, rollout_bytes = counted(velocity(guided * batch, (0,)))
+        prepared_flops, _ = counted(lambda: policy.prepared(prompts(guided * batch)))
         decode_flops, decode_bytes = counted(lambda: model.decode(latents))
     if config.model.train == "full":
         model.train_all(keep_reference=False)
@@ -121,6 +130,7 @@ def count_model(config: Config, model: Any) -> Counts:
         vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
+        prepared_flops=prepared_flops // (guided * batch),
         train_flops=train_flops // transitions,
         checkpoint_flops=again // transitions,
         decode_flops=decode_flops // batch,
@@ -168,7 +178,7 @@ def flops_per_image(config: Config, counts: Counts) -> dict[str, float]:
     rescored = objective.old != "zero" if objective.on_final_images else recomputes_old(config)
     epochs = config.update.inner_epochs
     return {
-        "rollout": 0 if config.objective.offline else guided * rollout_forwards(config) * forward,
+        "rollout": 0 if config.objective.offline else guided * counts.rollout_flops(rollout_forwards(config)),
         "decode": counts.decode_flops,
         "update": epochs * guided * trained * counts.train_flops,
         "checkpoints": epochs * guided * trained * counts.checkpoint_flops,

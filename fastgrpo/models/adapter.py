@@ -5,7 +5,7 @@
         Conditioning = FamilyConditioning           the tensors that its transformer reads of a prompt, a NamedTuple
         lora_targets = (...)                        names of the layers to train
         latent_shape, encode_text, velocity, placeholder            always
-        vae_latents, sigmas, guide, own_parts, ...                  where the family differs from what is here
+        prepared, vae_latents, sigmas, guide, own_parts, ...                  where the family differs from what is here
 
 A model's size changes while it is used (`sized`): what a family makes of it is a property, or `cached_by_settings`.
 The shortest family to read is `fastgrpo.models.sd3`. How a model is loaded is in `loading`, how it is trained and saved in
@@ -63,6 +63,10 @@ class Adapter(Trainable, Accelerated):
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """v = noise - data at x (B, *D) and sigma (B,) float32, in the model's dtype."""
         raise NotImplementedError
+
+    def prepared(self, conditioning: Any) -> Any:
+        """What `velocity` may read in its place at every step of a rollout, whose weights do not change: made once."""
+        return conditioning
 
     def placeholder(self, batch: int) -> Any:
         """A Conditioning of random numbers with as many tokens as a prompt may have, for measurements without weights."""

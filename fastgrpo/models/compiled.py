@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # of an `fastgrpo.models.adapter.Adapter`
+# Of an `fastgrpo.models.adapter.Adapter`.
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]
+Prepared = Callable[[Any], Any]
 
 
 class CompiledVelocity:
     """A model's velocity with its blocks compiled in place, one program for each shape; alike blocks share the programs."""
 
     def __init__(
-        self, velocity: Velocity, transformers: Sequence[Any], blocks: Sequence[nn.Module], drafting: Callable[[], bool]
-    ) -> None:
+        self, velocity: Velocity, prepared: Prepared, transformers: Sequence[Any], blocks: Sequence[nn.Module],
+        drafting: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """transformers: that the blocks are of. drafting: whether these multiply in 8 bits, which has no gradient."""
-        self.velocity, self.transformers, self.blocks, self.drafting = velocity, transformers, blocks, drafting
+        self.velocity, self._prepared = velocity, prepared
+        self.transformers, self.blocks, self.drafting = transformers, blocks, drafting
         self._cuts = False  # whether the graph is cut behind each block
         for block in blocks:
             # Left to itself, the compiler would answer a second shape with one program for all shapes to come.
@@ -33,11 +37,24 @@ class CompiledVelocity:
             block._compiled_call_impl = partial(self._run_block, program)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
+        with self._as_in_an_update():
+            v = self.velocity(x, sigma, conditioning)
+        return v if torch.is_grad_enabled() else v.detach()
+
+    def prepared(self, conditioning: Any) -> Any:
+        """The model's `prepared`. Where a program depends on its tensors having a gradient, they still say so."""
+        with self._as_in_an_update():
+            return self._prepared(conditioning)
+
+    @contextmanager
+    def _as_in_an_update(self) -> Iterator[None]:
+        """Inside, blocks run the program with gradients, whether anybody asks for them or not."""
         compiled = self.blocks[0]._compiled_call_impl is not None  # a benchmark takes the programs out for a while
         if torch.is_grad_enabled() or self.drafting() or not compiled:
-            return self.velocity(x, sigma, conditioning)
+            yield
+            return
         with torch.enable_grad(), self._without_graph():
-            return self.velocity(x, sigma, conditioning).detach()
+            yield
 
     @contextmanager
     def _without_graph(self) -> Iterator[None]:

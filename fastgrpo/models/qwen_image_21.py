@@ -8,8 +8,12 @@ The stock transformer reads positions and masks of the first sample on the host,
 would depend on the longest prompt in its batch. `velocity` runs its layers on prompts that are padded to `max_text_tokens`,
 with n in a tensor: a sample depends on no other, and nothing in a rollout waits for the device.
 
-The text's keys and values do not depend on the noise level, so the stock pipeline keeps them from the first step on. They do
-depend on the weights that are trained, and are made anew at every step here, in update and rollout alike.
+The text's keys and values depend neither on the image nor on the noise level, but on the weights that are trained:
+
+    prefix = the blocks on the text alone            once a rollout (`prepared`), and in each pass of an update
+    v = the blocks on the image, given the prefix    at every step
+
+An update multiplies text and image apart too, as other shapes would round differently: the first ratio is exactly 1.
 
 The autoencoder decodes colours and opacity; images are shown on white. The stock pipeline cuts no prompt, so one that is
 longer than `max_text_tokens` is refused. Its image-conditioned mode is not supported.
@@ -19,13 +23,17 @@ Letters: B samples, L text tokens, E text width, N = H W image tokens, S = L + N
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import QwenImage21Pipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21AttnProcessor
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21AttnProcessor,
+    QwenImage21KVLayerCache,
+    QwenImage21TransformerBlock,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen3VLProcessor
@@ -56,7 +64,7 @@ class _NoProcessor:
 
 
 class Pipeline(QwenImage21Pipeline):
-    """The stock pipeline, which can be made without a processor too, for placeholders in the place of prompts."""
+    """The stock pipeline, whose processor may come later, or never, for placeholders in the place of prompts."""
 
     def __init__(
         self, scheduler: Any, vae: Any, text_encoder: Any, processor: Any, transformer: Any, sample_sigmas: Any = None
@@ -64,25 +72,65 @@ class Pipeline(QwenImage21Pipeline):
         super().__init__(scheduler, vae, text_encoder, processor or _NoProcessor(), transformer, sample_sigmas)
         self.processor = processor
 
+    def register_modules(self, **parts: Any) -> None:
+        super().register_modules(**parts)
+        if set(parts) == {"processor"}:  # what the stock pipeline asked of it when it was made is asked again
+            super().__init__(**self.components, sample_sigmas=self.config.sample_sigmas)
+
+
+class QwenPrefix(NamedTuple):
+    """What a prompt's text is to the image, in every block: its keys and values. It holds for the weights of the moment."""
+
+    mask: Tensor  # (B, L) bool, False for padding
+    keys: tuple[Tensor, ...]  # (B, L, heads, K) a block
+    values: tuple[Tensor, ...]  # (B, L, heads, K) a block
+
+
+class Block(QwenImage21TransformerBlock):
+    """The stock block, and one for `velocity`, of text or of an image, with positions of their own for each sample."""
+
+    def forward(
+        self, hidden_states: Tensor, modulation: Tensor, rotary_emb: Any = None, attention_mask: Any = None,
+        *prefix: Any, **stock: Any,
+    ) -> Any:  # fmt: skip
+        """Of text: its tokens, keys and values, so that they are outputs to a checkpoint and to torch.compile. Else tokens.
+
+        attention_mask and prefix: of an image, see `BlockCausalAttention`, and the text's keys and values.
+        """
+        if rotary_emb.dim() == 2:
+            return super().forward(hidden_states, modulation, rotary_emb, attention_mask, *prefix, **stock)
+        text = QwenImage21KVLayerCache()
+        if prefix:
+            text.store(*prefix)
+        tokens = super().forward(hidden_states, modulation, rotary_emb, attention_mask, None, text)
+        return tokens if prefix else (tokens, *text.get())
+
 
 class BlockCausalAttention(QwenImage21AttnProcessor):
-    """The stock attention, and one for `velocity`, with positions of their own for each sample."""
+    """The stock attention, and one for `Block`."""
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, rotary_emb: Any = None, *rest: Any, **stock: Any
-    ) -> Any:
-        """hidden_states: (B, S, H K). attention_mask: (B, L) bool, of the text. rotary_emb: (B, S, K / 2) complex."""
+        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, rotary_emb: Any = None, layer_cache: Any = None,
+        *rest: Any, **stock: Any,
+    ) -> Any:  # fmt: skip
+        """hidden_states: (B, n, heads K), the tokens of a text or of an image. rotary_emb: (B or 1, n, K / 2) complex.
+
+        attention_mask: of an image (B, 1, 1, S) bool, what it attends to; None for a text. layer_cache: the text's keys and
+        values, which a text writes and its image reads.
+        """
         if rotary_emb.dim() == 2:
-            return super().__call__(attn, hidden_states, attention_mask, rotary_emb, *rest, **stock)
+            return super().__call__(attn, hidden_states, attention_mask, rotary_emb, layer_cache, *rest, **stock)
         layers = attn.to_q, attn.to_k, attn.to_v
-        q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers)  # (B, S, H, K)
+        q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers)  # (B, n, heads, K)
         q, k = (rotated(norm(x).to(v.dtype), rotary_emb) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
-        texts = attention_mask.shape[1]
-        # Padding stands behind the text, so that no token of a prompt sees it.
-        text = dispatch_attention_fn(q[:, :texts], k[:, :texts], v[:, :texts], is_causal=True)
-        seen = pad(attention_mask, (0, k.shape[1] - texts), value=True)[:, None, None]
-        image = dispatch_attention_fn(q[:, texts:], k, v, attn_mask=seen)
-        return attn.to_out[1](attn.to_out[0](torch.cat([text, image], dim=1).flatten(2)))
+        if attention_mask is None:
+            layer_cache.store(k, v)
+            # Padding stands behind the text, so that no token of a prompt sees it.
+            found = dispatch_attention_fn(q, k, v, is_causal=True)
+        else:
+            k, v = (torch.cat(both, dim=1) for both in zip(layer_cache.get(), (k, v), strict=True))
+            found = dispatch_attention_fn(q, k, v, attn_mask=attention_mask)
+        return attn.to_out[1](attn.to_out[0](found.flatten(2)))
 
 
 class QwenImage21(QwenFamily):
@@ -97,6 +145,8 @@ class QwenImage21(QwenFamily):
     def __init__(self, pipeline: Any, **arguments: Any) -> None:
         super().__init__(pipeline, **arguments)
         self.transformer.set_attn_processor(BlockCausalAttention())
+        for block in self.transformer.transformer_blocks:
+            block.__class__ = Block
         # On the device once, as the stock module moves them at its first call: one table (positions, K' / 2) an axis.
         self._turns = [table.to(self.device) for table in self.transformer.pos_embed.freqs]
 
@@ -145,34 +195,47 @@ class QwenImage21(QwenFamily):
     def placeholder(self, batch: int) -> QwenConditioning:
         return self._random_text(batch, self.transformer.config.context_in_dim)
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: QwenConditioning) -> Tensor:
-        network, (embeds, mask) = self.network, conditioning
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: QwenConditioning | QwenPrefix) -> Tensor:
+        network = self.network
         # Rounded to the model's dtype before the division, as in the pipeline.
         time = (sigma * 1000).to(x.dtype) / 1000
-        tokens = torch.cat([network.txt_in(embeds), network.img_in(x)], dim=1)
-        of_image = None
-        if network.config.causal_condition:  # text is modulated as without noise, by the row behind those of the samples
-            time = torch.cat([time, time.new_zeros(1)])
-            of_image = torch.arange(tokens.shape[1], device=x.device) >= embeds.shape[1]
+        prefix = conditioning if isinstance(conditioning, QwenPrefix) else self._prefix(conditioning, time)
+        tokens = network.img_in(x)
         temb = network.time_text_embed(time, tokens)
-        modulation, rotations = network.modulation(temb), self._rotations(mask)
-        for block in network.transformer_blocks:
-            tokens = run(network, block, tokens, modulation, rotations, mask, of_image)
-        image = tokens[:, embeds.shape[1] :].contiguous()
-        return network.proj_out(network.norm_out(image, temb[: len(x)]))
+        modulation, rotations = network.modulation(temb), self._image_rotations(prefix.mask)
+        seen = pad(prefix.mask, (0, tokens.shape[1]), value=True)[:, None, None]
+        for block, k, v in zip(network.transformer_blocks, prefix.keys, prefix.values, strict=True):
+            tokens = run(network, block, tokens, modulation, rotations, seen, k, v)
+        return network.proj_out(network.norm_out(tokens, temb))
 
-    def _rotations(self, mask: Tensor) -> Tensor:
-        """The rotations of all tokens (B, S, K / 2) complex. mask: (B, L)."""
-        (batch, texts), (_, rows, columns) = mask.shape, self.grid
-        place = torch.arange(texts, device=mask.device)
+    def prepared(self, conditioning: QwenConditioning) -> QwenConditioning | QwenPrefix:
+        """The text's keys and values. In a network without `causal_condition` they depend on the noise level: no change."""
+        return self._prefix(conditioning) if self.network.config.causal_condition else conditioning
+
+    def _prefix(self, conditioning: QwenConditioning, time: Tensor | None = None) -> QwenPrefix:
+        """time: (B,), by which a network without `causal_condition` modulates text; others do as without noise, at 0."""
+        network, (embeds, mask) = self.network, conditioning
+        if time is None or network.config.causal_condition:
+            time = embeds.new_zeros(1)
+        tokens, keys, values = network.txt_in(embeds), [], []
+        modulation = network.modulation(network.time_text_embed(time, tokens))
+        place = torch.arange(mask.shape[1], device=mask.device)
+        rotations = torch.cat([table[place] for table in self._turns], dim=-1)[None]  # (1, L, K / 2)
+        for block in network.transformer_blocks:
+            tokens, k, v = run(network, block, tokens, modulation, rotations)
+            keys.append(k)
+            values.append(v)
+        return QwenPrefix(mask, tuple(keys), tuple(values))
+
+    def _image_rotations(self, mask: Tensor) -> Tensor:
+        """The rotations of an image's tokens (B, N, K / 2) complex. mask: (B, L), of the text before it."""
+        batch, (_, rows, columns) = len(mask), self.grid
         row = (torch.arange(rows, device=mask.device) - (rows - rows // 2)).repeat_interleave(columns)
         column = (torch.arange(columns, device=mask.device) - (columns - columns // 2)).repeat(rows)
         frame = mask.sum(dim=1, keepdim=True).expand(-1, rows * columns)  # (B, N)
         frames, heights, widths = self._turns
-        text = torch.cat([table[place] for table in self._turns], dim=-1)  # (L, K / 2)
         grid = torch.cat([heights[row], widths[column]], dim=-1)  # (N, ...); negative ones count from the table's end
-        image = torch.cat([frames[frame], grid.expand(batch, -1, -1)], dim=-1)
-        return torch.cat([text.expand(batch, -1, -1), image], dim=1)
+        return torch.cat([frames[frame], grid.expand(batch, -1, -1)], dim=-1)
 
     def decode(self, latents: Tensor, *, draft: bool = False) -> Tensor:
         return on_white(super().decode(latents, draft=draft))
@@ -182,7 +245,7 @@ class QwenImage21(QwenFamily):
 
 
 def rotated(x: Tensor, rotations: Tensor) -> Tensor:
-    """x (B, S, H, K) with each pair of neighbours turned by its token's rotations (B, S, K / 2) complex."""
+    """x (B, n, heads, K) with each pair of neighbours turned by its token's rotations (B or 1, n, K / 2) complex."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(2)).flatten(3).type_as(x)
 

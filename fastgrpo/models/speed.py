@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from fastgrpo.models.attention import use_attention
-from fastgrpo.models.compiled import CompiledVelocity, Velocity
+from fastgrpo.models.compiled import CompiledVelocity, Prepared, Velocity
 from fastgrpo.models.folder import check_network, readable
 from fastgrpo.models.fp8 import Fp8Linear, drafting, prepare_fp8
 from fastgrpo.models.loading import LoadedPipeline, check_numbers
@@ -28,6 +28,7 @@ class Accelerated(LoadedPipeline):
     # The tokens that the family's attention has to leave out, in words; None where it attends to all of them.
     masks: ClassVar[str | None] = None
     velocity: Velocity
+    prepared: Prepared
     tiny_decoder: Any = None  # the AutoencoderTiny, once one was loaded
     _drafted: Sequence[Fp8Linear] = ()  # the layers that can multiply 8-bit numbers
 
@@ -43,10 +44,11 @@ class Accelerated(LoadedPipeline):
         # lower, and past it blocks would run eagerly with no more than a line in the log.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.velocity = CompiledVelocity(
-            self.velocity, list(self.transformers.values()), self.blocks,
+        compiled = CompiledVelocity(
+            self.velocity, self.prepared, list(self.transformers.values()), self.blocks,
             drafting=lambda: any(layer.drafting for layer in self._drafted),
         )  # fmt: skip
+        self.velocity, self.prepared = compiled, compiled.prepared
         of_images = isinstance(self.pipeline.vae, AutoencoderKL)
         if of_images:  # that of a video decodes frame by frame, with a memory
             self.pipeline.vae.decoder.compile(dynamic=False)
@@ -91,7 +93,7 @@ def blocks_of(transformer: Any) -> list[torch.nn.Module]:
     """The blocks of one network of diffusers."""
     # SD3 names them only where diffusers asks which modules must not be split between devices.
     names = transformer._repeated_blocks or transformer._no_split_modules
-    found = [module for module in transformer.modules() if type(module).__name__ in names]
+    found = [module for module in transformer.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
     if not found:
         raise ValueError(f"{type(transformer).__name__} names no blocks, which model.compile and fp8 work on")
     return found

@@ -29,7 +29,7 @@ def rollout(
     guidance_scale: float,  # read where `prompted` is guided
 ) -> Trajectory:
     """Denoise B samples, keeping of the trajectory what is trained on."""
-    velocity = prompted_velocity(policy, prompted, guidance_scale, policy.guide)
+    velocity = prompted_velocity(policy, prompted, guidance_scale, policy.guide, policy.prepared)
     x = _initial_latents(policy, schedule, address, prompted, guidance_scale)
     x_model = x.to(policy.dtype)
     # Without guidance by the kernel the velocity is what the network returned, and is kept in its dtype.

@@ -39,8 +39,9 @@ TINY = {
     },
 }  # fmt: skip
 COUNTS = Counts(
-    parameters=1000, trained=100, buffer_bytes=40, vae_parameters=50, latent_elements=64, forward_flops=10, train_flops=21,
-    checkpoint_flops=0, decode_flops=3, conditioning_bytes=9, rollout_bytes=500, decode_bytes=600, update_bytes=7000,
+    parameters=1000, trained=100, buffer_bytes=40, vae_parameters=50, latent_elements=64, forward_flops=10, prepared_flops=0,
+    train_flops=21, checkpoint_flops=0, decode_flops=3, conditioning_bytes=9, rollout_bytes=500, decode_bytes=600,
+    update_bytes=7000,
 )  # fmt: skip
 
 
@@ -126,6 +127,9 @@ def test_a_rollouts_forward_passes(settings: list[str], forwards: float) -> None
     whole_groups = ["rollout.group_size=24", "rollout.groups=32", "rollout.batch_size=24"]
     found = flops_per_image(load_config(CONFIG, [*whole_groups, *settings]), COUNTS)
     assert found["rollout"] == pytest.approx(forwards * COUNTS.forward_flops)
+    once = replace(COUNTS, prepared_flops=4)  # which each image needs at one step alone
+    found = flops_per_image(load_config(CONFIG, [*whole_groups, *settings]), once)
+    assert found["rollout"] == pytest.approx(forwards * 6 + 4)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -272,6 +276,7 @@ def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path
     assert (counts.parameters, counts.latent_elements) == (parameters, math.prod(model.latent_shape))
     assert counts.trained > 0 and counts.train_flops > counts.forward_flops > 0
     assert counts.update_bytes > counts.rollout_bytes > 0 and counts.decode_bytes > 0
+    assert (0 < counts.prepared_flops < counts.forward_flops) == (name == "qwen_image_21")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_a_rollout_runs_the_program_of_the_update(name: str, programs: list, tmp
     x, sigma = torch.randn(batch, *model.latent_shape), torch.full((batch,), 0.5)
     with torch.no_grad():
         of_rollout = model.velocity(x, sigma, conditioning)
+        prepared = model.velocity(x, sigma, model.prepared(conditioning))
     count = len(programs)
     of_update = model.velocity(x, sigma, conditioning)
     model.transformer.enable_gradient_checkpointing()
@@ -49,7 +50,7 @@ def test_a_rollout_runs_the_program_of_the_update(name: str, programs: list, tmp
     with torch.no_grad():
         again = model.velocity(x, sigma, conditioning)
     assert 0 < count == len(programs)
-    assert all(torch.equal(of_rollout, other) for other in (of_update, checkpointed, again))
+    assert all(torch.equal(of_rollout, other) for other in (prepared, of_update, checkpointed, again))
     assert [v.requires_grad for v in (of_rollout, of_update, checkpointed, again)] == [False, True, True, False]
     checkpointed.square().mean().backward()
 

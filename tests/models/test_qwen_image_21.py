@@ -1,21 +1,28 @@
 """What is particular to Qwen-Image-2.1; what it shares with other families is in test_models."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVLayerCache
 from PIL import Image
+from support.capture import Rerun, equal
 from support.drawing import drawn, noise, ode_arguments
 from support.helpers import NoSync
 from torch import Tensor
 
+from fastgrpo.commands.counting import counted
+from fastgrpo.models import load_model
 from fastgrpo.models.qwen_image_21 import QwenImage21, on_white
-from fastgrpo.policy import Policy
+from fastgrpo.policy import Policy, prompted_velocity
+from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from fastgrpo.testing import load_family
+from fastgrpo_kernels import guided_velocity
 
 FAMILY = load_family("qwen_image_21")
 PROMPTS = ("a cat", "two blue squares left of a cat", "")
@@ -58,6 +65,15 @@ def test_a_sample_is_the_stock_pipelines_whatever_prompts_are_beside_it() -> Non
         assert moved[0].max() > 1e-3 and moved[1].max() == 0
 
 
+def test_a_model_from_a_folder_reads_prompts_as_the_stock_pipeline(tmp_path: Path) -> None:
+    """Without the tokens of the template's system message, though its processor is set after it was made."""
+    FAMILY.save(tmp_path)
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), **FAMILY.settings}
+    conditioning = load_model("qwen_image_21", path=tmp_path, **settings).encode([PROMPTS[1]])
+    expected = FAMILY.make().encode_prompt([PROMPTS[1]])[0]
+    assert torch.equal(conditioning.embeds[conditioning.mask][None], expected)
+
+
 def test_what_lies_in_the_padding_is_never_read() -> None:
     model = load()
     conditioning = model.encode(PROMPTS)
@@ -67,16 +83,123 @@ def test_what_lies_in_the_padding_is_never_read() -> None:
         assert torch.equal(model.velocity(x, sigma, poisoned), model.velocity(x, sigma, conditioning))
 
 
-def test_what_the_text_becomes_does_not_depend_on_the_noise_nor_on_the_image() -> None:
-    """The stock pipeline keeps it from the first step on."""
-    model, kept = load(), []
-    model.transformer.transformer_blocks[-1].register_forward_hook(lambda _, __, out: kept.append(out))
-    conditioning = model.encode(PROMPTS[:1])
+# Keys and values of the text, once a rollout
+
+
+def trained(dtype: torch.dtype = torch.float32) -> Any:
+    """A model whose LoRA, in the text's part too, has an effect."""
+    model = load(dtype)
+    model.add_lora(rank=4, alpha=8)
+    for name, p in model.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def of_window(model: Any, scale: float) -> tuple[Any, ...]:
+    """A rollout's arguments: 5 steps, of which two are trained, other ones for each sample."""
+    schedule = window_schedule(sampler_steps("cps", model.sigmas(5), 0.8), torch.tensor([0, 2]), 2)
+    return schedule, *ode_arguments(model, PROMPTS[:2], 5, scale)[1:]
+
+
+def anew(model: Any) -> Policy:
+    """A policy that makes them anew at every step."""
+    policy = Policy(model)
+    policy.prepared = lambda conditioning: conditioning  # type: ignore[method-assign]
+    return policy
+
+
+def test_they_are_those_of_the_stock_pipelines_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[tuple[Tensor, Tensor]] = []
+    store = QwenImage21KVLayerCache.store
+
+    def record(cache: QwenImage21KVLayerCache, k: Tensor, v: Tensor) -> None:
+        stored.append((k, v))
+        store(cache, k, v)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QwenImage21KVLayerCache, "store", record)
+        stock(prompt=PROMPTS[1], num_inference_steps=2)
+    model = load()
+    prefix = model.prepared(model.encode(PROMPTS[:2]))
+    assert len(stored) == len(prefix.keys) == len(model.blocks) == 2
+    for expected, found in zip(stored, zip(prefix.keys, prefix.values, strict=True), strict=True):
+        for one, both in zip(expected, found, strict=True):
+            torch.testing.assert_close(both[1:, : one.shape[1]], one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rollout_that_makes_them_once_is_the_same_and_so_is_the_update(dtype: torch.dtype, scale: float) -> None:
+    """To the last bit: the ratio of the first update is 1."""
+    model = trained(dtype)
+    schedule, address, prompted, _ = arguments = of_window(model, scale)
+    policy, found = Policy(model), []
+    flops = [counted(lambda by=by: found.append(rollout(by, *arguments)))[0] for by in (policy, anew(model))]  # type: ignore
     with torch.no_grad():
-        for level in (0.9, 0.2):
-            model.velocity(level * noise(model, 1), torch.tensor([level]), conditioning)
-    texts = FAMILY.settings["max_text_tokens"]
-    assert torch.equal(kept[0][:, :texts], kept[1][:, :texts]) and not torch.equal(kept[0], kept[1])
+        once, _ = counted(lambda: model.prepared(prompted.asked))
+    assert equal(*found) and flops[1] - flops[0] == 4 * once > 0
+
+    weights, gradients = [p for p in model.transformer.parameters() if p.requires_grad], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+        velocity = prompted_velocity(policy, prompted, scale, policy.guide)
+        for j in range(2):
+            v = velocity(found[0].latents[j].to(dtype), schedule.sigmas[schedule.start + j])
+            assert torch.equal(guided_velocity(v), found[0].v_old[j].float())
+        gradients.append(torch.autograd.grad(v.v.square().sum(), weights))
+    assert all(g.abs().max() > 0 for g in gradients[0]) and all(map(torch.equal, *gradients))
+
+
+def test_the_gradient_goes_through_them() -> None:
+    """As the finite difference along a direction in the weights of the LoRA, of which most is lost without them."""
+    model = trained(torch.float64)
+    conditioning, x, sigma = model.encode(PROMPTS[:2]), noise(model, 2).double(), torch.tensor([0.5, 0.9])
+    weights = [p for p in model.transformer.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    direction = [torch.randn_like(p) for p in weights]
+
+    def loss() -> Tensor:
+        return model.velocity(x, sigma, conditioning).square().sum()
+
+    def moved(distance: float) -> float:
+        with torch.no_grad():
+            torch._foreach_add_(weights, direction, alpha=distance)
+            found = loss().item()
+            torch._foreach_add_(weights, direction, alpha=-distance)
+        return found
+
+    along = sum((g * d).sum() for g, d in zip(torch.autograd.grad(loss(), weights), direction, strict=True))
+    assert along.item() == pytest.approx((moved(1e-4) - moved(-1e-4)) / 2e-4, rel=1e-3)
+
+
+def test_a_captured_rollout_makes_them_of_the_weights_of_the_moment() -> None:
+    model = trained()
+    policy, captured, found = Policy(model), CapturedRollout(Rerun()), []
+    for _ in range(2):
+        found.append(captured(policy, *of_window(model, 4.0)))
+        assert equal(found[-1], rollout(anew(model), *of_window(model, 4.0)))
+        with torch.no_grad():
+            for p in model.transformer.parameters():
+                p.mul_(1.1)
+    assert len(captured.graphs) == 1 and not equal(*found)
+
+
+def test_a_network_that_tells_text_the_noise_level_makes_them_at_every_step() -> None:
+    pipeline = FAMILY.make()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.register_to_config(causal_condition=False)
+    model = QwenImage21(pipeline, dtype=torch.float32, device=torch.device("cpu"), **FAMILY.settings)
+    conditioning = model.encode(PROMPTS[:1])
+    assert model.prepared(conditioning) is conditioning
+    found = rollout(Policy(model), *ode_arguments(model, PROMPTS[:1], 3, 1.0)).final
+    expected = pipeline(
+        PROMPTS[0], height=64, width=64, num_inference_steps=3, latents=noise(model, 1), output_type="latent"
+    ).images  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    untold = rollout(Policy(load()), *ode_arguments(model, PROMPTS[:1], 3, 1.0)).final
+    assert (found - untold).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -90,7 +213,7 @@ def test_the_loop_has_no_host(scale: float) -> None:
 
 
 def test_times_are_rounded_as_the_pipeline_rounds_them() -> None:
-    """In bfloat16, which counts in fours near 1000."""
+    """In bfloat16, which counts in fours near 1000. Text is modulated as at 0, in the stock pipeline's last row."""
     model = load(torch.bfloat16)
     read: list[Tensor] = []
     model.transformer.time_text_embed.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
@@ -101,7 +224,8 @@ def test_times_are_rounded_as_the_pipeline_rounds_them() -> None:
     with torch.no_grad():
         for sigma in sigmas[:-1]:
             model.velocity(noise(model, 1).to(torch.bfloat16), sigma[None], conditioning)
-    assert len(read) == 4 and all(map(torch.equal, read, expected))
+    found = [torch.cat([image, text]) for text, image in zip(read[::2], read[1::2], strict=True)]
+    assert len(found) == 4 and all(map(torch.equal, found, expected))
 
 
 def test_the_authors_noise_levels_are_taken_for_their_number_of_steps() -> None:
