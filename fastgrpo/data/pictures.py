@@ -35,7 +35,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def load_pictures(path: Path) -> list[Image.Image]:
-    """All pictures in a file in their order, as `load_picture` reads one: of an animation its frames, each as it is shown."""
+    """All pictures in a file in their order, as `load_picture` reads one: of an animation its frames, each as it is seen."""
     with _opened(path) as image:
         return [_as_seen(frame) for frame in ImageSequence.Iterator(image)]
 

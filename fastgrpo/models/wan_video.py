@@ -1,4 +1,4 @@
-"""Wan from a video: another video as the prompt says, after diffusers' WanVideoToVideoPipeline. Each prompt comes with a video.
+"""Wan from a video: the video that a prompt makes of another one, after diffusers' WanVideoToVideoPipeline.
 
     x = (1 - s) data + s noise          data the input video's latents, s the first noise level of the steps
 
@@ -91,9 +91,10 @@ class WanVideo(WanFamily):
     def _check_frames(self, images: Sequence[Path]) -> None:
         found = picture_count(images[0]) if len(images) == 1 else len(images)
         if found != self.num_frames:
+            has = "has" if len(images) == 1 else "is the first of"
             raise ValueError(
-                f"{images[0]}: {'has' if len(images) == 1 else 'and what follows it are'} {found} frames, and a video here has "
-                f"model.num_frames = {self.num_frames}; give one animation of so many, or a file for each frame"
+                f"{images[0]}: {has} {found} frames, and a video here has {self.num_frames} (model.num_frames, or that of "
+                "rollout.sizes or evaluation); give an animation of so many, or a list of as many files"
             )
 
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> WanVideoConditioning:

@@ -60,9 +60,7 @@ def call(
     return torch.cat(videos)
 
 
-FILES = tuple(
-    picture(f"wan_video_{i}", (24, 16), "white", "blue", (2 + 3 * i, 3, 9 + 3 * i, 12)) for i in range(FRAMES)
-)
+FILES = tuple(picture(f"wan_video_{i}", (24, 16), "white", "blue", (2 + 3 * i, 3, 9 + 3 * i, 12)) for i in range(FRAMES))
 ANIMATION = animation("wan_video", [
     picture(f"wan_animation_{i}", (20, 20), "darkgreen", "yellow", (2, 1 + 2 * i, 15, 8 + 2 * i), "rectangle")
     for i in range(FRAMES)

@@ -25,5 +25,8 @@ class ToyPolicy(nn.Module):
 
     latent_shape, size, dtype, guide = SHAPE, SHAPE[1:], torch.float32, None
 
+    def start(self, noise: Tensor, sigma: Tensor, prompted: Prompted) -> Tensor:
+        return noise
+
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
         return torch.tanh(x) * sigma.view(-1, 1, 1, 1) + conditioning.offset
