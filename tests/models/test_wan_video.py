@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgrpo.config.sizes import Size
 from fastgrpo.data.embedding_files import EmbeddingFiles
+from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt, PromptSet
 from fastgrpo.models import load_model
 from fastgrpo.models.loading import read_architecture
@@ -145,6 +146,16 @@ def test_embeddings_are_of_the_video_and_its_size(tmp_path: Path) -> None:
     assert len({mark(), mark(width=32), mark(num_frames=9)}) == 3 and mark(strength=0.5) == mark()
     first, turned = (adapter().encode([PROMPTS[0]._replace(images=images)]) for images in (FILES, FILES[::-1]))
     assert torch.equal(first.embeds, turned.embeds) and not torch.equal(first.video, turned.video)
+
+
+def test_animations_that_begin_alike_have_embeddings_of_their_own(tmp_path: Path) -> None:
+    moving = [tmp_path / f"{number}.webp" for number in range(2)]
+    frames = [Image.open(file) for file in FILES]
+    frames[0].save(moving[0], save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(moving[1], save_all=True, append_images=frames[:0:-1], lossless=True)
+    embeddings = Embeddings(adapter(), tmp_path / "cache")
+    first, second = embeddings.prompted([ImagePrompt("a cat", (file,)) for file in moving], 1.0).cond.video
+    assert not torch.equal(first, second)
 
 
 # What is refused.
