@@ -7,7 +7,8 @@ schedule of N steps it takes the last int(N strength). Here num_steps are the st
 them, and N is the least that leaves so many: 25 for 20 steps at 0.8, which stock is called with num_inference_steps=25.
 
 A video is a list of `num_frames` files, one a frame, or one file of an animation (GIF, WebP, APNG) of so many frames,
-whatever their durations. Each frame is resized to the output's size, whatever its proportions, as the stock pipeline does.
+whatever their durations. Programs that write one leave out a frame that is the same as the one before. Each frame is
+resized to the output's size, whatever its proportions, as the stock pipeline does.
 
 Letters: B samples, L text tokens, E text width, (C, F, H, W) a latent of F frames.
 """
@@ -94,7 +95,8 @@ class WanVideo(WanFamily):
             has = "has" if len(images) == 1 else "is the first of"
             raise ValueError(
                 f"{images[0]}: {has} {found} frames, and a video here has {self.num_frames} (model.num_frames, or that of "
-                "rollout.sizes or evaluation); give an animation of so many, or a list of as many files"
+                "rollout.sizes or evaluation); give a list of as many files, or an animation of so many frames, of which "
+                "writers leave out those that are the same as the one before"
             )
 
     def encode_text(self, prompts: Sequence[ImagePrompt]) -> WanVideoConditioning:
