@@ -171,8 +171,11 @@ def check_cut(
     if ask is None:
         return
     max_text_tokens = model.settings.max_text_tokens
-    compared = compared_with(as_prompt(scored[0][0].metadata[0], model.image_conditioned), negative_prompt)
-    if part := ask([compared]):
+    first, _, first_sizes = scored[0]
+    compared = compared_with(as_prompt(first.metadata[0], model.image_conditioned), negative_prompt)
+    with sized(model, next(iter(first_sizes))):  # of which its input images are
+        part = ask([compared])
+    if part:
         raise ValueError(
             f"model.negative_prompt = {negative_prompt!r}: model.max_text_tokens = {max_text_tokens} cuts it after "
             f"{part[compared]!r}; shorten it, or raise model.max_text_tokens"

@@ -22,6 +22,8 @@ from fastgrpo_kernels import Guided
 EXPERTS = ("high", "low")  # of the noise that each is for, by the number of the expert
 # (x (B, *D) in the model's dtype, sigma (B,) float32, conditioning, and where it has several its experts) -> v (B, *D)
 Network = Callable[..., Tensor]
+# (noise (B, *D), sigma (B,) float32, conditioning) -> x (B, *D), all latents float32
+Start = Callable[[Tensor, Tensor, Any], Tensor]
 # (v, v_uncond, scale) -> v: guidance that is more than v_uncond + scale (v - v_uncond)
 GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -77,7 +79,10 @@ class Model(Protocol):
         """Make room on the device: all prompts have been encoded. `encode` may be slow from here on."""
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """The noise levels of a schedule of so many steps, falling from 1 to 0: (num_steps + 1,) float32 on the CPU."""
+        """The noise levels of a schedule of so many steps, falling to 0: (num_steps + 1,) float32 on the CPU.
+
+        They begin at 1, or lower where the model has a `start`, see `Policy.start`.
+        """
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """v = noise - data at x (B, *D) in `dtype` and sigma (B,) float32, in x's shape and dtype."""
@@ -145,6 +150,7 @@ class Policy(nn.Module):
         self._shapes = lambda: (model.latent_shape, model.size)  # as they are at the time too
         self.dtype: torch.dtype = model.dtype  # of what the network reads
         self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one
+        self._start: Start | None = getattr(model, "start", None)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -163,6 +169,14 @@ class Policy(nn.Module):
         Of a model without a method `prepared` it is the conditioning itself.
         """
         return self._prepared(conditioning)
+
+    def start(self, noise: Tensor, sigma: Tensor, prompted: Prompted) -> Tensor:
+        """What a rollout begins with, (B, *D) float32, at its first noise level sigma (B,).
+
+        It is the noise, unless the model has a method `start(noise, sigma, conditioning)`, as one has that begins with a
+        noised input. `conditioning` is that of the prompts, also under guidance. It is captured: no host may be waited for.
+        """
+        return noise if self._start is None else self._start(noise, sigma, prompted.cond)
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: tuple, experts: tuple[int, ...] | None = None) -> Tensor:
         """The velocity v = noise - data at x (B, *D) and sigma (B,)."""

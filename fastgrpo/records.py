@@ -139,7 +139,7 @@ def join_prompted(parts: Sequence[Prompted]) -> Prompted:
 class Schedule(NamedTuple):
     """The steps of one batch's rollout, made in `fastgrpo.sampling.schedule`. A row is a sample's, or a group's."""
 
-    sigmas: Tensor  # (T + 1,) float32, falling from 1 to 0
+    sigmas: Tensor  # (T + 1,) float32, falling from 1, or where the rollout starts, to 0
     table: Tensor  # (B, T, 4) float32, columns c_x, c_v, s, w
     start: Tensor  # (B,) int64, first trained step
     size: int  # S

@@ -67,7 +67,7 @@ def write_folder(config: Config, run: Path, folder: Path, *, repo: str | None, b
     else:
         shutil.copy(trained, folder)
     family, name = model_class(config.model.name), repo or run.resolve().name
-    source = "image" if family.image_conditioned else "text"
+    source = "text" if not family.image_conditioned else "video" if "strength" in family.takes else "image"
     task = f"{source}-to-{'video' if 'num_frames' in family.takes else 'image'}"
     text = model_card(read_run(run), config, name=name, base=base, pipeline=family.pipeline_class, task=task)
     write_atomically(folder / "README.md", text)

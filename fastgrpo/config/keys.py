@@ -76,6 +76,10 @@ class ModelConfig:
     proportions, or `output`, which stretches it to the size of the output. Left out: 1024, as in the published pipelines."""
     num_frames: FrameCount | None = None
     """Number of frames of a video. Left out: the number that the model was made for."""
+    strength: Annotated[float, AtLeast(0.01), AtMost(1)] | None = None
+    """How far a model that reads a video goes from it: its steps are the last of a schedule of num_steps / strength steps,
+    and begin with the video and as much noise as their first level says. At 1 they begin with noise alone. Left out: 0.8, as
+    in the stock pipeline."""
     distilled_guidance: Annotated[float, Above(0), AtMost(1000)] | None = None
     """Guidance scale that a distilled model such as FLUX.1-dev takes as an input. It needs no second forward pass."""
     experts: Literal["both", "high", "low"] = "both"

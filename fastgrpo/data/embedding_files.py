@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgrpo.data.padding import trimmed
-from fastgrpo.data.pictures import load_picture
+from fastgrpo.data.pictures import load_picture, picture_count
 from fastgrpo.data.prompts import ImagePrompt
-from fastgrpo.files import atomic_file, json_value
+from fastgrpo.files import atomic_file, file_hash, json_value
 from fastgrpo.policy import Model
 from fastgrpo.tensor_files import read_tensors
 
@@ -115,6 +115,10 @@ def _is_part(tensor: Tensor, shape: Any) -> bool:
 
 @functools.cache
 def _content(image: Path) -> str:
-    """A hash of the pixels that a model reads, so that another way of reading the file is another content."""
+    """A hash of the pixels that a model reads, so that another way of reading the file is another content.
+
+    Most models read the first picture of an animation alone. What is in the others counts by the file's bytes.
+    """
     picture = load_picture(image)
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    others = file_hash(image) if picture_count(image) > 1 else ""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes() + others.encode()).hexdigest()

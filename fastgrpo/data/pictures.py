@@ -2,7 +2,8 @@
 
 A picture is read as people see it. It is turned as its EXIF says, and what is transparent lies on white. 16 bits a channel
 are scaled to 8, and CMYK goes through the file's own colour profile where it has one. Of an animation and of a file of
-several pages it is the first picture. RGB of 8 bits without an orientation keeps its bits.
+several pages `load_picture` reads the first picture and `load_pictures` all. RGB of 8 bits without an orientation keeps its
+bits.
 
 `load_image` of diffusers, with which the stock pipelines read a picture to edit, turns it too. But it shows the colours that
 are hidden under transparency, clips 16-bit greys to white, and knows no profile.
@@ -10,10 +11,12 @@ are hidden under transparency, clips 16-bit greys to white, and knows no profile
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence
 
 MAX_BYTES = 2**29  # of a file: 89 million pixels, Pillow's limit, of 16-bit RGB without compression
 TURNED = (5, 6, 7, 8)  # orientations in EXIF whose rows are the columns of the file
@@ -27,6 +30,25 @@ def load_picture(path: Path) -> Image.Image:
     pixels have no known white. `PIL.Image.MAX_IMAGE_PIXELS` and `MAX_BYTES` are the limits, looked at before anything is
     unpacked.
     """
+    with _opened(path) as image:
+        return _as_seen(image)
+
+
+def load_pictures(path: Path) -> list[Image.Image]:
+    """All pictures in a file in their order, as `load_picture` reads one: of an animation its frames, each as it is seen."""
+    with _opened(path) as image:
+        return [_as_seen(frame) for frame in ImageSequence.Iterator(image)]
+
+
+def picture_count(path: Path) -> int:
+    """How many pictures `load_pictures` reads, and ValueError as there; none of them is unpacked."""
+    with _opened(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture of a file, not unpacked yet. What goes wrong with it, inside too, is a ValueError with the file's name."""
     if not os.path.isfile(path):  # which is false of names too long for the system, where Path.is_file raises
         raise ValueError(f"{path}: no such file")
     if (size := os.path.getsize(path)) > MAX_BYTES:
@@ -36,10 +58,7 @@ def load_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if limit and image.width * image.height > limit:
                 raise Image.DecompressionBombError
-            # Pillow gives greys of 16 bits from a PNG or PPM in 32, which elsewhere may mean anything.
-            grey = image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
-            upright = ImageOps.exif_transpose(image)
-            return _as_rgb(_from_16_bits(upright) if grey else upright)
+            yield image
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: has more than {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS); scale it down") from None
     except Exception as error:  # the readers of Pillow raise whatever they meet in a damaged file
@@ -52,6 +71,14 @@ def picture_size(path: Path) -> tuple[int, int]:
         # Of a TIFF Pillow gives the size as it is seen.
         lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in TURNED
         return (image.height, image.width) if lies else image.size
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """The picture at which an opened file stands, upright and in RGB."""
+    # Pillow gives greys of 16 bits from a PNG or PPM in 32, which elsewhere may mean anything.
+    grey = image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    upright = ImageOps.exif_transpose(image)
+    return _as_rgb(_from_16_bits(upright) if grey else upright)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

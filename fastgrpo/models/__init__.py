@@ -25,6 +25,7 @@ MODELS = {
     "qwen_image_21": "fastgrpo.models.qwen_image_21:QwenImage21",
     "wan": "fastgrpo.models.wan:Wan",
     "wan_image": "fastgrpo.models.wan_image:WanImage",
+    "wan_video": "fastgrpo.models.wan_video:WanVideo",
     "bagel": "fastgrpo.models.bagel:Bagel",
     "flux2": "fastgrpo.models.flux2:Flux2",
     "flux2_klein": "fastgrpo.models.flux2:Flux2Klein",

@@ -80,7 +80,7 @@ class Adapter(Trainable, Accelerated):
             raise ValueError(
                 f"model.max_text_tokens = {tokens}: {type(self).__name__} reads at most {self.longest_text}; lower it"
             )
-        for name in ("num_frames", "distilled_guidance", "input_size"):
+        for name in ("num_frames", "strength", "distilled_guidance", "input_size"):
             value = getattr(self.settings, name)
             if value is not None and name not in self.takes:
                 raise ValueError(f"model.{name} = {value}: {type(self).__name__} has no such input; leave it out")

@@ -21,6 +21,7 @@ class Settings:
     width: int | None = None
     input_size: int | Literal["output"] | None = None  # of an input image: the side in pixels of the square of its area
     num_frames: int | None = None  # frames of a video
+    strength: float | None = None  # of the changes to an input video: the share of the noise levels that is gone through
     distilled_guidance: float | None = None  # the guidance that a distilled model takes as an input
     experts: Literal["both", "high", "low"] = "both"  # of two networks, those that are trained
     idle_expert: Literal["device", "host"] = "device"  # where the one that nobody asks for keeps its frozen weights

@@ -142,15 +142,27 @@ class WanFamily(Adapter):
         """Videos (B, T, 3, H, W) uint8 of latents (B, C, F, H, W)."""
         return super().decode(latents, draft=draft).transpose(1, 2).contiguous()
 
+    # By the pipeline's own arithmetic, so that the bits are the same.
+
     def vae_latents(self, latents: Tensor, decoder: Any) -> Tensor:
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
-            for values in (decoder.config.latents_mean, decoder.config.latents_std)
-        )
-        return latents / (1 / std) + mean  # the pipeline's own arithmetic, so that the bits are the same
+        mean, inverse = _statistics(latents, decoder)
+        return latents / inverse + mean
+
+    def from_vae(self, encoded: Tensor) -> Tensor:
+        mean, inverse = _statistics(encoded, self.pipeline.vae)
+        return (encoded - mean) * inverse
 
     def load_tiny_decoder(self, path: Path) -> None:
         raise ValueError(f"model.tiny_decoder = {path}: an AutoencoderTiny draws images, not videos; leave it out")
+
+
+def _statistics(like: Tensor, autoencoder: Any) -> tuple[Tensor, Tensor]:
+    """The mean and the inverse of the deviation of each channel of an autoencoder's latents, (C, 1, 1, 1)."""
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1, 1)
+        for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+    )
+    return mean, 1 / std
 
 
 class Wan(WanFamily):

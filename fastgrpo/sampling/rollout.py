@@ -1,4 +1,4 @@
-"""The reduced-step rollout: noise to latents, without a host in the loop.
+"""The reduced-step rollout: noise, or what a model makes of it and an input, to latents, without a host in the loop.
 
     for each step i:   v = network(x, sigma_i)        x' = c_x[i] x + c_v[i] v + s[i] eps[i]
 
@@ -86,10 +86,11 @@ def _column(rows: Tensor, i: int, x: Tensor) -> Tensor:
 def _initial_latents(
     policy: Policy, schedule: Schedule, address: NoiseAddress, prompted: Prompted, guidance_scale: float
 ) -> Tensor:
-    """The latents (B, *D) that the loop starts from: noise, or for siblings the first one's, where the window begins."""
+    """The latents (B, *D) that the loop starts from: the policy's start, or for siblings the first one's, at the window."""
     batch, siblings = address.sample_id.numel(), schedule.siblings
     if siblings == 1:
-        return normal(address, INITIAL_STEP, math.prod(policy.latent_shape)).view(batch, *policy.latent_shape)
+        noise = normal(address, INITIAL_STEP, math.prod(policy.latent_shape)).view(batch, *policy.latent_shape)
+        return policy.start(noise, schedule.sigmas[0].expand(batch), prompted)
     if batch % siblings:
         raise ValueError(f"a batch of {batch} does not hold whole groups of {siblings} siblings")
     first = torch.arange(0, batch, siblings, device=address.sample_id.device)

@@ -6,7 +6,7 @@ Every denoising transition of Flow-GRPO and its successors is affine in what the
 
 so a sampler is a pure function `(sigmas, noise_level) -> (c_x, c_v, s)` of three numbers a step. `sampler_steps`
 computes them once; the table that kernels read, the weight of a step's KL and the weight of its loss are views of
-them. Sigma falls from 1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the
+them. Sigma falls from at most 1 to 0, dt = sigma_next - sigma < 0, and x0 = x - sigma v, x1 = x + (1 - sigma) v are the
 predicted data and noise (Flow-GRPO, arXiv 2505.05470, eq. 9; DanceGRPO, 2505.07818; Flow-CPS, 2509.05952):
 
     flow_sde    mu = x + [v + g^2 / (2 sigma) x1] dt,  s = g sqrt(-dt),  g = a sqrt(sigma / (1 - sigma))
@@ -111,7 +111,7 @@ SAMPLERS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def sampler_steps(
     sampler: str,
-    sigmas: Tensor,  # (T + 1,) falling from 1 to 0
+    sigmas: Tensor,  # (T + 1,) falling from at most 1 to 0
     noise_level: float,
 ) -> SamplerSteps:
     """The sampler's steps on these sigmas; refuses what is no schedule, no sampler or no noise level of it."""

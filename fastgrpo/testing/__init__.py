@@ -27,6 +27,7 @@ FAMILIES = {
     "qwen_image_21": "fastgrpo.testing.qwen_image_21:FAMILY",
     "wan": "fastgrpo.testing.wan:FAMILY",
     "wan_image": "fastgrpo.testing.wan_image:FAMILY",
+    "wan_video": "fastgrpo.testing.wan_video:FAMILY",
     "wan_experts": "fastgrpo.testing.wan:EXPERTS",
     "wan_image_experts": "fastgrpo.testing.wan_image:EXPERTS",
     "bagel": "fastgrpo.testing.bagel:FAMILY",

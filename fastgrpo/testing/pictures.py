@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,4 +28,12 @@ def picture(
     image = Image.new("RGB", size, background)
     getattr(ImageDraw.Draw(image), shape)(box, fill=colour)
     image.save(path)
+    return path
+
+
+def animation(name: str, frames: Sequence[Path]) -> Path:
+    """The file NAME.webp that shows these pictures one after the other, with their pixels as they are."""
+    path = Path(_folder().name) / f"{name}.webp"
+    first, *others = (Image.open(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=others, lossless=True)
     return path

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fastgrpo.data.images import load_targets
-from fastgrpo.data.pictures import MAX_BYTES, load_picture, picture_size
+from fastgrpo.data.pictures import MAX_BYTES, load_picture, load_pictures, picture_count, picture_size
 
 WHITE = [255, 255, 255]
 # EXIF's orientation -> what was done to the pixels (H, W, 3) when they were stored, in the words of its standard: the 0th
@@ -221,3 +221,36 @@ def test_a_file_of_too_many_bytes_is_not_opened(tmp_path: Path) -> None:
         file.truncate(MAX_BYTES + 1)  # a file with a hole, which takes no space
     with pytest.raises(ValueError, match=rf"a\.png: has {MAX_BYTES + 1} bytes, more than {MAX_BYTES}"):
         load_picture(tmp_path / "a.png")
+
+
+ANIMATED = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}}
+
+
+@pytest.mark.parametrize("form", ANIMATED)
+def test_an_animation_is_read_frame_by_frame_as_it_is_seen(form: str, tmp_path: Path) -> None:
+    """A frame that a file stores as what changed, and what is transparent in it, are whole pictures on white."""
+    frames = [Image.new("RGBA", (9, 5), (0, 0, 0, 0)) for _ in range(4)]
+    for i, frame in enumerate(frames):
+        frame.paste((255, 0, 0, 255), (i, 1, i + 3, 4))
+    file = tmp_path / "moving"
+    frames[0].save(file, form, save_all=True, append_images=frames[1:], disposal=2, **ANIMATED[form])
+    assert picture_count(file) == 4
+    expected = np.full((4, 5, 9, 3), 255, dtype=np.uint8)
+    for i in range(4):
+        expected[i, 1:4, i : i + 3] = [255, 0, 0]
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in load_pictures(file)]), expected)
+    assert np.array_equal(pixels(file), expected[0])
+    Image.fromarray(noise()).save(still := tmp_path / "still.png")
+    assert picture_count(still) == 1 and np.array_equal(np.asarray(load_pictures(still)[0]), noise())
+
+
+@pytest.mark.parametrize("read", [load_pictures, picture_count])
+def test_an_animation_that_cannot_be_read_is_refused_by_name(read: Callable[[Path], object], tmp_path: Path) -> None:
+    file = tmp_path / "cut.webp"
+    with pytest.raises(ValueError, match=r"cut\.webp: no such file"):
+        read(file)
+    frames = [Image.fromarray(noise(seed=i)) for i in range(3)]
+    frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"cut\.webp: cannot be read"):
+        read(file)

@@ -10,22 +10,22 @@ from fastgrpo.config.sizes import Size
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
 from fastgrpo.records import take
-from fastgrpo.testing import FAMILIES, load_family
+from fastgrpo.testing import FAMILIES, Family, load_family
 from fastgrpo.testing.pictures import picture
 
 pytestmark = pytest.mark.slow  # every family
 TEXTS = ["a red circle", "", "two blue squares left of a cat, " * 40]  # of which the last is longer than any limit
 
 
-def prompts_of(model: Any, count: int = len(TEXTS)) -> list[Any]:
-    texts = TEXTS[:count]
-    if not model.image_conditioned:
+def prompts_of(family: Family, count: int) -> list[Any]:
+    texts, own = TEXTS[:count], family.prompts[0]
+    if isinstance(own, str):
         return texts
     pictures = [
         picture(f"batch{i}", (64, 32), "white", colour, (3, 2, 12 + i, 12))
         for i, colour in enumerate(("red", "blue", "navy"))
     ]
-    return [ImagePrompt(text, (file,) * model.input_images[0]) for text, file in zip(texts, pictures, strict=False)]
+    return [ImagePrompt(text, (file,) * len(own.images)) for text, file in zip(texts, pictures, strict=False)]
 
 
 @pytest.mark.filterwarnings("ignore:.*are longer than model.max_text_tokens")
@@ -38,14 +38,14 @@ def test_a_sample_does_not_depend_on_what_is_beside_it(name: str, tmp_path: Path
     with model.sized(Size(side, 2 * side)):
         # Where an image is read with the text, a text that does not fit is refused.
         count = 2 if model.cuts_are_known else 3
-        conditioning = model.encode(prompts_of(model, count))
+        conditioning = model.encode(prompts_of(family, count))
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(count, *model.latent_shape, generator=generator)
         sigma = torch.tensor([0.9, 0.5, 0.3])[:count]
         with torch.no_grad():
             together = model.velocity(x, sigma, conditioning)
             for i in range(count):
-                alone = model.encode(prompts_of(model, count)[i : i + 1])
+                alone = model.encode(prompts_of(family, count)[i : i + 1])
                 v = model.velocity(x[i : i + 1], sigma[i : i + 1], alone)
                 spread = v.std().item()
                 torch.testing.assert_close(together[i : i + 1], v, rtol=0, atol=2e-5 * spread)

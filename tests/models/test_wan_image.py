@@ -13,6 +13,7 @@ from support.drawing import drawn, ode_arguments
 from support.helpers import NoSync
 from torch import Tensor
 
+from fastgrpo.data.embedding_files import EmbeddingFiles
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import load_model
@@ -231,12 +232,12 @@ def test_embeddings_are_of_the_images_their_sizes_and_the_processor(tmp_path: Pa
     first, second = model.encode([asked(1)]), model.encode([ImagePrompt(PROMPTS[0], (other,))])
     assert torch.equal(first.embeds, second.embeds)
     assert not torch.equal(first.condition, second.condition) and not torch.equal(first.image, second.image)
-    marks = {Embeddings(one).fingerprint for one in (model, adapter("i2v", width=32), adapter("i2v", num_frames=5))}
+    sizes = (model, adapter("i2v", width=32), adapter("i2v", num_frames=5))
     changed = adapter("i2v")
     changed.pipeline.image_processor.image_mean = [0.0, 0.0, 0.0]
     encoder = adapter("i2v")
     torch.nn.init.zeros_(encoder.pipeline.image_encoder.get_input_embeddings().weight)
-    assert len({*marks, Embeddings(changed).fingerprint, Embeddings(encoder).fingerprint}) == 5
+    assert len({EmbeddingFiles(one, tmp_path).fingerprint for one in (*sizes, changed, encoder)}) == 5
 
 
 def test_published_kinds_are_all_here() -> None:

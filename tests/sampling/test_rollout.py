@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.capture import capture, equal
 from support.helpers import DEVICE, NoSync
 from support.toy import NUM_STEPS, SHAPE, SIZE, Toy, ToyPolicy, toy_prompts
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgrpo.policy import prompted_velocity
 from fastgrpo.records import EVALUATION, TRAIN, Prompted, Schedule, Trajectory, noise_address
 from fastgrpo.sampling.after_window import dpmpp_2m
+from fastgrpo.sampling.graph import CapturedRollout
 from fastgrpo.sampling.rollout import rollout
 from fastgrpo.sampling.schedule import ode_schedule, window_schedule
 from fastgrpo.sampling.tables import sampler_steps
@@ -267,6 +269,37 @@ def test_a_shared_prefix_and_a_memory_have_no_host_either(device_model, guided: 
     schedule = second_order(schedule_of(torch.full((4,), 2)))._replace(siblings=2, prefix=2)
     with NoSync():
         rollout(Policy(device_model), schedule, address, prompted, scale)
+
+
+class Starting(ToyPolicy):
+    """Begins with its prompt's offset, and as much noise as the first level says."""
+
+    def start(self, noise: Tensor, sigma: Tensor, prompted: Prompted) -> Tensor:
+        level = sigma.view(-1, 1, 1, 1)
+        return (1 - level) * prompted.cond.offset + level * noise
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_a_rollout_begins_where_its_policy_starts(guidance_scale: float, prefix: int) -> None:
+    """At the schedule's first level, from the prompt's own row under guidance too, once for siblings, captured or not."""
+    prompted, starts = guided_prompts(6, guidance_scale, siblings=3), torch.full((6,), prefix)
+    address, captured = noise_address(TRAIN, 5, 3, torch.arange(6, 12, device=DEVICE)), CapturedRollout(capture())
+    policy = Starting()
+    for level in (0.75, 0.5):
+        sigmas = torch.linspace(level, 0, NUM_STEPS + 1)
+        schedule = window_schedule(sampler_steps("flow_sde", sigmas, 0.7), starts, SIZE).to(DEVICE)
+        schedule = schedule._replace(siblings=3, prefix=prefix)
+        found = rollout(policy, schedule, address, prompted, guidance_scale)
+        assert equal(captured(policy, schedule, address, prompted, guidance_scale), found)
+        first = address._replace(sample_id=address.sample_id[::3].repeat_interleave(3))
+        noise = normal(first, INITIAL_STEP, 30).view(6, *SHAPE)
+        x = (1 - level) * prompted.cond.offset + level * noise
+        for i in range(prefix):
+            rows = [row for row in (prompted.uncond, prompted.cond) if row is not None]
+            v = [policy(x, sigmas[i].to(DEVICE).expand(6), row) for row in rows]
+            x = x + (sigmas[i + 1] - sigmas[i]) * (v[0] if len(v) == 1 else v[0] + guidance_scale * (v[1] - v[0]))
+        torch.testing.assert_close(found.latents[0], x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_of_broken_groups_is_refused() -> None:

@@ -31,7 +31,7 @@ from fastgrpo.sampling.schedule import window_schedule
 from fastgrpo.sampling.tables import sampler_steps
 from support import engine_worker
 from support.learners import PlainEngine
-from support.toy import SHAPE, Toy, toy_prompts
+from support.toy import SHAPE, Toy, ToyPolicy, toy_prompts
 
 DTYPES = engine_worker.DTYPES
 KINDS = ("lora", "full")
@@ -49,7 +49,7 @@ CLIMB_LEARNING_RATE, CLIP_RANGE = 1e-2, 1e-2
 class Network(nn.Module):
     """A velocity of which all weights are trained, in sizes that no number of ranks divides."""
 
-    latent_shape, guide = SHAPE, None
+    latent_shape, guide, start = SHAPE, None, ToyPolicy.start
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

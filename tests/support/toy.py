@@ -28,5 +28,8 @@ class ToyPolicy(nn.Module):
     def prepared(self, conditioning: Toy) -> Toy:
         return conditioning
 
+    def start(self, noise: Tensor, sigma: Tensor, prompted: Prompted) -> Tensor:
+        return noise
+
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Toy) -> Tensor:
         return torch.tanh(x) * sigma.view(-1, 1, 1, 1) + conditioning.offset
