@@ -56,7 +56,7 @@ class Counts:
     parameters: int
     trained: int
     buffer_bytes: int  # of what the transformer holds beside its parameters: positions, mostly
-    vae_parameters: int
+    vae_bytes: int  # of the decoder, which need not have the model's dtype
     latent_elements: int
     forward_flops: int
     train_flops: int  # forward and backward pass, without what checkpointing computes again
@@ -118,7 +118,7 @@ def count_model(config: Config, model: Any) -> Counts:
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
         buffer_bytes=sum(b.nbytes for b in model.transformer.buffers()),
-        vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
+        vae_bytes=sum(p.nbytes for p in model.pipeline.vae.parameters()),
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
         train_flops=train_flops // transitions,
@@ -225,7 +225,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
             "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1) * (stage > 0),
             "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
             "average (EMA)": counts.trained * 4,
-            "decoder": counts.vae_parameters * width,
+            "decoder": counts.vae_bytes,
             "prompts": prompt_rows(config, gpus) * prompt,
             "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
         },
@@ -309,7 +309,7 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
     columns = list(result["memory_bytes"].values())
     for part, mark in (("held", ""), ("phases", "+ ")):
         for name in columns[0][part]:
-            if any(column[part][name] for column in columns):
+            if any(column[part][name] >= GIB / 200 for column in columns):  # less is 0.00
                 lines.append(row(mark + name, [column[part][name] for column in columns]))
     lines.append(row("peak", [column["peak"] for column in columns]))
     lines += [
