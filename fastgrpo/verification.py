@@ -50,7 +50,7 @@ def verify(folder: Path) -> Iterator[Finding]:
     for left in (*unfinished(run.checkpoints), *_partial_files(run)):
         what = left.relative_to(folder).as_posix()
         yield Finding(what, "a process that trains here writes it") if writing else Finding(what, fault=LEFT)
-    if done or run.trained is not None:
+    if done or run.trained:
         yield _checked("trained weights", partial(_trained, folder, done))
     if run.best.is_dir():
         yield _checked("best/trained weights", partial(_best, run, done))

@@ -56,7 +56,7 @@ class Counts:
     parameters: int
     trained: int
     buffer_bytes: int  # of what the transformer holds beside its parameters: positions, mostly
-    vae_parameters: int
+    vae_bytes: int  # of the decoder, which need not have the model's dtype
     latent_elements: int
     forward_flops: int
     prepared_flops: int  # of a forward pass, what a rollout does once for all its steps
@@ -127,7 +127,7 @@ def count_model(config: Config, model: Any) -> Counts:
         parameters=sum(p.numel() for name, p in model.transformer.named_parameters() if "lora_" not in name),
         trained=sum(p.numel() for p in model.transformer.parameters() if p.requires_grad),
         buffer_bytes=sum(b.nbytes for b in model.transformer.buffers()),
-        vae_parameters=sum(p.numel() for p in model.pipeline.vae.parameters()),
+        vae_bytes=sum(p.nbytes for p in model.pipeline.vae.parameters()),
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
         prepared_flops=prepared_flops // (guided * batch),
@@ -235,7 +235,7 @@ def memory(config: Config, counts: Counts, gpus: int, stage: int) -> Memory:
             "gradients": counts.trained * 4 / (gpus if stage >= 2 else 1) * (stage > 0),
             "optimiser": counts.trained * (ADAM_BYTES + masters) / (gpus if stage >= 1 else 1),
             "average (EMA)": counts.trained * 4,
-            "decoder": counts.vae_parameters * width,
+            "decoder": counts.vae_bytes,
             "prompts": prompt_rows(config, gpus) * prompt,
             "trajectories": images * counts.latent_elements * (4 * (trained + 1) + width * trained),
         },
@@ -319,7 +319,7 @@ def plan_table(result: dict[str, Any], config: Config) -> str:
     columns = list(result["memory_bytes"].values())
     for part, mark in (("held", ""), ("phases", "+ ")):
         for name in columns[0][part]:
-            if any(column[part][name] for column in columns):
+            if any(column[part][name] >= GIB / 200 for column in columns):  # less is 0.00
                 lines.append(row(mark + name, [column[part][name] for column in columns]))
     lines.append(row("peak", [column["peak"] for column in columns]))
     lines += [

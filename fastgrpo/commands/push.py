@@ -60,16 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
 def write_folder(config: Config, run: Path, folder: Path, *, repo: str | None, base: str | None) -> None:
     """Write the trained weights and README.md into a new folder."""
     trained = RunFolder(run).trained
-    assert trained is not None  # `saved_config` has seen to it
     folder.mkdir(parents=True)
-    if trained.is_dir():
-        shutil.copytree(trained, folder / trained.name)
-    else:
-        shutil.copy(trained, folder)
+    for place in trained.values():
+        if place.is_dir():
+            shutil.copytree(place, folder / place.name)
+        else:
+            shutil.copy(place, folder)
     family, name = model_class(config.model.name), repo or run.resolve().name
     source = "text" if not family.image_conditioned else "video" if "strength" in family.takes else "image"
     task = f"{source}-to-{'video' if 'num_frames' in family.takes else 'image'}"
-    text = model_card(read_run(run), config, name=name, base=base, pipeline=family.pipeline_class, task=task)
+    text = model_card(
+        read_run(run), config, name=name, base=base, pipeline=family.pipeline_class, task=task, networks=list(trained)
+    )
     write_atomically(folder / "README.md", text)
 
 

@@ -62,7 +62,7 @@ def saved_config(run: Path, base: bool, overrides: Sequence[str] = ()) -> Config
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise ConfigError(f"{run}: not the folder of a run: it holds no {folder.config.name}")
-    if not base and folder.trained is None:
+    if not base and not folder.trained:
         raise ConfigError(
             f"{run}: holds no trained weights, as the run has saved no checkpoint yet; take --base for the model that it "
             "started from"

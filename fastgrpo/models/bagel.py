@@ -32,6 +32,7 @@ from fastgrpo.models.bagel_folder import (
     read_tokenizer,
 )
 from fastgrpo.models.bagel_network import GEN, PATCH, BagelTransformer
+from fastgrpo.models.loading import TRANSFORMER
 from fastgrpo.models.reading import Reading
 from fastgrpo.quiet import quiet
 
@@ -110,12 +111,12 @@ class Bagel(Adapter):
         return own.get(name) or super().part_class(name)
 
     @classmethod
-    def skeleton(cls, path: Path) -> Any:
+    def skeleton(cls, path: Path, network: str = TRANSFORMER) -> Any:
         return empty_network(path, read_tokenizer(path))
 
     @classmethod
-    def weight_files(cls, path: Path) -> list[Path]:
-        return [path / NETWORK]
+    def weight_files(cls, path: Path, network: str = TRANSFORMER, **base: Any) -> dict[Path, Path]:
+        return {Path(NETWORK): path / NETWORK}
 
     weight_name = staticmethod(published_name)
 

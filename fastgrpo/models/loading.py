@@ -20,8 +20,8 @@ import torch
 from fastgrpo.config.sizes import Size
 from fastgrpo.finite import first_not_finite, in_words
 from fastgrpo.models.experts import experts_of
-from fastgrpo.models.folder import check_folder
-from fastgrpo.models.quantized import method_of
+from fastgrpo.models.folder import check_folder, check_weights
+from fastgrpo.models.quantized import method_of, quantization
 from fastgrpo.models.settings import Settings
 from fastgrpo.models.sources import check_transformer, load_transformer
 from fastgrpo.quiet import quiet
@@ -113,15 +113,29 @@ class LoadedPipeline:
         return cls(kind(**{**absent, **parts, **own}), dtype=dtype, device=device, **settings)
 
     @classmethod
-    def skeleton(cls, path: Path) -> Any:
-        """The transformer in the folder on the meta device: its layers' names and shapes, and no weights."""
-        config = json.loads((path / TRANSFORMER / "config.json").read_text(encoding="utf-8"))
+    def skeleton(cls, path: Path, network: str = TRANSFORMER) -> Any:
+        """The transformer in the folder on the meta device: its layers' names and shapes, and no weights.
+
+        network: the name of its folder; of two experts the second has another.
+        """
+        config = json.loads((path / network / "config.json").read_text(encoding="utf-8"))
         return build(cls.part_class(config["_class_name"]), config, torch.float32, torch.device("meta"))
 
     @classmethod
-    def weight_files(cls, path: Path) -> list[Path]:
-        """The files of safetensors in the folder that hold the transformer."""
-        return sorted((path / TRANSFORMER).glob("*.safetensors"))
+    def weight_files(
+        cls, path: Path, network: str = TRANSFORMER, *, transformer: Path | None = None, variant: str | None = None
+    ) -> dict[Path, Path]:
+        """The files that `load` reads a transformer's weights from, by their places in a pipeline's folder.
+
+        ValueError: they are no plain numbers in a network's folder.
+        """
+        folder = transformer or path / network
+        where = f"model.{'path' if transformer is None else 'transformer'} = {folder}"
+        if folder.is_file():
+            raise ValueError(f"{where}: is one file, into which nothing is merged; take another format")
+        if method := quantization(folder):
+            raise ValueError(f"{where}: is quantised ({method}), and nothing is merged into that; take another format")
+        return {Path(network) / file.name: file for file in check_weights(folder, folder, where, variant)}
 
     @staticmethod
     def weight_name(name: str) -> str:
@@ -157,7 +171,7 @@ class LoadedPipeline:
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """The transformer, the autoencoder and the text encoders, by the names of the pipeline's parts."""
-        parts = {name: getattr(self.pipeline, name, None) for name in self.pipeline.config if not name.startswith("_")}
+        parts = {name: vars(self.pipeline).get(name) for name in self.pipeline.config if not name.startswith("_")}
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     @property

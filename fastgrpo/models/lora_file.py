@@ -16,9 +16,11 @@ from torch import nn
 from fastgrpo.files import json_text, json_value
 from fastgrpo.finite import first_not_finite, in_words
 from fastgrpo.models.lora_formats import LARGEST_ALPHA, Layers, read_layers, written
+from fastgrpo.reporting.run_folder import LORAS
 from fastgrpo.tensor_files import read_tensors, write_tensors
 
-DIFFUSERS, PEFT, PEFT_SETTINGS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS, PEFT, PEFT_SETTINGS = LORAS["transformer"], "adapter_model.safetensors", "adapter_config.json"
+NOISE = {"transformer": "high_noise", "transformer_2": "low_noise"}  # what other programs call the two experts
 # What makes another formula of it where it is not empty or false.
 OTHER_FORMULAS = (
     "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
@@ -48,10 +50,22 @@ def find_lora(path: Path) -> Path:
     return files[0]
 
 
+def find_expert_lora(path: Path, network: str) -> Path | None:
+    """The file of one expert's LoRA in a folder that may hold both: by a run's name or `NOISE`, or in PEFT's folder."""
+    files = [path / LORAS[network], path / network / PEFT, *sorted(path.glob(f"*{NOISE[network]}*.safetensors"))]
+    found = [file for file in files if file.is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path}: {found[0].name} and {found[1].name} are both of the expert {network}; leave one there")
+    return found[0] if found else None
+
+
 def lora_files(path: Path) -> list[Path]:
-    """The files that the LoRA at a path is read from: its weights, and PEFT's settings. ValueError: there is none."""
-    file = find_lora(path)
-    return [file, *([file.with_name(PEFT_SETTINGS)] if file.name == PEFT else [])]
+    """The files that the LoRA at a path is read from: its weights, two where it is of two experts, and PEFT's settings.
+
+    ValueError: there is none.
+    """
+    files = [file for network in LORAS if (file := find_expert_lora(path, network))] or [find_lora(path)]
+    return [*files, *(file.with_name(PEFT_SETTINGS) for file in files if file.name == PEFT)]
 
 
 def read_lora(path: Path, network: nn.Module) -> Lora:

@@ -35,6 +35,7 @@ from transformers import Qwen2VLProcessor
 from fastgrpo.data.pictures import load_picture, picture_size
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models.qwen_image import DoubleStream
+from fastgrpo.models.settings import cached_by_settings
 from fastgrpo.records import concatenate
 
 PUBLISHED_SIDE = 1024  # of the square whose area an input image has
@@ -82,7 +83,6 @@ class QwenImageEdit(DoubleStream):
     cuts_are_known = True  # there are none
     longest_text = 3072  # the table of rotary positions has 4096 rows, and the first are the images'
     shown_area: ClassVar[float] = math.inf  # pixels of an image that the text encoder sees at most
-    _first: tuple[ImagePrompt, list[Sizes]] | None = None  # a prompt, and the sizes of its images, which all others share
 
     @classmethod
     def own_parts(cls, path: Path) -> dict[str, Any]:
@@ -98,6 +98,11 @@ class QwenImageEdit(DoubleStream):
     def encoder_settings(self) -> dict[str, Any]:
         side = self.settings.input_size
         return super().encoder_settings | {"input_size": self.size if side == "output" else side or PUBLISHED_SIDE}
+
+    @cached_by_settings
+    def _first(self) -> list[tuple[ImagePrompt, list[Sizes]]]:
+        """The prompt that was looked at first, and the sizes of its images, which all others share; empty before."""
+        return []
 
     @property
     def default_text_tokens(self) -> int:
@@ -125,11 +130,13 @@ class QwenImageEdit(DoubleStream):
     def _checked_sizes(self, prompt: ImagePrompt, sizes: Sequence[tuple[int, int]]) -> list[Sizes]:
         """At which a prompt's images of these widths and heights are read. ValueError: those of other prompts differ."""
         found = [self._sizes(*size) for size in sizes]
-        self._first = self._first or (prompt, found)
-        if found != self._first[1]:
-            images, others = (", ".join(map(str, one.images)) for one in (prompt, self._first[0]))
+        if not self._first:
+            self._first.append((prompt, found))
+        first, shared = self._first[0]
+        if found != shared:
+            images, others = (", ".join(map(str, one.images)) for one in (prompt, first))
             raise ValueError(
-                f"{images}: read at {_in_words(found)}, and {others} at {_in_words(self._first[1])}; all prompts of a run "
+                f"{images}: read at {_in_words(found)}, and {others} at {_in_words(shared)}; all prompts of a run "
                 "have as many input images, of the same sizes in the same order: crop them to the same proportions, or set "
                 "model.input_size: output, which stretches each to the size of the output"
             )

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 
 from fastgrpo.models.loading import LoadedPipeline, check_numbers
 from fastgrpo.models.lora import lora_config, put_lora, running
-from fastgrpo.models.lora_file import DIFFUSERS, Lora, read_lora, write_lora
+from fastgrpo.models.lora_file import NOISE, Lora, find_expert_lora, read_lora, write_lora
 from fastgrpo.models.lora_formats import Factors
 from fastgrpo.models.quantized import hide
 from fastgrpo.policy import EXPERTS
+from fastgrpo.reporting.run_folder import LORAS
 from fastgrpo.tensor_files import read_tensors
 
 START = "start"  # the name of a second, frozen LoRA: the one that training went on from
-# The file of a LoRA by the network that it is of. The first has diffusers' own name; of the second,
-# `pipeline.load_lora_weights(folder, weight_name=..., load_into_transformer_2=True)` reads the one that is named here.
-LORAS = {"transformer": DIFFUSERS, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 
 
 class Trainable(LoadedPipeline):
@@ -112,9 +110,15 @@ class Trainable(LoadedPipeline):
         self._reference_is_start = reference == START
 
     def _lora_at(self, path: Path, name: str) -> Path:
-        """Where the LoRA of a network is read from: its own file in a folder; that of the only trained one is any."""
-        own = path / LORAS[name]
-        return path if len(self.trained) == 1 and not own.is_file() else own
+        """Where a network's LoRA is read from: of two experts its own in a folder; that of the only trained one is any."""
+        own = find_expert_lora(path, name) if len(self.transformers) > 1 else None
+        if own is None and len(self.trained) > 1:
+            raise ValueError(
+                f"{path}: holds no LoRA of the expert {name}; name a folder with those of both, called "
+                f"{' and '.join(LORAS.values())} or with {' and '.join(NOISE.values())} in their names, or train one expert "
+                "(model.experts)"
+            )
+        return own or path
 
     def check_trainable(self, layers: Iterable[str]) -> None:
         """Refuse layers of which a LoRA cannot be trained: ValueError. A family that has some overrides it."""
@@ -173,7 +177,7 @@ class Trainable(LoadedPipeline):
     def load_trained(self, folder: Path) -> None:
         """Read the weights that `save_trained` wrote. ValueError names the file that is not of this transformer."""
         for name, network in self.trained.items():
-            if (folder / name).is_dir():
+            if (folder / name / "config.json").is_file():
                 state: dict[str, Tensor] = {}
                 for file in sorted((folder / name).glob("*.safetensors")):
                     state |= read_tensors(file, self.device)[0]

@@ -51,6 +51,11 @@ class WanFamily(Adapter):
         boundary = index.get("boundary_ratio")
         if not first:
             raise ValueError(f"model.path = {path}: model_index.json names no transformer; take the folder as published")
+        if second and (transformer := base.get("transformer")) is not None:
+            raise ValueError(
+                f"model.transformer = {transformer}: {path} holds two transformers, and this would be the first; leave "
+                "the key out, and make a folder of links to the pipeline's parts with this as transformer/ or transformer_2/"
+            )
         if second and not (isinstance(boundary, float) and 0 < boundary < 1):
             raise ValueError(
                 f"model.path = {path}: holds two transformers, and model_index.json has boundary_ratio = {boundary}, which "

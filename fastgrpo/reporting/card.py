@@ -5,21 +5,29 @@
 It says what the run's files say, and of paths no more than the last name, as the rest is of this machine.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from fastgrpo.config.keys import Config
+from fastgrpo.config.sizes import Size, training_sizes
+from fastgrpo.reporting.run_folder import LORAS
 from fastgrpo.reporting.saved_run import SavedRun
 from fastgrpo.reporting.text import score_text
 from fastgrpo.version import __version__
 
+# What `load_lora_weights` has to be told of a network beside the folder.
+LOADING = {"transformer": "", "transformer_2": f', weight_name="{LORAS["transformer_2"]}", load_into_transformer_2=True'}
 
-def model_card(run: SavedRun, config: Config, *, name: str, base: str | None, pipeline: str, task: str) -> str:
+
+def model_card(
+    run: SavedRun, config: Config, *, name: str, base: str | None, pipeline: str, task: str, networks: Sequence[str]
+) -> str:
     """name: of the repository. base: of the base model on the Hub, if it is known. pipeline: its class in diffusers.
 
-    task: what the Hub calls what it does, such as text-to-image.
+    task: what the Hub calls what it does, such as text-to-image. networks: those that were trained, by diffusers' names.
     """
     data: dict[str, Any] = {
         "library_name": "diffusers", "tags": ["reinforcement-learning", "flow-grpo", "fastgrpo"],
@@ -36,7 +44,7 @@ def model_card(run: SavedRun, config: Config, *, name: str, base: str | None, pi
         f"{_rewards(config.reward.train)}.",
         "## Scores", _scores(run, config),
         "## Training", _training(run, config),
-        "## Use", _use(config, name, base, pipeline),
+        "## Use", _use(config, name, base, pipeline, networks),
         "The licence of the base model holds for what was trained on it.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -83,6 +91,7 @@ def _cell(run: SavedRun, name: str, scores: dict[str, float]) -> str:
 
 def _training(run: SavedRun, config: Config) -> str:
     model, rollout = config.model, config.rollout
+    own = Size(model.height, model.width, model.num_frames)
     done = run.metrics[-1]["iteration"] if run.metrics else 0
     of = "" if run.summary.get("status") == "finished" else f" of {config.iterations}: the run has not finished"
     lora = f"rank {model.lora.rank}" + (f", from {_last(model.lora.path)}" if model.lora.path else "")
@@ -91,10 +100,12 @@ def _training(run: SavedRun, config: Config) -> str:
         "images": f"{done * rollout.groups * rollout.group_size:,}, in groups of {rollout.group_size}",
         "prompts": f"`{config.prompts.train.name}`",
         "trained": f"a LoRA of {lora}" if model.train == "lora" else "every weight",
+        "expert": None if model.experts == "both" else f"that for {model.experts} noise alone",
         "rollout": f"{rollout.num_steps} steps, {rollout.sampler}, guidance {rollout.guidance_scale:g}",
+        "negative prompt": model.negative_prompt or None,
         "KL": f"beta {config.objective.beta:g}",
         "learning rate": f"{config.update.learning_rate:g}",
-        "size": " x ".join(str(side) for side in (model.height, model.width) if side) or "the model's own",
+        "size": ", ".join(map(str, training_sizes(config) if rollout.sizes else [own])) or "the model's own",
         "seed": config.seed,
         "device": run.summary.get("device"),
     }
@@ -102,16 +113,20 @@ def _training(run: SavedRun, config: Config) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _use(config: Config, name: str, base: str | None, pipeline: str) -> str:
+def _use(config: Config, name: str, base: str | None, pipeline: str, networks: Sequence[str]) -> str:
     if config.model.name == "bagel":
         return "`fastgrpo sample --lora` draws with it; `fastgrpo export --format merged` writes it into BAGEL's own file."
     load = [f'pipeline = {pipeline}.from_pretrained("{base or "the base model"}", torch_dtype=torch.bfloat16)']
     if config.model.train == "lora":
-        load.append(f'pipeline.load_lora_weights("{name}")')
+        load += [f'pipeline.load_lora_weights("{name}"{LOADING[network]})' for network in networks]
     else:
+        parts = "".join(f", {network}={network}" for network in networks)
         load = [
-            f'transformer = AutoModel.from_pretrained("{name}", subfolder="transformer", torch_dtype=torch.bfloat16)',
-            load[0][:-1] + ", transformer=transformer)",
+            *(
+                f'{network} = AutoModel.from_pretrained("{name}", subfolder="{network}", torch_dtype=torch.bfloat16)'
+                for network in networks
+            ),
+            f"{load[0][:-1]}{parts})",
         ]
     names = f"AutoModel, {pipeline}" if config.model.train == "full" else pipeline
     return "\n".join(["```python", "import torch", f"from diffusers import {names}", "", *load, "```"])

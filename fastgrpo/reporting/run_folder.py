@@ -29,6 +29,9 @@ from typing import Any
 
 from fastgrpo.files import json_value
 
+# The file of a LoRA by diffusers' name of the network that it is of. The first file has diffusers' own name; the second
+# is read by `pipeline.load_lora_weights(folder, weight_name=..., load_into_transformer_2=True)`.
+LORAS = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
 LAST = 10**9  # iterations of a row: far more than a run may have, and exact in any reader's number
 
 
@@ -60,11 +63,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
-    def trained(self) -> Path | None:
-        """The trained weights, a LoRA's file or a transformer's folder; None before the first checkpoint."""
-        loras = (f"pytorch_lora_weights{number}.safetensors" for number in ("", "_2"))
-        places = [self.path / name for name in ("transformer", "transformer_2", *loras)]
-        return next((place for place in places if place.exists()), None)
+    def trained(self) -> dict[str, Path]:
+        """The trained weights of each network, a LoRA's file or the network's folder; none before the first checkpoint."""
+        places = ((name, self.path / place) for name, lora in LORAS.items() for place in (name, lora))
+        return {name: place for name, place in places if place.exists()}
 
     @property
     def report(self) -> Path:

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from fastgrpo.commands.cli import main
 from fastgrpo.models import load_model
-from fastgrpo.models.lora_file import read_lora
+from fastgrpo.models.lora_file import lora_files, read_lora
 from fastgrpo.models.lora_formats import FORMATS
 from fastgrpo.testing import FAMILIES, load_family
 
-NAMES = [name for name in FAMILIES if name not in ("flux_kontext", "qwen_image_edit", "flux2_klein")]  # of the same networks
+SAME = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_plus", "flux2_klein", "wan_image", "wan_image_experts")
+NAMES = [name for name in FAMILIES if name not in SAME]  # whose networks are those of another
 CPU = torch.device("cpu")
 LORA = "pytorch_lora_weights.safetensors"
+SECOND = {"weight_name": "pytorch_lora_weights_2.safetensors", "load_into_transformer_2": True}
 
 
 def load(name: str, folder: Path):
-    return load_model(name, path=folder, dtype=torch.float32, device=CPU, **load_family(name).settings)
+    family = load_family(name)
+    return load_model(family.model, path=folder, dtype=torch.float32, device=CPU, **family.settings)
 
 
 def images(name: str, model) -> Tensor:
@@ -46,7 +49,8 @@ def written_run(name: str, base: Path, run: Path, full: bool = False) -> Tensor:
     run.mkdir(parents=True)
     model.save_trained(run, {n: p.detach().clone() for n, p in trained.items()})
     (run / "config.yaml").write_text(json.dumps({
-        "output": str(run), "model": {"name": name, "path": str(base), "train": "full" if full else "lora"},
+        "output": str(run),
+        "model": {"name": load_family(name).model, "path": str(base), "train": "full" if full else "lora"},
         "prompts": {"train": "/a.txt", "eval": "/b.txt"},
         "reward": {"train": "jpeg_compressibility", "eval": "jpeg_compressibility"},
     }))  # fmt: skip
@@ -73,15 +77,19 @@ def nearly(found: Tensor, expected: Tensor) -> bool:
 def test_the_stock_pipeline_reads_the_lora(run, tmp_path: Path) -> None:
     name, base, folder, expected = run
     stock = load(name, base)
-    stock.pipeline.load_lora_weights(export(folder, "diffusers", tmp_path / "out"))
+    out = export(folder, "diffusers", tmp_path / "out")
+    for arguments in ({}, SECOND)[: len(stock.transformers)]:
+        stock.pipeline.load_lora_weights(out, **arguments)
     assert torch.equal(images(name, stock), expected)
-    assert (tmp_path / "out" / LORA).read_bytes() == (folder / LORA).read_bytes()
+    assert (out / LORA).read_bytes() == (folder / LORA).read_bytes()
 
 
 def test_peft_reads_the_lora(run, tmp_path: Path) -> None:
     name, base, folder, expected = run
     model = load(name, base)
-    PeftModel.from_pretrained(model.transformer, export(folder, "peft", tmp_path / "out"))  # puts it into the transformer
+    out = export(folder, "peft", tmp_path / "out")
+    for network, transformer in model.transformers.items():  # it is put into them
+        PeftModel.from_pretrained(transformer, out / network if len(model.transformers) > 1 else out)
     assert torch.equal(images(name, model), expected)
 
 
@@ -93,11 +101,15 @@ def test_comfyuis_and_kohyas_files_are_read_back_or_refused_by_name(run, tmp_pat
             assert main(["export", str(folder), "--format", form, "--output", str(tmp_path / form)]) == 2
             assert f"no {form} format for BagelTransformer" in capsys.readouterr().err and not list(tmp_path.iterdir())
             continue
-        network = load(name, base).transformer
-        own, found = read_lora(folder, network), read_lora(export(folder, form, tmp_path / form), network)
-        assert found.layers.keys() == own.layers.keys()
-        assert all(torch.equal(a, b) for n in own.layers for a, b in zip(found.layers[n], own.layers[n], strict=True))
-        assert [file.name for file in (tmp_path / form).iterdir()] == ["run.safetensors"]
+        noises = ("_high_noise", "_low_noise") if name == "wan_experts" else ("",)
+        files = [f"run{noise}.safetensors" for noise in noises]
+        out = export(folder, form, tmp_path / form)
+        assert sorted(file.name for file in out.iterdir()) == files
+        networks, loras = load(name, base).transformers.values(), sorted(folder.glob("*.safetensors"))
+        for network, lora, file in zip(networks, loras, files, strict=True):
+            own, found = read_lora(lora, network), read_lora(out / file, network)
+            assert found.layers.keys() == own.layers.keys()
+            assert all(torch.equal(a, b) for n in own.layers for a, b in zip(found.layers[n], own.layers[n], strict=True))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -146,13 +158,82 @@ def test_the_bases_files_dtype_and_other_weights_stay(run, tmp_path: Path) -> No
             assert opened.metadata()["of"] == "the base"
     assert after.keys() == before.keys() and all(one.dtype == torch.bfloat16 for one in after.values())
     changed = {n for n in after if not torch.equal(after[n], before[n])}
-    layers = read_lora(folder, load(name, base).transformer).layers
+    layers = read_lora(folder, next(iter(load(name, base).transformers.values()))).layers
     prefix = "language_model.model." if name == "bagel" else ""
     assert changed and changed <= {f"{prefix}{layer}.weight" for layer in layers}
     for layer, (a, b) in layers.items():
         expected = before[f"{prefix}{layer}.weight"].double() + b.double() @ a.double()
         torch.testing.assert_close(after[f"{prefix}{layer}.weight"].double(), expected, rtol=2**-8, atol=1e-6)
     assert (tmp_path / "out" / "transformer" / "config.json").is_file() == (name != "bagel")
+
+
+@pytest.mark.parametrize("run", ["wan_experts"], indirect=True)
+def test_of_two_experts_the_one_that_was_trained_is_written(run, tmp_path: Path) -> None:
+    name, base, folder, _ = run
+    low = Path(shutil.copytree(folder, tmp_path / "low"))
+    (low / LORA).unlink()
+    for form, expected in (
+        ("diffusers", SECOND["weight_name"]), ("kohya", "low_low_noise.safetensors"),
+        ("peft", "transformer_2/adapter_model.safetensors"), ("merged", "transformer_2/diffusion_pytorch_model.safetensors"),
+    ):  # fmt: skip
+        out = export(low, form, tmp_path / form)
+        assert [one.relative_to(out).as_posix() for one in out.rglob("*.safetensors")] == [expected]
+
+
+@pytest.mark.parametrize("run", ["wan_experts"], indirect=True)
+def test_the_loras_of_two_experts_are_read_from_every_format(run, tmp_path: Path) -> None:
+    """And both are known by content, so that a run does not go on from another second one."""
+    name, base, folder, expected = run
+    for form in FORMATS:
+        out = export(folder, form, tmp_path / form)
+        assert {one for one in out.rglob("*") if one.is_file()} == set(lora_files(out))
+        model = load(name, base)
+        model.load_trained(out)
+        assert torch.equal(images(name, model), expected)
+    high = tmp_path / "kohya" / "run_high_noise.safetensors"
+    with pytest.raises(
+        ValueError, match=r"run_high_noise.safetensors: holds no LoRA of the expert transformer; name a folder"
+    ):
+        load(name, base).load_trained(high)
+    high.rename(high.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match=r"kohya: holds no LoRA of the expert transformer; .* or train one expert"):
+        load(name, base).continue_lora(tmp_path / "kohya", rank=4, alpha=4, reference="base")
+    shutil.copy(high.with_name("other.safetensors"), tmp_path / "comfyui" / "their_low_noise.safetensors")
+    with pytest.raises(ValueError, match=r"run_low_noise.* and their_low_noise.* are both of the expert transformer_2"):
+        lora_files(tmp_path / "comfyui")
+
+
+@pytest.mark.parametrize("run", ["sd3"], indirect=True)
+def test_merged_are_the_files_that_the_run_has_read(run, tmp_path: Path, capsys) -> None:
+    """Those of a variant, or of another transformer; one that is a file or quantised is refused."""
+    name, base, folder, _ = run
+    moved = Path(shutil.copytree(base, tmp_path / "base"))
+    plain, half = (f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors"))
+    weights = load_file(file := moved / "transformer" / plain)
+    save_file({n: one + 1 for n, one in weights.items()}, moved / "transformer" / half)
+    other = Path(shutil.copytree(moved / "transformer", tmp_path / "other"))
+    save_file({n: one + 2 for n, one in weights.items()}, other / plain)
+
+    def merged(output: str, *settings: str) -> int:
+        sets = [part for one in (f"model.path={moved}", *settings) for part in ("--set", one)]
+        return main(["export", str(folder), "--format", "merged", "--output", str(tmp_path / output), *sets])
+
+    layers = read_lora(folder, load(name, base).transformer).layers
+    for shift, (written, *settings) in enumerate(
+        ((plain,), (half, "model.variant=fp16"), (plain, f"model.transformer={other}"))
+    ):
+        assert merged(str(shift), *settings) == 0
+        out = tmp_path / str(shift) / "transformer"
+        assert sorted(one.name for one in out.iterdir()) == sorted(["config.json", written])
+        after = load_file(out / written)
+        changed = {n for n, one in weights.items() if not torch.equal(after[n], one + shift)}
+        assert changed == {f"{layer}.weight" for layer in layers}
+    assert merged("no", f"model.transformer={file}") == 2
+    assert f"model.transformer = {file}: is one file, into which nothing is merged" in capsys.readouterr().err
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))
+    assert merged("no", f"model.transformer={other}") == 2
+    assert "quantised" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("run", ["sd3"], indirect=True)

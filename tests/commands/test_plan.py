@@ -39,7 +39,7 @@ TINY = {
     },
 }  # fmt: skip
 COUNTS = Counts(
-    parameters=1000, trained=100, buffer_bytes=40, vae_parameters=50, latent_elements=64, forward_flops=10, prepared_flops=0,
+    parameters=1000, trained=100, buffer_bytes=40, vae_bytes=100, latent_elements=64, forward_flops=10, prepared_flops=0,
     train_flops=21, checkpoint_flops=0, decode_flops=3, conditioning_bytes=9, rollout_bytes=500, decode_bytes=600,
     update_bytes=7000,
 )  # fmt: skip
@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_or_json(tiny_architecture: None, capsys: pyt
     options = ["--set", "model.architecture=tiny", "--set", "model.height=16", "--set", "model.width=16"]
     assert main(["plan", "--config", str(CONFIG), *options]) == 0
     printed = capsys.readouterr().out
-    assert "TFLOP an image" in printed and "stage 3" in printed and "+ decoding" in printed
+    assert "TFLOP an image" in printed and "stage 3" in printed and "peak" in printed
     assert main(["plan", "--config", str(CONFIG), *options, "--gpus", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     stage = result["memory_bytes"]["stage 1"]
@@ -217,14 +217,15 @@ def test_a_rate_is_said_in_a_unit_that_shows_it(per_second: float, said: str) ->
 
 
 def test_what_is_made_of_frames_is_called_a_video() -> None:
-    """Of the table alone, with counts that make its speed a thousandth of an image a second."""
+    """Of the table alone, with counts that make its speed a thousandth of an image a second. A row of zeros is left out."""
     config = load_config(CONFIG.parent / "wan_compressibility.yaml")
-    counts = replace(COUNTS, forward_flops=10**12, train_flops=3 * 10**12)
+    counts = replace(COUNTS, forward_flops=10**12, train_flops=3 * 10**12, decode_bytes=2**31)
     table = plan_table(
         {"architecture": "wan", "dtype": "bfloat16", "gpus": 8, "counts": vars(counts), "mfu": 0.4, "peak_flops": 989e12,
          "flops_per_image": {"total": 4e17}, "images_per_second_and_gpu": 0.001, "seconds_per_iteration": 1.0,
          "memory_bytes": {"stage 1": memory(config, counts, 8, 1).as_dict()}, "sizes": {}}, config,
     )  # fmt: skip
+    assert "+ decoding          2.00" in table and "decoder" not in table
     assert "3.60 videos an hour and GPU" in table and "TFLOP a video" in table and "image" not in table
 
 
@@ -277,6 +278,17 @@ def test_a_loaded_model_of_every_family_can_be_counted(name: str, tmp_path: Path
     assert counts.trained > 0 and counts.train_flops > counts.forward_flops > 0
     assert counts.update_bytes > counts.rollout_bytes > 0 and counts.decode_bytes > 0
     assert (0 < counts.prepared_flops < counts.forward_flops) == (name == "qwen_image_21")
+
+
+def test_a_decoder_has_the_dtype_that_it_runs_in(tmp_path: Path) -> None:
+    """Wan's is float32 beside any model, as its own code runs it."""
+    family = load_family("wan")
+    family.save(tmp_path)
+    config = load_config(CONFIG.parent / "wan_compressibility.yaml")
+    model = load_model("wan", path=tmp_path, dtype=torch.bfloat16, device=torch.device("cpu"), **family.settings)
+    numbers = sum(p.numel() for p in model.pipeline.vae.parameters())
+    assert config.model.dtype == "bfloat16"
+    assert memory(config, count_model(config, model), gpus=8, stage=3).held["decoder"] == 4 * numbers
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalTokenNotFoundError
 from support.tiny_model import TINY_WEIGHTS, load_tiny_model, load_tuned_model
 
 from fastgrpo.commands.cli import main
+from fastgrpo.models import load_model
+from fastgrpo.testing import load_family
 from fastgrpo.trained_files import write_trained
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -83,6 +86,32 @@ def test_the_card_says_what_the_run_says_and_nothing_of_this_machine(run: Path, 
     ):  # fmt: skip
         assert said in text, said
     assert not [word for word in ("/secret", "s://key", "of_this_machine", str(TINY_WEIGHTS.parent)) if word in text]
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_of_two_experts_both_are_written_and_loaded(train: str, hub: Hub, tmp_path: Path) -> None:
+    family, run = load_family("wan_experts"), tmp_path / "run"
+    family.save(tmp_path / "base")
+    model = load_model("wan", path=tmp_path / "base", dtype=torch.float32, device=torch.device("cpu"), **family.settings)
+    if train == "lora":
+        model.add_lora(rank=4, alpha=4)
+    else:
+        model.train_all(keep_reference=False)
+    write_trained(model, run, 1, {n: p.detach() for n, p in model.transformer.named_parameters() if p.requires_grad})
+    (run / "config.yaml").write_text(yaml.safe_dump({
+        "output": str(run), "model": {"name": "wan", "path": str(tmp_path / "base"), "train": train},
+        "prompts": {"train": "/a.txt", "eval": "/b.txt"}, "reward": {"train": "jpeg_compressibility", "eval": "tiny_shapes"},
+    }))  # fmt: skip
+    assert main(["push", str(run), "--folder", str(tmp_path / "card")]) == 0
+    card = ModelCard.load(tmp_path / "card" / "README.md").text
+    code = card.partition("```python\n")[2].partition("```")[0]
+    names = {"lora": [LORA, "pytorch_lora_weights_2.safetensors"], "full": ["transformer", "transformer_2"]}[train]
+    assert sorted(file.name for file in (tmp_path / "card").iterdir()) == ["README.md", *names]
+    code = code.replace("the base model", str(tmp_path / "base")).replace('"run"', repr(str(tmp_path / "card")))
+    exec(compile(code, "card", "exec"), found := {})
+    assert found["pipeline"].transformer_2 is not found["pipeline"].transformer
+    if train == "lora":
+        assert found["pipeline"].transformer.peft_config and found["pipeline"].transformer_2.peft_config
 
 
 def test_without_scores_the_card_claims_none(run: Path, hub: Hub, tmp_path: Path) -> None:

@@ -384,6 +384,13 @@ def test_a_folder_of_which_nobody_knows_the_boundary_is_refused(change, message:
         load(index_with(folder, change, tmp_path / "changed"))
 
 
+def test_one_transformer_does_not_take_the_place_of_two(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model\.transformer = .*transformer: .* holds two transformers, and this would be the"
+    ):
+        load(folder, transformer=folder / "transformer")
+
+
 @pytest.mark.parametrize("setting", [{"experts": "high"}, {"idle_expert": "host"}])
 def test_a_model_of_one_network_has_no_expert_to_choose(setting: dict[str, str], tmp_path: Path) -> None:
     family, ((key, value),) = load_family("wan"), setting.items()

@@ -12,11 +12,13 @@ from support.files import seen_alike
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
+from fastgrpo.config.sizes import Size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import ImagePrompt
 from fastgrpo.models import model_class
 from fastgrpo.models.qwen_image import tell_images_from_text
 from fastgrpo.models.qwen_image_edit import ImageProcessor
+from fastgrpo.policy import sized
 from fastgrpo.testing import load_family
 from fastgrpo.testing.qwen_image import INPUT, smaller_inputs
 
@@ -237,7 +239,9 @@ def test_images_of_other_proportions_or_another_number_are_refused(tmp_path: Pat
             with pytest.raises(ValueError, match=said):
                 getattr(model, ask)([ImagePrompt("c", images)])
         stretched = load(PLUS, input_size="output")
-        getattr(stretched, ask)([ImagePrompt("a", (square, wide)), ImagePrompt("b", (wide, square))])
+        for size in (Size(), Size(32, 16), Size(16, 32)):  # which a run may have in turn
+            with sized(stretched, size):
+                getattr(stretched, ask)([ImagePrompt("a", (square, wide)), ImagePrompt("b", (wide, square))])
 
 
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
