@@ -9,7 +9,8 @@ one image, B its forward and backward pass with what is trained, g = 2 under cla
     FLOPs an image = g F (T + S if beta > 0, + S if v_old is recomputed) + g B S + decoding, + g F S with checkpointing
     images a second and GPU = MFU * peak / FLOPs an image
 
-S of the T steps are trained. T is an average where steps are shared by a group or left out after the window.
+S of the T steps are trained. T is an average where steps are shared by a group or left out after the window. What a rollout
+computes once for all its steps, by `Policy.prepared`, is in one of the T forward passes alone.
 
 With `rollout.sizes` FLOPs are the mean over the sizes, as often as each is drawn, and memory is that of the largest.
 

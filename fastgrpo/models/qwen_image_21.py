@@ -73,9 +73,11 @@ class Pipeline(QwenImage21Pipeline):
         self.processor = processor
 
     def register_modules(self, **parts: Any) -> None:
-        super().register_modules(**parts)
-        if set(parts) == {"processor"}:  # what the stock pipeline asked of it when it was made is asked again
-            super().__init__(**self.components, sample_sigmas=self.config.sample_sigmas)
+        own: Any = self
+        stock: Any = super()
+        stock.register_modules(**parts)
+        if set(parts) == {"processor"}:  # what the stock pipeline asks of its processor when it is made
+            stock.__init__(**own.components, sample_sigmas=own.config.sample_sigmas)
 
 
 class QwenPrefix(NamedTuple):
