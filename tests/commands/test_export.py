@@ -18,7 +18,8 @@ from fastgrpo.models.lora_file import read_lora
 from fastgrpo.models.lora_formats import FORMATS
 from fastgrpo.testing import FAMILIES, load_family
 
-NAMES = [name for name in FAMILIES if name not in ("flux_kontext", "qwen_image_edit", "flux2_klein")]  # of the same networks
+OF_THE_SAME_NETWORKS = ("flux_kontext", "qwen_image_edit", "flux2_klein", "wan_video")  # as others
+NAMES = [name for name in FAMILIES if name not in OF_THE_SAME_NETWORKS]
 CPU = torch.device("cpu")
 LORA = "pytorch_lora_weights.safetensors"
 
