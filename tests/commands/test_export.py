@@ -18,8 +18,11 @@ from fastgrpo.models.lora_file import lora_files, read_lora
 from fastgrpo.models.lora_formats import FORMATS
 from fastgrpo.testing import FAMILIES, load_family
 
-SAME = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_plus", "flux2_klein", "wan_image", "wan_image_experts")
-NAMES = [name for name in FAMILIES if name not in SAME]  # whose networks are those of another
+# Whose networks are those of another.
+SAME = (
+    "flux_kontext", "qwen_image_edit", "qwen_image_edit_plus", "flux2_klein", "wan_image", "wan_image_experts", "wan_video",
+)  # fmt: skip
+NAMES = [name for name in FAMILIES if name not in SAME]
 CPU = torch.device("cpu")
 LORA = "pytorch_lora_weights.safetensors"
 SECOND = {"weight_name": "pytorch_lora_weights_2.safetensors", "load_into_transformer_2": True}

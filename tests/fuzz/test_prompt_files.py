@@ -11,7 +11,7 @@ from PIL import Image
 from support.fuzzing import ODD_TEXTS, as_json, damaged, damages, odd_json, odd_texts, values, works_or_is_refused
 
 from fastgrpo.commands.make_prompts import geneval_records, ocr_records
-from fastgrpo.data.pictures import load_picture
+from fastgrpo.data.pictures import load_picture, load_pictures
 from fastgrpo.data.prompts import IMAGE_FIELD, PromptSet, load_prompts, write_prompts
 from fastgrpo.rewards import check_prompts
 from fastgrpo.rewards.geneval import GenEval
@@ -75,6 +75,7 @@ def test_bytes_of_a_picture(kind: str, damage: list, folder: Path) -> None:
     file = folder / "damaged.png"
     file.write_bytes(damaged((folder / f"whole.{kind}").read_bytes(), damage))
     picture = works_or_is_refused(lambda: load_picture(file), file)
+    works_or_is_refused(lambda: load_pictures(file), file)
     assert picture is None or (picture.mode == "RGB" and picture.tobytes() is not None)
 
 

@@ -29,7 +29,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan_video"])  # whose network is that of wan
 @pytest.mark.slow
 def test_a_rollout_runs_the_program_of_the_update(name: str, programs: list, tmp_path: Path) -> None:
     """Nothing is compiled for the first pass with gradients that was not there for one without, checkpoints or none."""

@@ -60,3 +60,23 @@ def test_an_object_of_ones_own_is_sampled_from(scale: float, tmp_path: Path) -> 
     shrunk = noise * (1 - scale * torch.tensor([[1.0], [3.0]]) / 4) ** 4
     expected = (shrunk * 100 + 128).clamp(0, 255)
     assert found.shape == (2, 3, 1, 6) and (found[:, 0, 0].double() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_an_object_of_ones_own_may_say_what_its_images_begin_with(scale: float) -> None:
+    """Of its prompt, with guidance too, and at a first noise level below 1."""
+
+    class Started(Decay):
+        def sigmas(self, num_steps: int) -> Tensor:
+            return super().sigmas(num_steps) / 2
+
+        def start(self, noise: Tensor, sigma: Tensor, conditioning: Rates) -> Tensor:
+            return conditioning.rate / 4 + sigma[:, None] * noise
+
+    model, address = Started(), noise_address(SAMPLE, 0, 0, torch.arange(2))
+    prompted = Embeddings(model).prompted(["a", "bcd"], scale)
+    found = generate(model, Policy(model), prompted, address, num_steps=4, guidance_scale=scale)
+    rates = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    x = rates / 4 + normal(address, INITIAL_STEP, 6).view(2, 6).double() / 2
+    expected = (x * (1 - scale * rates / 8) ** 4 * 100 + 128).clamp(0, 255)
+    assert (found[:, 0, 0].double() - expected).abs().max() <= 1

@@ -40,7 +40,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def asked(model: Any, image: Path, text: str) -> str | ImagePrompt:
-    return ImagePrompt(text, (image,)) if model.image_conditioned else text
+    own = load_family(model.family_name).prompts[0]
+    return text if isinstance(own, str) else ImagePrompt(text, (image,) * len(own.images))
 
 
 @pytest.mark.slow
