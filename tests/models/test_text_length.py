@@ -29,7 +29,7 @@ def load(name: str, folder: Path, **settings: object):
     return load_model(name, path=folder, dtype=torch.float32, device=CPU, **{**family.settings, **settings})
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [name for name in STOCK if name != "qwen_image_21"])  # whose pipeline has no such length
 def test_the_length_that_a_family_has_by_itself_is_the_stock_pipelines(name: str) -> None:
     kind = model_class(name)
     call = inspect.signature(getattr(diffusers, kind.pipeline_class).__call__)
@@ -40,7 +40,7 @@ def test_the_length_that_a_family_has_by_itself_is_the_stock_pipelines(name: str
 def test_a_family_takes_no_longer_text_than_the_stock_pipeline(name: str) -> None:
     kind = model_class(name)
     refused = re.search(r"max_sequence_length > (\d+)", inspect.getsource(getattr(diffusers, kind.pipeline_class)))
-    if refused and name != "qwen_image_edit":  # there the tokens of the image count too
+    if refused and not name.startswith("qwen_image_edit"):  # there the tokens of the images count too
         assert kind.longest_text == int(refused[1])
 
 
