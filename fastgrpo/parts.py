@@ -32,7 +32,7 @@ from fastgrpo.data.prompts import (
 from fastgrpo.inputs import Inputs, changes, inputs_of
 from fastgrpo.models import base_of, configured_model, model_class
 from fastgrpo.models.reading import cut_line
-from fastgrpo.policy import Model, check_sizes, sized
+from fastgrpo.policy import Model, check_sizes, optional, sized
 from fastgrpo.reporting.run_folder import RunFolder
 from fastgrpo.rewards import Judged, Reward, RewardSum, load_rewards, reward_name, weights_of
 
@@ -110,7 +110,7 @@ class Parts:
             family.check_files(config.model.path, **base_of(config.model))
         image_conditioned = family.image_conditioned
         image_fields = TARGET_FIELDS[config.objective.name] if config.objective.offline else ()
-        if image_fields and (image_conditioned or "num_frames" in getattr(family, "takes", ())):
+        if image_fields and (image_conditioned or "num_frames" in optional(family, "takes")):
             raise ValueError(
                 f"objective.offline: {config.model.name} reads input images or makes videos; train it on rollouts"
             )
@@ -120,7 +120,7 @@ class Parts:
         held_out = _prompts(objects.held_out, config.prompts.eval, given, outside)
         if image_conditioned:
             _check_images(family, config.model.name, prompts, held_out)
-        if getattr(family, "empty_is_no_prompt", False):
+        if optional(family, "empty_is_no_prompt"):
             for one in (prompts, held_out):
                 check_not_empty(one, config.model.name)
         check_held_out(prompts, held_out)
@@ -145,13 +145,13 @@ class Parts:
         trained = self.prompts, None if self.image_fields else self.reward, training_sizes(config)
         held_out = self.held_out, self.held_out_reward, [evaluation_size(config)]
         check_cut(self.model, trained, held_out, negative_prompt=config.model.negative_prompt, show=show)
-        if show and (line := getattr(self.model, "other_length", "")):
+        if show and (line := optional(self.model, "other_length")):
             print(line, file=sys.stderr)
 
 
 def check_guidance(model: Model, key: str, scale: float) -> None:
     """Refuse a guidance scale that the model was not made for, if it says so: ValueError."""
-    ask = getattr(model, "check_guidance", None)
+    ask = optional(model, "check_guidance")
     if ask is not None:
         ask(key, scale)
 
@@ -167,7 +167,7 @@ def check_cut(
     scored: prompts, with the rewards that score their images, None where nothing does, and the sizes of the images: a model
     that reads an input image may have less room for text beside a larger one.
     """
-    ask = getattr(model, "read_in_part", None)
+    ask = optional(model, "read_in_part")
     if ask is None:
         return
     max_text_tokens = model.settings.max_text_tokens
@@ -207,7 +207,7 @@ def _prompts(given: Prompts | None, path: Path, image_fields: Sequence[str], out
 def _check_images(model: Any, name: str, *prompts: PromptSet) -> None:
     """Refuse prompts with another number of input images than the model, or its family, reads."""
     for one in prompts:
-        check_input_images(one, getattr(model, "input_images", range(1, 2)), name)
+        check_input_images(one, optional(model, "input_images"), name)
 
 
 def _rewards(

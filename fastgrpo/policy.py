@@ -139,6 +139,24 @@ class Model(Protocol):
         """Inside, `velocity` may be rougher and faster if `prepare_drafts` was called. Entered for every rollout."""
 
 
+# Members that a model may have besides, each with what holds of an object without it: as they are in
+# `fastgrpo.models.adapter.Adapter`.
+OPTIONAL: dict[str, Any] = {
+    "takes": frozenset(),  # which settings of `fastgrpo.models.settings` it has a use for: one with num_frames makes videos
+    "input_images": range(1, 2),  # how many images a prompt may have, if `image_conditioned`
+    "empty_is_no_prompt": False,  # whether "" cannot be drawn, as it stands for a context without a prompt
+    "other_length": "",  # what a run says once where the length of the text is not the stock pipeline's
+    "check_guidance": None,  # (key, scale): refuses a scale of guidance that the model was not made for, by ValueError
+    "read_in_part": None,  # (prompts) -> those of them that are cut, each with the part of its text that is read
+    "sized": None,  # (size): see `sized`
+}
+
+
+def optional(model: Any, name: str) -> Any:
+    """A member of `OPTIONAL` of a model or of its family."""
+    return getattr(model, name, OPTIONAL[name])
+
+
 class Policy(nn.Module):
     """A model's network as a module, with what a rollout needs to know of it."""
 
@@ -208,7 +226,7 @@ def sized(model: Model, size: Size) -> AbstractContextManager[None]:
 def check_sizes(model: Model, sizes: Mapping[str, Size]) -> None:
     """Refuse sizes that the model cannot make: ConfigError. sizes: each by the key that asks for it."""
     for key, size in sizes.items():
-        if not hasattr(model, "sized"):
+        if optional(model, "sized") is None:
             raise ConfigError(
                 f"{key} = {size}: {type(model).__name__} has no method `sized`, see fastgrpo.policy.sized, so all its "
                 "images have its own size; leave the key out, or give it that method"

@@ -132,7 +132,10 @@ class LoadedPipeline:
         folder = transformer or path / network
         where = f"model.{'path' if transformer is None else 'transformer'} = {folder}"
         if folder.is_file():
-            raise ValueError(f"{where}: is one file, into which nothing is merged; take another format")
+            raise ValueError(
+                f"{where}: is one file, into which nothing is merged; take another format, or if every weight was trained "
+                f"the run's own {network}/"
+            )
         if method := quantization(folder):
             raise ValueError(f"{where}: is quantised ({method}), and nothing is merged into that; take another format")
         return {Path(network) / file.name: file for file in check_weights(folder, folder, where, variant)}

@@ -25,7 +25,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def write_merged(
-    family: type[LoadedPipeline], base: Path, trained: Mapping[str, Path], output: Path, **sources: Path | str
+    family: type[LoadedPipeline], base: Path, trained: Mapping[str, Path], output: Path, **sources: Any
 ) -> None:
     """Write them into a folder, a transformer/ as of a pipeline or BAGEL's ema.safetensors.
 

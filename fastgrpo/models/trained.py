@@ -97,6 +97,12 @@ class Trainable(LoadedPipeline):
         reference: `reference` is then the model without any LoRA (base), or with this one as it is now (start).
         ValueError: the file is no LoRA of this model, or its rank is another than `rank`.
         """
+        for name in self.transformers.keys() - self.trained.keys():
+            if (file := find_expert_lora(path, name)) is not None:
+                raise ValueError(
+                    f"model.experts = {self.settings.experts}: {file} is of the other expert, which would run without it; "
+                    "take both, or let model.lora.path name the one file"
+                )
         for name, network in self.trained.items():
             lora = read_lora(self._lora_at(path, name), network)
             if rank != lora.rank:

@@ -100,6 +100,7 @@ def _training(run: SavedRun, config: Config) -> str:
         "images": f"{done * rollout.groups * rollout.group_size:,}, in groups of {rollout.group_size}",
         "prompts": f"`{config.prompts.train.name}`",
         "trained": f"a LoRA of {lora}" if model.train == "lora" else "every weight",
+        "transformer": None if model.transformer is None else f"{_last(model.transformer)} in place of the base's",
         "expert": None if model.experts == "both" else f"that for {model.experts} noise alone",
         "rollout": f"{rollout.num_steps} steps, {rollout.sampler}, guidance {rollout.guidance_scale:g}",
         "negative prompt": model.negative_prompt or None,

@@ -18,7 +18,7 @@ from fastgrpo.testing.qwen_image import VISION
 from fastgrpo.testing.tokenizers import qwen_tokenizer
 
 SIZE = 64  # pixels on each side, of which 16 are a token's
-TEXT_TOKENS = 96  # a letter is a token of the tiny tokenizer
+TEXT_TOKENS = 128  # a letter is a token of the tiny tokenizer
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"

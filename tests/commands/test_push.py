@@ -114,6 +114,20 @@ def test_of_two_experts_both_are_written_and_loaded(train: str, hub: Hub, tmp_pa
         assert found["pipeline"].transformer.peft_config and found["pipeline"].transformer_2.peft_config
 
 
+def test_the_card_says_what_the_base_alone_does_not(run: Path, tmp_path: Path) -> None:
+    config, kept = run / "config.yaml", (run / "config.yaml").read_text()
+    changed = yaml.safe_load(kept)
+    changed["model"] |= {"transformer": "/secret/place/tuned.safetensors", "negative_prompt": "dull"}
+    changed["rollout"] = {"sizes": [[32, 16], {"height": 16, "width": 16, "weight": 2}], "guidance_scale": 2}
+    config.write_text(yaml.safe_dump(changed))
+    assert main(["push", str(run), "--folder", str(tmp_path / "card")]) == 0
+    config.write_text(kept)
+    text = (tmp_path / "card" / "README.md").read_text()
+    for row in ("| transformer | `tuned.safetensors` in place", "| size | 32x16, 16x16 |", "| negative prompt | dull |"):
+        assert row in text
+    assert "/secret" not in text
+
+
 def test_without_scores_the_card_claims_none(run: Path, hub: Hub, tmp_path: Path) -> None:
     rows = (run / "evaluations.jsonl").read_text()
     (run / "evaluations.jsonl").write_text(rows.splitlines(keepends=True)[0])

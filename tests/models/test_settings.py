@@ -48,7 +48,10 @@ def test_every_setting_of_a_configuration_reaches_the_model(random_weights: bool
 
     monkeypatch.setitem(MODELS, "own", f"{__name__}:Family")
     monkeypatch.setitem(globals(), "Family", Family)
-    chosen = {"max_text_tokens": 7, "height": 32, "width": 48, "input_size": 64, "num_frames": 5, "distilled_guidance": 2.5}
+    chosen = {
+        "max_text_tokens": 7, "height": 32, "width": 48, "input_size": 64, "num_frames": 5, "distilled_guidance": 2.5,
+        "experts": "low", "idle_expert": "host",
+    }  # fmt: skip
     assert chosen.keys() == {field.name for field in fields(Settings)}
     section = ModelConfig(
         name="own", path=Path("weights"), architecture="design", dtype="bfloat16", random_weights=random_weights, **chosen

@@ -14,6 +14,7 @@ from fastgrpo.config.schema import ConfigError
 from fastgrpo.config.sizes import Size
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.prompts import PromptSet
+from fastgrpo.engine.ranks import OneRank
 from fastgrpo.models import load_model
 from fastgrpo.parts import check_cut
 from fastgrpo.policy import Policy, check_sizes, sized
@@ -110,7 +111,7 @@ def test_embeddings_on_disk_are_of_their_size(model, tmp_path: Path) -> None:
     for _ in range(2):
         for size in SIZES[model.name]:
             with sized(model, size):
-                Embeddings(model, tmp_path).prepare(prompts, show=False)
+                Embeddings(model, tmp_path).prepare(prompts, OneRank(device=CPU))
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(prompts) * (3 if model.image_conditioned else 1)
     embeddings = Embeddings(model, tmp_path)
     for size in SIZES[model.name]:
@@ -153,7 +154,8 @@ def test_a_text_that_has_no_room_beside_the_image_of_one_size_is_refused_at_the_
     """Qwen-Image-Edit's encoder reads the input image at the output's size, as 4 tokens of 16 x 16 and 400 of 160 x 160."""
     family = load_family("qwen_image_edit")
     family.save(tmp_path / "edit")
-    model = load_model("qwen_image_edit", path=tmp_path / "edit", dtype=torch.float32, device=CPU, **family.settings)
+    settings = family.settings | {"input_size": "output"}
+    model = load_model("qwen_image_edit", path=tmp_path / "edit", dtype=torch.float32, device=CPU, **settings)
     records = [{"prompt": one.text, "image": [str(file) for file in one.images]} for one in family.prompts]
     prompts = PromptSet([one.text for one in family.prompts], records, ["a", "b"])
     check_cut(model, (prompts, None, [Size(16, 16)]), (prompts, None, [Size()]))

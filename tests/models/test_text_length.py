@@ -29,7 +29,7 @@ def load(name: str, folder: Path, **settings: object):
     return load_model(name, path=folder, dtype=torch.float32, device=CPU, **{**family.settings, **settings})
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [name for name in STOCK if name != "qwen_image_21"])  # whose pipeline has no such length
 def test_the_length_that_a_family_has_by_itself_is_the_stock_pipelines(name: str) -> None:
     kind = model_class(name)
     asked = inspect.signature(getattr(diffusers, kind.pipeline_class).__call__).parameters.get("max_sequence_length")
