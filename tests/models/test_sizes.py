@@ -159,6 +159,6 @@ def test_a_text_that_has_no_room_beside_the_image_of_one_size_is_refused_at_the_
     records = [{"prompt": one.text, "image": [str(file) for file in one.images]} for one in family.prompts]
     prompts = PromptSet([one.text for one in family.prompts], records, ["a", "b"])
     check_cut(model, (prompts, None, [Size(16, 16)]), (prompts, None, [Size()]))
-    with pytest.raises(ValueError, match=r"model\.max_text_tokens = 320: .* with its image is \d+ tokens; raise it"):
+    with pytest.raises(ValueError, match=r"model\.max_text_tokens = 320: .* with its images is \d+ tokens; raise it"):
         check_cut(model, (prompts, None, [Size(16, 16), Size(160, 160)]))
     assert model.size == (16, 16)
