@@ -150,8 +150,8 @@ def test_every_familys_conditioning_comes_back_bit_for_bit(name: str, tmp_path: 
         sum(tensor.nbytes for tensor in expected[0]),
         next(one.nbytes for key, one in embeddings.in_memory.items() if key.prompt == prompts[0]),
     )
-    padded = family.model in ("bagel", "z_image") or family.model.startswith(("qwen_image", "wan"))
-    assert left < whole if padded else left == whole
+    attends_to_padding = name.startswith(("sd3", "flux"))
+    assert left == whole if attends_to_padding else left < whole
 
 
 @pytest.mark.parametrize(
