@@ -149,6 +149,8 @@ OPTIONAL: dict[str, Any] = {
     "check_guidance": None,  # (key, scale): refuses a scale of guidance that the model was not made for, by ValueError
     "read_in_part": None,  # (prompts) -> those of them that are cut, each with the part of its text that is read
     "sized": None,  # (size): see `sized`
+    "prepared": None,  # (conditioning): see `Policy.prepared`
+    "start": None,  # (noise, sigma, conditioning): see `Policy.start`
 }
 
 
@@ -164,11 +166,11 @@ class Policy(nn.Module):
         super().__init__()
         self.transformer = model.transformer
         self.velocity = lambda *args: model.velocity(*args)  # as it is at the time: `compile` replaces it
-        self._prepared = lambda conditioning: getattr(model, "prepared", _same)(conditioning)
+        self._prepared = lambda: optional(model, "prepared")
         self._shapes = lambda: (model.latent_shape, model.size)  # as they are at the time too
         self.dtype: torch.dtype = model.dtype  # of what the network reads
         self.guide: GuidanceRule | None = model.guide  # the model's own guidance, where it has one
-        self._start: Start | None = getattr(model, "start", None)
+        self._start: Start | None = optional(model, "start")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -186,7 +188,8 @@ class Policy(nn.Module):
         It gives the same velocities to the last bit, and holds what no step changes, so that this is made once a rollout.
         Of a model without a method `prepared` it is the conditioning itself.
         """
-        return self._prepared(conditioning)
+        prepared = self._prepared()
+        return conditioning if prepared is None else prepared(conditioning)
 
     def start(self, noise: Tensor, sigma: Tensor, prompted: Prompted) -> Tensor:
         """What a rollout begins with, (B, *D) float32, at its first noise level sigma (B,).
@@ -203,10 +206,6 @@ class Policy(nn.Module):
         transformer: Any = self.transformer
         with transformer.asking(experts):
             return self.velocity(x, sigma, conditioning)
-
-
-def _same(conditioning: Any) -> Any:
-    return conditioning
 
 
 def expert_rule(model: Model) -> Callable[[Tensor], Tensor] | None:

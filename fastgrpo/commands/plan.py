@@ -21,7 +21,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -98,16 +97,14 @@ def count_model(config: Config, model: Any) -> Counts:
     latents = torch.empty(batch, *model.latent_shape, device=META)
     policy, several = Policy(model), expert_rule(model) is not None
 
-    def prompts(rows: int) -> Any:
-        return concatenate([conditioning] * rows)
-
-    def velocity(rows: int, experts: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    def velocity(rows: int, experts: tuple[int, ...], *, in_rollout: bool = False) -> Callable[[], torch.Tensor]:
         x, sigma = latents[:1].to(model.dtype).repeat_interleave(rows, 0), torch.ones(rows, device=META)
-        return partial(policy, x, sigma, prompts(rows), experts if several else None)
+        prompts, asked = concatenate([conditioning] * rows), experts if several else None
+        return lambda: policy(x, sigma, policy.prepared(prompts) if in_rollout else prompts, asked)
 
     with torch.no_grad(), flash_attention():
-        forward_flops, rollout_bytes = counted(velocity(guided * batch, (0,)))
-        prepared_flops, _ = counted(lambda: policy.prepared(prompts(guided * batch)))
+        forward_flops, rollout_bytes = counted(velocity(guided * batch, (0,), in_rollout=True))
+        prepared_flops, _ = counted(lambda: policy.prepared(conditioning))
         decode_flops, decode_bytes = counted(lambda: model.decode(latents))
     if config.model.train == "full":
         model.train_all(keep_reference=False)
@@ -131,7 +128,7 @@ def count_model(config: Config, model: Any) -> Counts:
         vae_bytes=sum(p.nbytes for p in model.pipeline.vae.parameters()),
         latent_elements=latents[0].numel(),
         forward_flops=forward_flops // (guided * batch),
-        prepared_flops=prepared_flops // (guided * batch),
+        prepared_flops=prepared_flops,
         train_flops=train_flops // transitions,
         checkpoint_flops=again // transitions,
         decode_flops=decode_flops // batch,

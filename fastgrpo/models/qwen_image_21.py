@@ -22,6 +22,7 @@ Letters: B samples, L text tokens, E text width, N = H W image tokens, S = L + N
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,33 +202,43 @@ class QwenImage21(QwenFamily):
         network = self.network
         # Rounded to the model's dtype before the division, as in the pipeline.
         time = (sigma * 1000).to(x.dtype) / 1000
-        prefix = conditioning if isinstance(conditioning, QwenPrefix) else self._prefix(conditioning, time)
         tokens = network.img_in(x)
         temb = network.time_text_embed(time, tokens)
-        modulation, rotations = network.modulation(temb), self._image_rotations(prefix.mask)
-        seen = pad(prefix.mask, (0, tokens.shape[1]), value=True)[:, None, None]
-        for block, k, v in zip(network.transformer_blocks, prefix.keys, prefix.values, strict=True):
-            tokens = run(network, block, tokens, modulation, rotations, seen, k, v)
+        seen = pad(conditioning.mask, (0, tokens.shape[1]), value=True)[:, None, None]
+        image = network.modulation(temb), self._image_rotations(conditioning.mask), seen
+        if isinstance(conditioning, QwenPrefix):
+            for block, k, v in zip(network.transformer_blocks, conditioning.keys, conditioning.values, strict=True):
+                tokens = run(network, block, tokens, *image, k, v)
+        else:
+            texts, text = self._text(conditioning, time)
+            for block in network.transformer_blocks:
+                texts, tokens = run(network, partial(both, block), texts, text, tokens, image)
         return network.proj_out(network.norm_out(tokens, temb))
 
     def prepared(self, conditioning: QwenConditioning) -> QwenConditioning | QwenPrefix:
         """The text's keys and values. In a network without `causal_condition` they depend on the noise level: no change."""
-        return self._prefix(conditioning) if self.network.config.causal_condition else conditioning
-
-    def _prefix(self, conditioning: QwenConditioning, time: Tensor | None = None) -> QwenPrefix:
-        """time: (B,), by which a network without `causal_condition` modulates text; others do as without noise, at 0."""
-        network, (embeds, mask) = self.network, conditioning
-        if time is None or network.config.causal_condition:
-            time = embeds.new_zeros(1)
-        tokens, keys, values = network.txt_in(embeds), [], []
-        modulation = network.modulation(network.time_text_embed(time, tokens))
-        place = torch.arange(mask.shape[1], device=mask.device)
-        rotations = torch.cat([table[place] for table in self._turns], dim=-1)[None]  # (1, L, K / 2)
+        network = self.network
+        if not network.config.causal_condition:
+            return conditioning
+        texts, text = self._text(conditioning, conditioning.embeds.new_zeros(1))
+        keys, values = [], []
         for block in network.transformer_blocks:
-            tokens, k, v = run(network, block, tokens, modulation, rotations)
+            texts, k, v = run(network, block, texts, *text)
             keys.append(k)
             values.append(v)
-        return QwenPrefix(mask, tuple(keys), tuple(values))
+        return QwenPrefix(conditioning.mask, tuple(keys), tuple(values))
+
+    def _text(self, conditioning: QwenConditioning, time: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A text's tokens (B, L, heads K), and their modulation and rotations.
+
+        time: (B,), by which a network without `causal_condition` modulates text; others do as without noise, at 0.
+        """
+        network, (embeds, mask) = self.network, conditioning
+        if network.config.causal_condition:
+            time = time.new_zeros(1)
+        tokens, place = network.txt_in(embeds), torch.arange(mask.shape[1], device=mask.device)
+        rotations = torch.cat([table[place] for table in self._turns], dim=-1)[None]  # (1, L, K / 2)
+        return tokens, (network.modulation(network.time_text_embed(time, tokens)), rotations)
 
     def _image_rotations(self, mask: Tensor) -> Tensor:
         """The rotations of an image's tokens (B, N, K / 2) complex. mask: (B, L), of the text before it."""
@@ -244,6 +255,12 @@ class QwenImage21(QwenFamily):
 
     def encode_images(self, images: Tensor) -> Tensor:
         return super().encode_images(torch.cat([images, torch.full_like(images[:, :1], 255)], dim=1))
+
+
+def both(block: Any, texts: Tensor, text: tuple, tokens: Tensor, image: tuple) -> tuple[Tensor, Tensor]:
+    """Tokens of text and image behind a block, in one function: a checkpoint then keeps no keys and values."""
+    texts, k, v = block(texts, *text)
+    return texts, block(tokens, *image, k, v)
 
 
 def rotated(x: Tensor, rotations: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ def test_times_are_rounded_as_the_pipeline_rounds_them() -> None:
     with torch.no_grad():
         for sigma in sigmas[:-1]:
             model.velocity(noise(model, 1).to(torch.bfloat16), sigma[None], conditioning)
-    found = [torch.cat([image, text]) for text, image in zip(read[::2], read[1::2], strict=True)]
+    found = [torch.cat([image, text]) for image, text in zip(read[::2], read[1::2], strict=True)]
     assert len(found) == 4 and all(map(torch.equal, found, expected))
 
 

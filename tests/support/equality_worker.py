@@ -61,6 +61,9 @@ class Network(nn.Module):
         inputs = torch.cat([x.flatten(1), sigma[:, None], conditioning.offset.flatten(1)], 1)
         return self.layers(inputs.to(self.dtype)).view(x.shape)
 
+    def prepared(self, conditioning: Toy) -> Toy:
+        return conditioning
+
 
 def make_policy(kind: str, dtype: torch.dtype) -> Any:
     if kind == "lora":

@@ -62,7 +62,7 @@ def experience(update: int, rank: int) -> Experience:
     ones = torch.ones(STEPS, SAMPLES)
     return Experience(
         x=x, x_next=target, v_old=target, sigma=sigma, coefficients=ones[..., None].expand(-1, -1, 4), kl_weight=ones,
-        loss_weight=ones, prompted=Prompted(Toy(torch.zeros(SAMPLES, 1))), advantages=ones[0], weight=ones[0],
+        loss_weight=ones, prompted=Prompted.of(Toy(torch.zeros(SAMPLES, 1))), advantages=ones[0], weight=ones[0],
     )  # fmt: skip
 
 
