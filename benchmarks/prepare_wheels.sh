@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-python3}
 packages=("$@")
 [ ${#packages[@]} -gt 0 ] || packages=(
   diffusers importlib_metadata lazy-importer
-  peft
+  peft ftfy wcwidth
   deepspeed hjson pydantic pydantic_core annotated-types typing-inspection
 )
 
