@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastgrpo.callbacks import Callback, FolderLog
 from fastgrpo.config.keys import Config
-from fastgrpo.config.sizes import evaluation_size, iteration_size, training_sizes
+from fastgrpo.config.sizes import Size, evaluation_size, iteration_size, training_sizes
 from fastgrpo.data.draws import Draws
 from fastgrpo.data.embeddings import Embeddings
 from fastgrpo.data.images import load_targets
@@ -428,11 +428,12 @@ class Trainer:
         between = settings.images_between if 0 < settings.every < config.iterations else 0
         held_out = self.evaluator.records(settings.images, between, settings.samples)
         evaluated = self.embeddings.asked(self._as_prompts(held_out), settings.guidance_scale)
-        for size in training_sizes(config):
+        drawn = [*((size, trained) for size in training_sizes(config)), (evaluation_size(config), evaluated)]
+        if not self.model.image_conditioned:  # a text is read alike for every size
+            drawn = [(Size(), [*trained, *evaluated])]
+        for size, prompts in drawn:
             with sized(self.model, size):
-                self.embeddings.prepare(trained, self.ranks)
-        with sized(self.model, evaluation_size(config)):
-            self.embeddings.prepare(evaluated, self.ranks)
+                self.embeddings.prepare(prompts, self.ranks)
         self.model.release_encoders()
 
 
