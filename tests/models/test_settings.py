@@ -50,7 +50,7 @@ def test_every_setting_of_a_configuration_reaches_the_model(random_weights: bool
     monkeypatch.setitem(globals(), "Family", Family)
     chosen = {
         "max_text_tokens": 7, "height": 32, "width": 48, "input_size": 64, "num_frames": 5, "distilled_guidance": 2.5,
-        "experts": "low", "idle_expert": "host",
+        "experts": "low", "idle_expert": "host", "strength": 0.5,
     }  # fmt: skip
     assert chosen.keys() == {field.name for field in fields(Settings)}
     section = ModelConfig(

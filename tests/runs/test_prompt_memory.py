@@ -105,7 +105,7 @@ def test_the_next_prompts_are_read_beside_the_update(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path / "a", *FEW, f"prompts.cache={tmp_path / 'cache'}")
     trainer.iterate(1)
     trainer.embeddings.wait()
-    assert {record["prompt"] for record in trainer.draws.records(2)} <= set(trainer.embeddings.in_memory)
+    assert {record["prompt"] for record in trainer.draws.records(2)} <= {key.prompt for key in trainer.embeddings.in_memory}
 
 
 def test_a_cache_for_which_there_is_no_room_is_refused_before_the_run(tmp_path: Path, monkeypatch) -> None:
