@@ -19,6 +19,8 @@ from fastgrpo_kernels import INITIAL_STEP, Guided, guided_velocity, normal
 pytestmark = pytest.mark.slow  # every test for every family
 CPU = torch.device("cpu")
 STEPS = 3  # 1000 sigma is then no integer in any family: a rounded timestep shows
+# Runs that train the network of another family, and read nothing that a third one does not read.
+TRAINED_AS_OTHERS = {"flux2_klein", "qwen_image_edit_plus", "wan_image_experts"}
 SCALES = [(name, scale) for name in FAMILIES for scale in load_family(name).guidance]
 
 
@@ -242,7 +244,7 @@ def test_a_whole_transformer_is_saved_and_read_back(name: str, folders, tmp_path
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TRAINED_AS_OTHERS])
 def test_a_few_updates_under_deepspeed_raise_a_reward(name: str, folders, tmp_path: Path, fork_server: ForkServer) -> None:
     """LoRA and every weight, with checkpointing and without, first ratio 1; stopped and gone on with, bit for bit."""
     printed = fork_server.run(name, str(folders[name]), str(tmp_path), program="support.model_worker:main")
