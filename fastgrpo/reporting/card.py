@@ -40,7 +40,7 @@ def model_card(
         f"---\n{ModelCardData(**data)}\n---",
         f"# {name.rpartition('/')[2]}",
         f"{what} for {base or _last(config.model.path)}, trained by online reinforcement learning "
-        f"({config.objective.name}) with [fastgrpo](https://pypi.org/project/fastgrpo) {__version__} to raise the reward "
+        f"({config.objective.name}) with fastgrpo {__version__} to raise the reward "
         f"{_rewards(config.reward.train)}.",
         "## Scores", _scores(run, config),
         "## Training", _training(run, config),
