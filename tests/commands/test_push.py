@@ -45,9 +45,6 @@ class Hub:
     def __init__(self) -> None:
         self.asked: list = []
 
-    def __call__(self) -> "Hub":
-        return self
-
     def create_repo(self, repo: str, *, private: bool, exist_ok: bool):
         self.asked.append((repo, private, exist_ok))
         if repo == "me/forbidden":
@@ -61,7 +58,9 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    # Its methods, as what is imported meanwhile names the class itself in its types.
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", hub.create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", hub.upload_folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return hub
 
